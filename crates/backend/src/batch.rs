@@ -1,0 +1,132 @@
+//! One step's work, described once and uploaded once.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use ctxserve_core::{SamplingParams, TokenId, TokenLogprobs};
+use thiserror::Error;
+
+use crate::{KvSpec, PageTable};
+
+/// How to pick the token that follows a sequence's last row.
+#[derive(Clone, Debug)]
+pub struct SampleRow {
+    /// The request's parameters.
+    pub params: Arc<SamplingParams>,
+    /// Seed of the sequence's random stream, resolved: never drawn by the backend.
+    pub seed: u64,
+    /// Which draw of that stream this is: tokens generated so far.
+    pub step: u64,
+    /// Ids that must not be picked (stop ids before `min_tokens`).
+    pub banned: Vec<TokenId>,
+    /// Prompt and generated ids, for penalties; empty when the parameters have none.
+    pub prompt: Arc<[TokenId]>,
+    /// See `prompt`.
+    pub generated: Vec<TokenId>,
+}
+
+/// Consecutive tokens of one sequence within a batch: a decode token, or a prefill chunk.
+#[derive(Clone, Debug)]
+pub struct SequenceSlice {
+    /// Names the sequence for its whole life, so that a runner may keep state for it.
+    pub key: u64,
+    /// Its rows in [`Batch::tokens`].
+    pub rows: Range<usize>,
+    /// Position of its first row; positions `0..start` are in the KV cache already.
+    pub start: usize,
+    /// One table per KV group, covering every position that the rows see or write.
+    pub tables: Vec<PageTable>,
+    /// Present when the last row's logits are wanted; absent inside a prompt.
+    pub sample: Option<SampleRow>,
+}
+
+/// One step's work. Rows of a sequence are consecutive, and slices follow one another without gaps.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// Input ids, one a row.
+    pub tokens: Vec<TokenId>,
+    /// The sequences, in row order.
+    pub sequences: Vec<SequenceSlice>,
+}
+
+/// A batch that no backend could run: a bug in its maker, caught before it reaches device memory.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("sequence {sequence} of the batch: {what}")]
+pub struct BatchError {
+    /// Index into [`Batch::sequences`].
+    pub sequence: usize,
+    /// What is wrong.
+    pub what: &'static str,
+}
+
+impl Batch {
+    /// Rows whose logits are wanted, in the order of [`Batch::sequences`].
+    pub fn logit_rows(&self) -> impl Iterator<Item = usize> + '_ {
+        self.sequences.iter().filter(|s| s.sample.is_some()).map(|s| s.rows.end - 1)
+    }
+
+    /// The sampling rows, in the order of [`Batch::logit_rows`].
+    pub fn sample_rows(&self) -> impl Iterator<Item = &SampleRow> {
+        self.sequences.iter().filter_map(|s| s.sample.as_ref())
+    }
+
+    /// Checks what device code relies on: gapless rows, ids inside the vocabulary, pages for every position
+    /// seen or written, page ids inside their pools.
+    ///
+    /// # Errors
+    /// The first rule that a sequence breaks.
+    pub fn check(&self, spec: &KvSpec, pages: &[usize], vocab: usize) -> Result<(), BatchError> {
+        let mut next = 0;
+        for (sequence, slice) in self.sequences.iter().enumerate() {
+            let fail = |what| Err(BatchError { sequence, what });
+            if slice.rows.start != next || slice.rows.is_empty() || slice.rows.end > self.tokens.len() {
+                return fail("rows are not gapless");
+            }
+            next = slice.rows.end;
+            if self.tokens[slice.rows.clone()].iter().any(|&id| id as usize >= vocab) {
+                return fail("a token id is outside the vocabulary");
+            }
+            if slice.tables.len() != spec.groups.len() || pages.len() != spec.groups.len() {
+                return fail("a page table is missing");
+            }
+            let last = slice.start + slice.rows.len() - 1;
+            for (group, table) in slice.tables.iter().enumerate() {
+                if table.pages.iter().any(|&page| page as usize >= pages[group]) {
+                    return fail("a page id is outside its pool");
+                }
+                let first = spec.first_visible(group, slice.start);
+                let covers = |position| table.locate(position, spec.page_size).is_some();
+                if !covers(first) || !covers(last) {
+                    return fail("a position has no page");
+                }
+            }
+        }
+        if next != self.tokens.len() {
+            return Err(BatchError { sequence: self.sequences.len(), what: "tokens without a sequence" });
+        }
+        Ok(())
+    }
+}
+
+/// The outcome of one sampling row.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    /// The picked id.
+    pub id: TokenId,
+    /// Present when the parameters asked for it.
+    pub logprobs: Option<Box<TokenLogprobs>>,
+}
+
+/// Why one row could not be sampled; other rows are unaffected.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum SampleError {
+    /// A logit is NaN, or all are infinite: garbage is never streamed.
+    #[error("the model produced non-finite logits")]
+    NonFinite,
+    /// A scripted model has said all it has to say; the sequence ends as if cut by length.
+    #[error("the script of this sequence has ended")]
+    ScriptEnded,
+    /// Bans left nothing to pick.
+    #[error("every token of the vocabulary is banned")]
+    NothingLeft,
+}

@@ -1,0 +1,1 @@
+//! The suite that any backend must pass: each op against a reference backend over ragged shapes.

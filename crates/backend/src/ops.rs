@@ -1,0 +1,246 @@
+//! The ops.
+
+use ctxserve_core::{Encoding, Matrix};
+use thiserror::Error;
+
+use crate::{Batch, KvPlan, SampleError, Sampled};
+
+/// The device or its memory failed. Not a request's fault and not recoverable by one.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("{op}: {what}")]
+pub struct DeviceError {
+    /// The op that failed.
+    pub op: &'static str,
+    /// The device's own words.
+    pub what: String,
+}
+
+impl DeviceError {
+    /// Builds one.
+    pub fn new(op: &'static str, what: impl Into<String>) -> Self {
+        Self { op, what: what.into() }
+    }
+}
+
+/// Rotary angles: `cos` and `sin` of a position are `mscale * cos(position * inv_freq[i])` and the same with
+/// sine; halves of a head rotate against each other (NeoX).
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeTable {
+    /// `head_dim / 2` inverse frequencies, radians per position.
+    pub inv_freq: Vec<f64>,
+    /// Factor on cos and sin (YaRN's attention scaling); 1 without YaRN.
+    pub mscale: f64,
+}
+
+/// How a layer attends.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionSpec {
+    /// Query heads; query head `h` reads key/value head `h / (heads / kv_heads)`.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements per head.
+    pub head_dim: usize,
+    /// Factor on `q . k`.
+    pub scale: f32,
+    /// Keys seen, the query's own included; `None` is full causal.
+    pub window: Option<usize>,
+    /// RMSNorm epsilon of the norm before it.
+    pub norm_eps: f32,
+}
+
+/// Weights of norm + QKV.
+#[derive(Debug)]
+pub struct AttentionInput<B: Backend + ?Sized> {
+    /// RMSNorm weight `[hidden]`.
+    pub norm: B::Vector,
+    /// Rows q, then k, then v: `[(heads + 2 * kv_heads) * head_dim, hidden]`, biased or not.
+    pub qkv: B::Matrix,
+}
+
+/// Static facts of a mixture of experts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ExpertSpec {
+    /// Experts.
+    pub experts: usize,
+    /// Experts per token; their logits alone enter the softmax.
+    pub top_k: usize,
+    /// Hidden width.
+    pub hidden: usize,
+    /// Width between the two products.
+    pub inner: usize,
+    /// `a` of `gate * sigmoid(a * gate) * (up + 1)`.
+    pub alpha: f32,
+    /// Clamp: `gate <= limit`, `-limit <= up <= limit`.
+    pub limit: f32,
+    /// RMSNorm epsilon of the norm before it.
+    pub norm_eps: f32,
+}
+
+/// Expert weights on the host.
+#[derive(Clone, Debug)]
+pub struct ExpertWeights {
+    /// `[experts * 2 * inner, hidden]`: of each expert, row `2i` is gate `i` and row `2i + 1` is up `i`.
+    pub gate_up: Matrix,
+    /// `[experts * 2 * inner]`, in the same order.
+    pub gate_up_bias: Vec<f32>,
+    /// `[experts * hidden, inner]`.
+    pub down: Matrix,
+    /// `[experts * hidden]`, added inside the routing weight.
+    pub down_bias: Vec<f32>,
+}
+
+/// Weights of norm + router + experts.
+#[derive(Debug)]
+pub struct Moe<B: Backend + ?Sized> {
+    /// RMSNorm weight `[hidden]`.
+    pub norm: B::Vector,
+    /// `[experts, hidden]`, biased.
+    pub router: B::Matrix,
+    /// The experts.
+    pub experts: B::Experts,
+    /// Their static facts.
+    pub spec: ExpertSpec,
+}
+
+/// A device. Every op is batch-wide; rows never influence one another except through attention within
+/// one sequence, so an answer does not depend on its neighbours.
+pub trait Backend: Send + 'static {
+    /// A matrix with an optional bias, laid out as the device likes it.
+    type Matrix: Send;
+    /// A stack of experts.
+    type Experts: Send;
+    /// A float vector: norm weights, sinks.
+    type Vector: Send;
+    /// The KV pools.
+    type Kv: Send;
+    /// The residual stream `[rows, hidden]`.
+    type Hidden;
+    /// Rotated queries, or attention's output: `[rows, heads * head_dim]`.
+    type Heads;
+    /// `[logit rows, vocab]`.
+    type Logits;
+
+    /// One line for logs: device, instruction set or compute capability, threads.
+    fn describe(&self) -> String;
+
+    /// Whether matrices of this encoding are taken as they are.
+    fn accepts(&self, encoding: Encoding) -> bool;
+
+    /// Takes a matrix `[out, in]` and its bias `[out]`.
+    ///
+    /// # Errors
+    /// Out of memory, or an encoding that [`Backend::accepts`] refuses.
+    fn load_matrix(&mut self, matrix: Matrix, bias: Option<Vec<f32>>) -> Result<Self::Matrix, DeviceError>;
+
+    /// Takes a vector.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn load_vector(&mut self, values: Vec<f32>) -> Result<Self::Vector, DeviceError>;
+
+    /// Takes a stack of experts.
+    ///
+    /// # Errors
+    /// Out of memory, shapes that contradict `spec`, or an encoding that [`Backend::accepts`] refuses.
+    fn load_experts(
+        &mut self,
+        weights: ExpertWeights,
+        spec: &ExpertSpec,
+    ) -> Result<Self::Experts, DeviceError>;
+
+    /// Takes the memory of the KV pools, once.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn allocate_kv(&mut self, plan: &KvPlan) -> Result<Self::Kv, DeviceError>;
+
+    /// Starts a step: checks the batch against the pools and uploads it. Later ops of the step get the same batch.
+    ///
+    /// # Errors
+    /// A batch that breaks [`Batch::check`], or a device fault.
+    fn begin(&mut self, batch: &Batch, kv: &Self::Kv, vocab: usize) -> Result<(), DeviceError>;
+
+    /// Rows of the table `[vocab, hidden]` for the batch's tokens.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn embed(&mut self, table: &Self::Matrix, batch: &Batch) -> Result<Self::Hidden, DeviceError>;
+
+    /// `RMSNorm(x)` times QKV, plus bias; q and k rotated; k and v written to the layer's pages. Returns q.
+    ///
+    /// # Errors
+    /// A device fault.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_input(
+        &mut self,
+        layer: usize,
+        weights: &AttentionInput<Self>,
+        spec: &AttentionSpec,
+        rope: &RopeTable,
+        x: &Self::Hidden,
+        kv: &mut Self::Kv,
+        batch: &Batch,
+    ) -> Result<Self::Heads, DeviceError>;
+
+    /// Causal attention of each row over its sequence's pages. `sinks` is one logit per query head, unscaled,
+    /// that joins the softmax denominator and has no value.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn attention(
+        &mut self,
+        layer: usize,
+        spec: &AttentionSpec,
+        sinks: Option<&Self::Vector>,
+        q: &Self::Heads,
+        kv: &Self::Kv,
+        batch: &Batch,
+    ) -> Result<Self::Heads, DeviceError>;
+
+    /// `x += heads * O^T + bias`.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn attention_output(
+        &mut self,
+        output: &Self::Matrix,
+        heads: &Self::Heads,
+        x: &mut Self::Hidden,
+    ) -> Result<(), DeviceError>;
+
+    /// `x += MoE(RMSNorm(x))`: top-k routing, softmax over the chosen logits, clamped SwiGLU, weighted sum.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn experts(&mut self, moe: &Moe<Self>, x: &mut Self::Hidden) -> Result<(), DeviceError>;
+
+    /// `RMSNorm(x)` times the LM head, for the batch's logit rows only.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn logits(
+        &mut self,
+        norm: &Self::Vector,
+        norm_eps: f32,
+        head: &Self::Matrix,
+        x: &Self::Hidden,
+        batch: &Batch,
+    ) -> Result<Self::Logits, DeviceError>;
+
+    /// Picks one token per logit row. A row can fail without harm to the others.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn sample(
+        &mut self,
+        logits: &Self::Logits,
+        batch: &Batch,
+    ) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError>;
+
+    /// Copies logits `[logit rows, vocab]` to the host, for tests and self-checks.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn read_logits(&mut self, logits: &Self::Logits) -> Result<Vec<f32>, DeviceError>;
+}

@@ -1,0 +1,159 @@
+//! The protocol seam: rendering prompts and parsing answers.
+
+use ctxserve_core::TokenId;
+use thiserror::Error;
+
+use crate::Conversation;
+
+/// A conversation that cannot be rendered: the client's mistake.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("messages[{message}]: {what}")]
+pub struct RenderError {
+    /// Index of the message at fault.
+    pub message: usize,
+    /// What is wrong.
+    pub what: String,
+}
+
+/// A format that does not fit the tokenizer.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum FormatError {
+    /// No such format.
+    #[error("unknown chat format {name:?}; known: {known}")]
+    Unknown {
+        /// As asked for.
+        name: String,
+        /// Comma-separated.
+        known: String,
+    },
+    /// The tokenizer lacks a control token.
+    #[error("chat format {format} needs the token {token}, which the tokenizer does not have")]
+    MissingToken {
+        /// The format.
+        format: &'static str,
+        /// The token's text.
+        token: &'static str,
+    },
+}
+
+/// A piece of a message, in the order in which it became certain. Text is whole characters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Delta {
+    /// Reasoning text.
+    Reasoning(String),
+    /// Text for the user.
+    Content(String),
+    /// A call begins: its name, whole.
+    CallStart {
+        /// Counts calls from 0.
+        index: usize,
+        /// Clean function name.
+        name: String,
+    },
+    /// More of a call's arguments.
+    CallArguments {
+        /// Which call.
+        index: usize,
+        /// Text.
+        text: String,
+    },
+    /// A call is complete (not cut).
+    CallEnd {
+        /// Which call.
+        index: usize,
+    },
+}
+
+/// Where a token's text belongs, known as the token arrives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Control tokens and headers.
+    Markup,
+    /// Reasoning.
+    Reasoning,
+    /// Text for the user.
+    Content,
+    /// A call's arguments.
+    Arguments,
+}
+
+/// Why no more tokens come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// A stop token, which has been pushed too, or a stop string.
+    Stop,
+    /// Cut by `max_tokens`, the context, or a cancel.
+    Cut,
+}
+
+/// The finish reason of the parsed message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// `stop`
+    Stop,
+    /// `tool_calls`
+    ToolCalls,
+    /// `length`
+    Length,
+}
+
+impl Finish {
+    /// The API spelling.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::ToolCalls => "tool_calls",
+            Self::Length => "length",
+        }
+    }
+}
+
+/// What remains to be said at the end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Finish reason.
+    pub finish: Finish,
+    /// Fixed names of the recoveries that malformed output made necessary, in order, without repeats.
+    pub recoveries: Vec<&'static str>,
+}
+
+/// How a parser reads an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParserOptions {
+    /// Calls become [`Delta::CallStart`] and so on; otherwise their text is content (`tool_choice: "none"`).
+    pub calls: bool,
+}
+
+impl Default for ParserOptions {
+    fn default() -> Self {
+        Self { calls: true }
+    }
+}
+
+/// Turns generated ids into deltas. Total: every sequence of ids yields a message, no id is an error, and the
+/// result does not depend on how the sequence was cut into pushes.
+pub trait StreamParser: Send {
+    /// Takes one id, appends what it made certain, and says where the id's own text belongs.
+    fn push(&mut self, id: TokenId, out: &mut Vec<Delta>) -> Place;
+
+    /// Releases what was held back and ends the message. Call once.
+    fn finish(&mut self, end: End, out: &mut Vec<Delta>) -> Outcome;
+}
+
+/// A chat protocol bound to a tokenizer.
+pub trait ChatFormat: Send + Sync {
+    /// Its name in profiles and flags.
+    fn name(&self) -> &'static str;
+
+    /// Prompt ids, ending where the assistant's turn begins.
+    ///
+    /// # Errors
+    /// A message that the format cannot express.
+    fn render(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError>;
+
+    /// Ids that end the assistant's turn, whatever the checkpoint's files say.
+    fn stop_ids(&self) -> &[TokenId];
+
+    /// A parser for an answer to a prompt of [`ChatFormat::render`].
+    fn parser(&self, options: ParserOptions) -> Box<dyn StreamParser>;
+}

@@ -1,0 +1,14 @@
+//! Messages, tokenizer, detokenizer and chat formats. Pure: no IO beyond reading the tokenizer it is given.
+//!
+//! A [`ChatFormat`] renders a [`Conversation`] to token ids and makes [`StreamParser`]s that turn generated
+//! ids back into a message. Control tokens come only from the format itself, never from client text.
+
+mod collect;
+mod format;
+mod message;
+
+pub use collect::{Collector, Message as ParsedMessage, ParsedCall};
+pub use format::{
+    ChatFormat, Delta, End, Finish, FormatError, Outcome, ParserOptions, Place, RenderError, StreamParser,
+};
+pub use message::{Conversation, FunctionTool, Message, ReasoningEffort, ToolCall};

@@ -1,0 +1,107 @@
+//! A conversation as every API shape maps onto it.
+
+use serde_json::Value;
+
+/// How long the model should think. [`ReasoningEffort::parse`] takes every spelling that clients send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReasoningEffort {
+    /// As little as the format knows.
+    None,
+    /// OpenAI's smallest.
+    Minimal,
+    /// Low.
+    Low,
+    /// Medium, the default of Harmony.
+    Medium,
+    /// High.
+    High,
+    /// Above high where a format knows it.
+    XHigh,
+    /// The format's most.
+    Max,
+}
+
+impl ReasoningEffort {
+    /// Reads the API spelling; `None` when unknown.
+    pub fn parse(text: &str) -> Option<Self> {
+        Some(match text {
+            "none" => Self::None,
+            "minimal" => Self::Minimal,
+            "low" => Self::Low,
+            "medium" => Self::Medium,
+            "high" => Self::High,
+            "xhigh" => Self::XHigh,
+            "max" => Self::Max,
+            _ => return None,
+        })
+    }
+}
+
+/// A function that the model may call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct FunctionTool {
+    /// Name, already checked: it lands in message headers.
+    pub name: String,
+    /// What it does.
+    pub description: Option<String>,
+    /// JSON Schema of the arguments, key order kept.
+    pub parameters: Option<Value>,
+}
+
+/// A call in an assistant turn of the history.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ToolCall {
+    /// The id that tool results refer to.
+    pub id: String,
+    /// Function name without namespace.
+    pub name: String,
+    /// Arguments, as text: usually JSON, whatever the client sent.
+    pub arguments: String,
+}
+
+/// One turn.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// Operator's instructions, API role `system`.
+    System(String),
+    /// Operator's instructions, API role `developer`.
+    Developer(String),
+    /// The user.
+    User {
+        /// Author's name, if given.
+        name: Option<String>,
+        /// Text.
+        content: String,
+    },
+    /// The model's earlier turn.
+    Assistant {
+        /// Reasoning before the answer or the calls.
+        reasoning: Option<String>,
+        /// Visible text.
+        content: Option<String>,
+        /// Calls, in order.
+        tool_calls: Vec<ToolCall>,
+    },
+    /// A tool's result.
+    Tool {
+        /// Which call it answers.
+        call_id: String,
+        /// Text.
+        content: String,
+    },
+}
+
+/// What is rendered into a prompt.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Conversation {
+    /// Turns, oldest first.
+    pub messages: Vec<Message>,
+    /// Functions on offer.
+    pub tools: Vec<FunctionTool>,
+    /// Asked-for effort; `None` is the format's default.
+    pub reasoning_effort: Option<ReasoningEffort>,
+    /// `YYYY-MM-DD` for formats whose prompt states the date; `None` leaves it out.
+    pub current_date: Option<String>,
+    /// Keep reasoning of turns before the last final answer, which formats drop by default.
+    pub keep_reasoning: bool,
+}

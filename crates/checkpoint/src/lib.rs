@@ -1,0 +1,1 @@
+//! Safetensors and quantised checkpoint formats, validated before a byte is trusted.

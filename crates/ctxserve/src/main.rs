@@ -1,0 +1,2 @@
+//! The ctxserve binary.
+fn main() {}

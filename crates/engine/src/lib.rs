@@ -1,0 +1,1 @@
+//! Scheduler, paged KV, sequences, the driver loop and the Runner seam.
