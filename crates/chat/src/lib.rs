@@ -4,11 +4,17 @@
 //! ids back into a message. Control tokens come only from the format itself, never from client text.
 
 mod collect;
+mod detokenize;
 mod format;
+pub mod formats;
+pub mod harmony;
 mod message;
+mod tokenizer;
 
 pub use collect::{Collector, Message as ParsedMessage, ParsedCall};
+pub use detokenize::{Detokenizer, Utf8Stream};
 pub use format::{
     ChatFormat, Delta, End, Finish, FormatError, Outcome, ParserOptions, Place, RenderError, StreamParser,
 };
 pub use message::{Conversation, FunctionTool, Message, ReasoningEffort, ToolCall};
+pub use tokenizer::{Tokenizer, TokenizerError};

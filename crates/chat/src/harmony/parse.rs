@@ -1,0 +1,1 @@
+//! Reading answers, token by token.

@@ -1,0 +1,235 @@
+//! Text to token ids and back, from a checkpoint's `tokenizer.json`.
+
+mod file;
+mod table;
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use ctxserve_core::TokenId;
+use thiserror::Error;
+
+use table::TokenTable;
+
+/// A larger tokenizer.json is refused unread. The largest known are under 40 MB.
+const MAX_FILE_BYTES: u64 = 256 << 20;
+
+/// Text that the library fails on is encoded in pieces of at most this many bytes.
+const FALLBACK_PIECE_BYTES: usize = 16 << 10;
+
+/// A tokenizer.json that cannot be used.
+#[derive(Debug, Error)]
+pub enum TokenizerError {
+    /// The file cannot be read.
+    #[error("{file}: {source}")]
+    Read {
+        /// Path as given.
+        file: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The contents are not a tokenizer that this version knows.
+    #[error("{file}: not a usable tokenizer: {what}")]
+    Invalid {
+        /// Path as given, or `tokenizer.json` for bytes.
+        file: String,
+        /// What is wrong.
+        what: String,
+    },
+}
+
+/// A vocabulary with its encoder. Text never becomes a special token; those have ids by name.
+pub struct Tokenizer {
+    encoder: tokenizers::Tokenizer,
+    table: TokenTable,
+    byte_ids: Box<[Option<TokenId>; 256]>,
+    added: HashMap<String, TokenId>,
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tokenizer").field("len", &self.len()).finish_non_exhaustive()
+    }
+}
+
+impl Tokenizer {
+    /// Reads a `tokenizer.json`, or the one in a directory.
+    ///
+    /// # Errors
+    /// [`TokenizerError`], which names the file.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self, TokenizerError> {
+        let path = path.as_ref();
+        let path = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
+        let file = path.display().to_string();
+        let mut json = Vec::new();
+        std::fs::File::open(&path)
+            .and_then(|opened| opened.take(MAX_FILE_BYTES + 1).read_to_end(&mut json))
+            .map_err(|source| TokenizerError::Read { file: file.clone(), source })?;
+        Self::from_named(&json, &file)
+    }
+
+    /// Reads the bytes of a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Invalid`].
+    pub fn from_bytes(json: &[u8]) -> Result<Self, TokenizerError> {
+        Self::from_named(json, "tokenizer.json")
+    }
+
+    fn from_named(json: &[u8], file: &str) -> Result<Self, TokenizerError> {
+        let invalid = |what: String| TokenizerError::Invalid { file: file.to_owned(), what };
+        if json.len() as u64 > MAX_FILE_BYTES {
+            return Err(invalid(format!("larger than {MAX_FILE_BYTES} bytes")));
+        }
+        // The library indexes and unwraps while it builds: a file must not be able to end the process.
+        let contents = catch_unwind(|| file::read(json))
+            .unwrap_or_else(|_| Err("the tokenizers library failed on it".to_owned()))
+            .map_err(invalid)?;
+        let table = TokenTable::new(&contents);
+        let byte_ids = table.byte_ids();
+        let added = contents.added.into_iter().map(|token| (token.content, token.id)).collect();
+        Ok(Self { encoder: contents.encoder, table, byte_ids, added })
+    }
+
+    /// Ids of plain text. Text that spells a special token is text; nothing is added in front or behind.
+    pub fn encode(&self, text: &str) -> Vec<TokenId> {
+        let mut ids = Vec::new();
+        self.encode_into(text, &mut ids);
+        ids
+    }
+
+    /// As [`Tokenizer::encode`], appending.
+    pub fn encode_into(&self, text: &str, ids: &mut Vec<TokenId>) {
+        match self.encode_with_library(text) {
+            Some(found) => self.extend_plain(&found, ids),
+            // Regex engines give up on runs of millions of like characters. Shorter pieces always work; their
+            // tokens spell the same text, though not always in the canonical way at the cuts.
+            None => {
+                for piece in pieces(text, FALLBACK_PIECE_BYTES) {
+                    match self.encode_with_library(piece) {
+                        Some(found) => self.extend_plain(&found, ids),
+                        None => ids.extend(piece.bytes().filter_map(|byte| self.byte_id(byte))),
+                    }
+                }
+            }
+        }
+    }
+
+    fn encode_with_library(&self, text: &str) -> Option<Vec<TokenId>> {
+        let encoding = catch_unwind(AssertUnwindSafe(|| self.encoder.encode_fast(text, false))).ok()?.ok()?;
+        Some(encoding.get_ids().to_vec())
+    }
+
+    /// Some vocabularies list special tokens among the ordinary ones, so that the model could match them: those are
+    /// spelled out byte by byte.
+    fn extend_plain(&self, found: &[TokenId], ids: &mut Vec<TokenId>) {
+        for &id in found {
+            if self.is_special(id) {
+                let bytes = self.token_bytes(id).unwrap_or_default();
+                ids.extend(bytes.iter().filter_map(|byte| self.byte_id(*byte)));
+            } else {
+                ids.push(id);
+            }
+        }
+    }
+
+    /// Ids of text that we wrote ourselves, in which special tokens are spelled out. Never for client text.
+    pub fn encode_with_control(&self, text: &str) -> Vec<TokenId> {
+        let (mut ids, mut plain, mut at) = (Vec::new(), 0, 0);
+        while let Some(rest) = text.get(at..).filter(|rest| !rest.is_empty()) {
+            let found = self
+                .special_tokens()
+                .filter(|(name, _)| !name.is_empty() && rest.starts_with(name))
+                .max_by_key(|(name, _)| name.len());
+            if let Some((name, id)) = found {
+                self.encode_into(&text[plain..at], &mut ids);
+                ids.push(id);
+                at += name.len();
+                plain = at;
+            } else {
+                at += rest.chars().next().map_or(1, char::len_utf8);
+            }
+        }
+        self.encode_into(&text[plain..], &mut ids);
+        ids
+    }
+
+    /// Ids of bytes that may begin or end within a character; `None` if the vocabulary has no token for a stray
+    /// byte.
+    pub fn encode_bytes(&self, bytes: &[u8]) -> Option<Vec<TokenId>> {
+        let mut ids = Vec::new();
+        for chunk in bytes.utf8_chunks() {
+            self.encode_into(chunk.valid(), &mut ids);
+            for byte in chunk.invalid() {
+                ids.push(self.byte_id(*byte)?);
+            }
+        }
+        Some(ids)
+    }
+
+    fn byte_id(&self, byte: u8) -> Option<TokenId> {
+        self.byte_ids[usize::from(byte)]
+    }
+
+    /// Id of an added token by its text, for example `<|start|>`.
+    pub fn special_id(&self, text: &str) -> Option<TokenId> {
+        self.added.get(text).copied()
+    }
+
+    /// Special tokens with their ids, in no order.
+    pub fn special_tokens(&self) -> impl Iterator<Item = (&str, TokenId)> {
+        self.added.iter().map(|(text, id)| (text.as_str(), *id)).filter(|(_, id)| self.is_special(*id))
+    }
+
+    /// Whether the id is a control token, whose text is never shown.
+    pub fn is_special(&self, id: TokenId) -> bool {
+        self.table.is_special(id)
+    }
+
+    /// What the token stands for, often not whole characters; of a special token, its text. `None` if there is no
+    /// such id.
+    pub fn token_bytes(&self, id: TokenId) -> Option<&[u8]> {
+        self.table.bytes(id)
+    }
+
+    /// [`Tokenizer::token_bytes`] as text, U+FFFD for what is not.
+    pub fn token_text(&self, id: TokenId) -> Option<String> {
+        self.token_bytes(id).map(|bytes| String::from_utf8_lossy(bytes).into_owned())
+    }
+
+    /// Highest id + 1. Ids below it may be unused, and the model's logits may be wider.
+    pub fn len(&self) -> usize {
+        self.table.len()
+    }
+
+    /// Whether there are no tokens; never true of a loaded tokenizer.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Text of the ids, U+FFFD for bytes that are no character. Unknown ids are nothing.
+    pub fn decode(&self, ids: &[TokenId], skip_special: bool) -> String {
+        let mut bytes = Vec::new();
+        for &id in ids {
+            if !(skip_special && self.is_special(id)) {
+                bytes.extend_from_slice(self.token_bytes(id).unwrap_or_default());
+            }
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+/// Cuts text between characters into pieces of at most `limit` bytes (at least 4).
+fn pieces(text: &str, limit: usize) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let (piece, tail) = rest.split_at(rest.floor_char_boundary(limit));
+        rest = tail;
+        Some(piece)
+    })
+}
