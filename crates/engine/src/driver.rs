@@ -1,0 +1,184 @@
+//! The engine thread: receive, schedule, run, commit.
+
+use std::any::Any;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+use ctxserve_backend::{SampleError, Sampled};
+use ctxserve_core::FinishReason;
+
+use crate::Runner;
+use crate::scheduler::{Scheduler, Step};
+use crate::sequence::{Ending, Sequence};
+use crate::shared::{Published, Shared, Submission};
+
+/// Everything that lives on the engine thread.
+pub(crate) struct Driver {
+    runner: Box<dyn Runner>,
+    scheduler: Scheduler,
+    shared: Arc<Shared>,
+    seeds: Seeds,
+    pace: Pace,
+    /// When the last step ended or work arrived; `None` when idle.
+    beat: Option<Instant>,
+}
+
+impl Driver {
+    /// A driver whose runner has its KV pools.
+    pub(crate) fn new(runner: Box<dyn Runner>, scheduler: Scheduler, shared: Arc<Shared>) -> Self {
+        Self { runner, scheduler, shared, seeds: Seeds::new(), pace: Pace::default(), beat: None }
+    }
+
+    /// The thread's body. Whatever happens in it, every stream gets its end and the state tells why.
+    pub(crate) fn main(mut self) {
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.run()))
+            .unwrap_or_else(|payload| Err(format!("panic: {}", panic_text(payload.as_ref()))));
+        let reason = match &outcome {
+            Ok(()) => FinishReason::Abort,
+            Err(fault) => {
+                tracing::error!(fault, "the engine failed");
+                FinishReason::Fault(fault.clone())
+            }
+        };
+        let late = self.shared.end(outcome);
+        late.into_iter().for_each(|submission| self.enqueue(submission));
+        let endings = self.scheduler.end_all(&reason);
+        self.tell(endings);
+        let Self { runner, shared, .. } = self;
+        if reason == FinishReason::Abort {
+            // Whoever awaits an orderly stop finds the device free.
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(runner)));
+        } else {
+            // A failed device may never let go: it is dropped by the process's end.
+            std::mem::forget(runner);
+        }
+        shared.announce_end();
+    }
+
+    /// Steps until drained.
+    fn run(&mut self) -> Result<(), String> {
+        while self.receive() {
+            let step = self.scheduler.schedule();
+            if step.is_empty() {
+                return Err("the scheduler found no work in its queue".to_owned());
+            }
+            let batch = self.scheduler.batch(&step);
+            let outcomes = self.runner.step(&batch).map_err(|error| error.to_string())?;
+            self.commit(step, outcomes, batch.sample_rows().count())?;
+        }
+        Ok(())
+    }
+
+    /// Takes arrivals and cancellations. Sleeps while there is no work; false when drained.
+    fn receive(&mut self) -> bool {
+        loop {
+            let (arrivals, abort, draining) = self.shared.take(self.scheduler.is_idle());
+            arrivals.into_iter().for_each(|submission| self.enqueue(submission));
+            let endings = if abort { self.scheduler.end_all(&FinishReason::Abort) } else { Vec::new() };
+            self.scheduler.drop_cancelled();
+            if !self.scheduler.is_idle() {
+                self.beat.get_or_insert_with(Instant::now);
+                self.tell(endings);
+                return true;
+            }
+            self.rest();
+            self.tell(endings);
+            if draining {
+                return false;
+            }
+        }
+    }
+
+    /// Idle: nothing may hold a page.
+    fn rest(&mut self) {
+        self.beat = None;
+        self.pace.pause();
+        if let Err(error) = self.scheduler.check() {
+            tracing::error!(%error, "the KV cache lost count of its pages");
+        }
+    }
+
+    fn commit(
+        &mut self,
+        step: Step,
+        outcomes: Vec<Result<Sampled, SampleError>>,
+        wanted: usize,
+    ) -> Result<(), String> {
+        if outcomes.len() != wanted {
+            return Err(format!("the model answered {} of {wanted} rows", outcomes.len()));
+        }
+        let endings = self.scheduler.commit(step, outcomes);
+        let now = Instant::now();
+        self.beat = Some(now);
+        self.pace.finished(endings.len(), now);
+        self.tell(endings);
+        Ok(())
+    }
+
+    fn enqueue(&mut self, submission: Submission) {
+        let lease = self.scheduler.pools().lease();
+        let sequence = Sequence::new(submission, lease, self.seeds.draw(), self.shared.info.vocab_size);
+        self.scheduler.push(sequence);
+    }
+
+    /// Publishes, then delivers the ends: who has seen an end finds its pages free.
+    fn tell(&self, endings: Vec<Ending>) {
+        *self.shared.published() = Published {
+            running: self.scheduler.running(),
+            used_pages: self.scheduler.pools().used(),
+            counters: self.scheduler.counters(),
+            beat: self.beat,
+            finish_interval: self.pace.interval,
+        };
+        endings.into_iter().for_each(Ending::send);
+    }
+}
+
+/// How fast sequences finish while there is work.
+#[derive(Debug, Default)]
+struct Pace {
+    /// Smoothed seconds from one finished sequence to the next; 0 before the first.
+    interval: f64,
+    last: Option<Instant>,
+}
+
+impl Pace {
+    fn finished(&mut self, count: usize, now: Instant) {
+        let last = *self.last.get_or_insert(now);
+        if count > 0 {
+            let each = now.duration_since(last).as_secs_f64() / count as f64;
+            self.interval = if self.interval == 0.0 { each } else { 0.8 * self.interval + 0.2 * each };
+            self.last = Some(now);
+        }
+    }
+
+    /// Idle time is not work time.
+    fn pause(&mut self) {
+        self.last = None;
+    }
+}
+
+/// Seeds for requests that name none: SplitMix64 (Steele, Lea, Flood 2014) from a random start.
+#[derive(Debug)]
+struct Seeds(u64);
+
+impl Seeds {
+    fn new() -> Self {
+        // The standard library seeds its hashers from the operating system.
+        Self(RandomState::new().build_hasher().finish())
+    }
+
+    fn draw(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}
+
+fn panic_text(payload: &(dyn Any + Send)) -> &str {
+    let text = payload.downcast_ref::<&str>().copied();
+    text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
+}

@@ -1,0 +1,37 @@
+//! All that the engine knows of a model.
+
+use ctxserve_backend::{Batch, DeviceError, KvPlan, KvSpec, SampleError, Sampled};
+
+/// Static facts of a loaded model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunnerInfo {
+    /// Width of the logits; every token id is below it.
+    pub vocab_size: usize,
+    /// Most positions the model supports.
+    pub max_context: usize,
+    /// The KV cache it needs.
+    pub kv: KvSpec,
+    /// One line for logs: family, device, sizes.
+    pub description: String,
+}
+
+/// A model on a device, or something that plays one.
+///
+/// The engine calls `allocate` once and then `step` from one thread. [`ctxserve_backend::SequenceSlice::key`] counts
+/// accepted sequences from 0 in the order of submission and is never used twice.
+pub trait Runner: Send {
+    /// Static facts.
+    fn info(&self) -> &RunnerInfo;
+
+    /// Takes the memory of the KV pools.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn allocate(&mut self, plan: &KvPlan) -> Result<(), DeviceError>;
+
+    /// Computes a batch. Answers one outcome per sampling row, in the order of [`Batch::sample_rows`].
+    ///
+    /// # Errors
+    /// A device fault, which ends the engine. What concerns one sequence is an outcome of its row instead.
+    fn step(&mut self, batch: &Batch) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError>;
+}

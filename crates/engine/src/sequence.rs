@@ -1,0 +1,224 @@
+//! One sequence from submission to its end.
+
+use std::sync::Arc;
+
+use ctxserve_backend::{SampleError, SampleRow, Sampled, SequenceSlice};
+use ctxserve_core::{
+    Event, FinishReason, RequestId, SamplingParams, StopCause, StopRules, TokenEvent, TokenId, Usage,
+};
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::pages::KvLease;
+use crate::queue::Ticket;
+use crate::shared::Submission;
+
+/// State of one sequence. Dropping it frees its pages and its place in the queue.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    key: u64,
+    id: RequestId,
+    prompt: Arc<[TokenId]>,
+    generated: Vec<TokenId>,
+    /// Positions whose keys and values are in the cache: `0..computed`.
+    computed: usize,
+    kv: KvLease,
+    sampling: Arc<SamplingParams>,
+    seed: u64,
+    stop: StopRules,
+    /// Ids that may not be sampled before `min_tokens`.
+    banned: Vec<TokenId>,
+    /// Most tokens to generate.
+    limit: usize,
+    /// Why it ended, once it has.
+    end: Option<FinishReason>,
+    /// Whether its owner knows that it left the queue; true again after preemption.
+    begun: bool,
+    events: UnboundedSender<Event>,
+    ticket: Ticket,
+}
+
+impl Sequence {
+    /// A waiting sequence. `seed` is used where the request names none; `vocab` is the width of the logits.
+    pub(crate) fn new(submission: Submission, kv: KvLease, seed: u64, vocab: usize) -> Self {
+        let Submission { key, request, limit, events, ticket } = submission;
+        let stop = request.stop;
+        let banned = if request.sampling.min_tokens > 0 {
+            stop.all().filter(|&id| (id as usize) < vocab).collect()
+        } else {
+            Vec::new()
+        };
+        Self {
+            key,
+            id: request.id,
+            prompt: request.prompt,
+            generated: Vec::new(),
+            computed: 0,
+            kv,
+            seed: request.sampling.seed.unwrap_or(seed),
+            sampling: Arc::new(request.sampling),
+            stop,
+            banned,
+            limit,
+            end: None,
+            begun: false,
+            events,
+            ticket,
+        }
+    }
+
+    /// Its number in the order of submission.
+    pub(crate) fn key(&self) -> u64 {
+        self.key
+    }
+
+    /// The server's name for it.
+    pub(crate) fn id(&self) -> RequestId {
+        self.id
+    }
+
+    /// Tokens known: prompt and answer.
+    pub(crate) fn len(&self) -> usize {
+        self.prompt.len() + self.generated.len()
+    }
+
+    /// Tokens to compute before the next one can be sampled: 1 in decode, more in prefill.
+    pub(crate) fn remaining(&self) -> usize {
+        self.len() - self.computed
+    }
+
+    /// Its pages.
+    pub(crate) fn kv(&self) -> &KvLease {
+        &self.kv
+    }
+
+    /// Takes pages for `rows` more positions: all or none.
+    pub(crate) fn grow(&mut self, rows: usize) -> bool {
+        self.kv.grow(self.computed + rows)
+    }
+
+    /// Whether its owner has dropped the stream.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// Leaves the queue. Returns the prompt's length the first time, 0 after a preemption.
+    pub(crate) fn begin(&mut self) -> usize {
+        if std::mem::replace(&mut self.begun, true) {
+            return 0;
+        }
+        self.ticket.leave_queue();
+        self.send(Event::Admitted);
+        self.prompt.len()
+    }
+
+    /// Gives all pages back; the tokens stay, to be computed again.
+    pub(crate) fn preempt(&mut self) {
+        self.kv.clear();
+        self.computed = 0;
+    }
+
+    /// Appends its next `rows` input ids to `tokens` and describes them.
+    pub(crate) fn slice(&self, rows: usize, tokens: &mut Vec<TokenId>) -> SequenceSlice {
+        let first = tokens.len();
+        let known = self.prompt.iter().chain(&self.generated);
+        tokens.extend(known.skip(self.computed).take(rows));
+        SequenceSlice {
+            key: self.key,
+            rows: first..tokens.len(),
+            start: self.computed,
+            tables: self.kv.tables(),
+            sample: (rows == self.remaining()).then(|| self.sample_row()),
+        }
+    }
+
+    fn sample_row(&self) -> SampleRow {
+        let history = self.sampling.has_penalties();
+        SampleRow {
+            params: Arc::clone(&self.sampling),
+            seed: self.seed,
+            step: self.generated.len() as u64,
+            banned: if self.may_stop() { Vec::new() } else { self.banned.clone() },
+            prompt: if history { Arc::clone(&self.prompt) } else { Arc::default() },
+            generated: if history { self.generated.clone() } else { Vec::new() },
+        }
+    }
+
+    /// Whether the next token may be a stop id.
+    fn may_stop(&self) -> bool {
+        self.generated.len() >= self.sampling.min_tokens
+    }
+
+    /// `rows` more positions are in the cache; pages that no later query sees go back.
+    pub(crate) fn advance(&mut self, rows: usize) {
+        self.computed += rows;
+        self.kv.slide(self.computed);
+    }
+
+    /// Takes the outcome of its sampling row and tells its owner. Returns whether a token was sampled.
+    pub(crate) fn accept(&mut self, outcome: Result<Sampled, SampleError>, vocab: usize) -> bool {
+        let Sampled { id, logprobs } = match outcome {
+            Ok(sampled) if (sampled.id as usize) < vocab => sampled,
+            Ok(sampled) => {
+                let what = format!("the model sampled token {} of a vocabulary of {vocab}", sampled.id);
+                self.end = Some(FinishReason::Error(what));
+                return false;
+            }
+            Err(SampleError::ScriptEnded) => {
+                self.end = Some(FinishReason::Length);
+                return false;
+            }
+            Err(error @ (SampleError::NonFinite | SampleError::NothingLeft)) => {
+                self.end = Some(FinishReason::Error(error.to_string()));
+                return false;
+            }
+        };
+        self.end = self.cause(id).map(FinishReason::Stop);
+        self.generated.push(id);
+        if self.end.is_none() && self.generated.len() >= self.limit {
+            self.end = Some(FinishReason::Length);
+        }
+        self.send(Event::Token(TokenEvent { id, logprobs }));
+        true
+    }
+
+    /// Why sampling `id` next ends the sequence, if it does. An id in both lists counts as the model's own end.
+    fn cause(&self, id: TokenId) -> Option<StopCause> {
+        if !self.may_stop() || !self.stop.stops_on(id) {
+            return None;
+        }
+        let is_eos = !self.stop.ignore_eos && self.stop.eos.contains(&id);
+        Some(if is_eos { StopCause::Eos(id) } else { StopCause::TokenId(id) })
+    }
+
+    /// Whether it has ended by itself.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.end.is_some()
+    }
+
+    /// Frees everything; its own reason to end wins over `otherwise`. The owner is told by [`Ending::send`].
+    pub(crate) fn finish(self, otherwise: &FinishReason) -> Ending {
+        let usage = Usage { prompt: self.prompt.len(), cached: 0, generated: self.generated.len() };
+        let reason = self.end.unwrap_or_else(|| otherwise.clone());
+        Ending { events: self.events, event: Event::Finished { reason, usage } }
+    }
+
+    /// A reader that is gone is found by [`Sequence::is_cancelled`].
+    fn send(&self, event: Event) {
+        let _ = self.events.send(event);
+    }
+}
+
+/// The last event of a sequence whose pages are free already.
+#[derive(Debug)]
+#[must_use = "the owner waits for it"]
+pub(crate) struct Ending {
+    events: UnboundedSender<Event>,
+    event: Event,
+}
+
+impl Ending {
+    /// Tells the owner.
+    pub(crate) fn send(self) {
+        let _ = self.events.send(self.event);
+    }
+}

@@ -1,0 +1,209 @@
+//! How a byte budget becomes pages, and how long a sequence may be.
+
+use std::fmt;
+
+use ctxserve_backend::{KvDtype, KvPlan, KvSpec, PageId};
+
+use crate::{EngineConfig, EngineError};
+
+/// Sequences and tokens of each that the default budget makes room for.
+const DEFAULT_ROOM: (usize, usize) = (16, 4096);
+
+/// The shortest useful sequence: one prompt token and one answer token.
+const SHORTEST: usize = 2;
+
+/// The pools and the limits that follow from them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Sizing {
+    pub(crate) plan: KvPlan,
+    pub(crate) max_model_len: usize,
+}
+
+/// Pages of a group that one sequence of `len` tokens needs when alone, prefilled in chunks of `chunk`.
+fn alone(spec: &KvSpec, group: usize, len: usize, chunk: usize) -> usize {
+    spec.pages_for(group, len, chunk.min(len))
+}
+
+/// Bytes that one sequence of `len` tokens needs when alone.
+fn bytes_alone(spec: &KvSpec, len: usize, chunk: usize) -> usize {
+    let group = |g| alone(spec, g, len, chunk).saturating_mul(spec.page_bytes(g));
+    (0..spec.groups.len()).map(group).fold(0, usize::saturating_add)
+}
+
+/// The longest sequence, at most `most` tokens, of which one fits `budget` bytes.
+fn longest(spec: &KvSpec, budget: usize, chunk: usize, most: usize) -> usize {
+    let (mut fits, mut over) = (0, most.saturating_add(1));
+    while over - fits > 1 {
+        let middle = fits + (over - fits) / 2;
+        if bytes_alone(spec, middle, chunk) <= budget { fits = middle } else { over = middle }
+    }
+    fits
+}
+
+/// Divides the budget: windowed groups get what `max_num_seqs` sequences can hold at once, full groups the rest,
+/// up to `max_num_seqs` sequences of full length. Where the budget is tight windowed groups get less, and the
+/// scheduler runs fewer sequences at a time; one sequence of `max_model_len` always fits.
+///
+/// # Errors
+/// Limits that contradict each other or the model, and a budget that cannot hold one sequence.
+pub(crate) fn size(spec: &KvSpec, max_context: usize, config: &EngineConfig) -> Result<Sizing, EngineError> {
+    validate(spec, max_context, config)?;
+    let chunk = config.max_batched_tokens;
+    let asked = config.max_model_len.unwrap_or(max_context);
+    let budget = config.kv_bytes.unwrap_or_else(|| {
+        let room = DEFAULT_ROOM.0.min(config.max_num_seqs);
+        let short = bytes_alone(spec, DEFAULT_ROOM.1.min(asked), chunk).saturating_mul(room);
+        short.max(bytes_alone(spec, asked, chunk))
+    });
+    let fits = longest(spec, budget, chunk, asked);
+    if fits < config.max_model_len.unwrap_or(SHORTEST) {
+        let max_model_len = config.max_model_len.unwrap_or(SHORTEST);
+        let needed = bytes_alone(spec, max_model_len, chunk);
+        return Err(EngineError::KvTooSmall { budget, needed, max_model_len, fits });
+    }
+    let max_model_len = fits;
+
+    let groups = 0..spec.groups.len();
+    let is_full = |g: &usize| spec.groups[*g].window.is_none();
+    let windowed_pages = |g: usize, seqs: usize| {
+        let others = spec.pages_for(g, max_model_len, 1).saturating_mul(seqs - 1);
+        alone(spec, g, max_model_len, chunk).saturating_add(others)
+    };
+    let bytes = |g: usize, pages: usize| pages.saturating_mul(spec.page_bytes(g));
+    let windowed_bytes = |seqs: usize| -> usize {
+        let windowed = groups.clone().filter(|g| !is_full(g));
+        windowed.map(|g| bytes(g, windowed_pages(g, seqs))).fold(0, usize::saturating_add)
+    };
+    let full_page: usize =
+        groups.clone().filter(is_full).map(|g| spec.page_bytes(g)).fold(0, usize::saturating_add);
+    let full_alone = alone_full(spec, max_model_len);
+    let for_windows = budget.saturating_sub(full_alone.saturating_mul(full_page));
+    let seqs = (1..=config.max_num_seqs).rev().find(|&n| windowed_bytes(n) <= for_windows).unwrap_or(1);
+    let left = budget.saturating_sub(windowed_bytes(seqs));
+    let most = full_alone.saturating_mul(config.max_num_seqs).min(PageId::MAX as usize);
+    let full_pages = left.checked_div(full_page).unwrap_or(0).clamp(full_alone, most.max(full_alone));
+    let pages = groups.map(|g| if is_full(&g) { full_pages } else { windowed_pages(g, seqs) }).collect();
+    Ok(Sizing { plan: KvPlan { spec: spec.clone(), pages }, max_model_len })
+}
+
+fn alone_full(spec: &KvSpec, len: usize) -> usize {
+    len.div_ceil(spec.page_size)
+}
+
+fn validate(spec: &KvSpec, max_context: usize, config: &EngineConfig) -> Result<(), EngineError> {
+    let at_least = |field, value: usize, low: usize| {
+        let message = format!("must be at least {low}, got {value}");
+        if value < low { Err(EngineError::Config { field, message }) } else { Ok(()) }
+    };
+    at_least("max_num_seqs", config.max_num_seqs, 1)?;
+    at_least("max_batched_tokens", config.max_batched_tokens, 1)?;
+    at_least("the model's context", max_context, SHORTEST)?;
+    at_least("the model's KV page size", spec.page_size, 1)?;
+    at_least("the number of the model's KV groups", spec.groups.len(), 1)?;
+    for window in spec.groups.iter().filter_map(|group| group.window) {
+        at_least("the model's attention window", window, 1)?;
+    }
+    match config.max_model_len {
+        Some(asked) if asked > max_context => Err(EngineError::ContextTooLong { asked, max: max_context }),
+        Some(asked) => at_least("max_model_len", asked, SHORTEST),
+        None => Ok(()),
+    }
+}
+
+/// One group's share of the KV cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupReport {
+    /// Keys seen by a query; `None` is full attention.
+    pub window: Option<usize>,
+    /// Layers in the group.
+    pub layers: usize,
+    /// Pages of its pool.
+    pub pages: usize,
+    /// Bytes of its pool.
+    pub bytes: usize,
+}
+
+/// The KV cache as planned, for logs and metrics. Weights are not counted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvReport {
+    /// The groups, in the model's order.
+    pub groups: Vec<GroupReport>,
+    /// Storage of keys and values.
+    pub dtype: KvDtype,
+    /// Positions per page.
+    pub page_size: usize,
+    /// Bytes of all pools.
+    pub bytes: usize,
+    /// Tokens that fit, over all sequences, by the full-attention groups; `None` where every group has a window.
+    pub tokens: Option<usize>,
+    /// Longest sequence, tokens.
+    pub max_model_len: usize,
+    /// Sequences of `max_model_len` that fit at once.
+    pub longest_sequences: usize,
+    /// Most sequences that run at once.
+    pub max_num_seqs: usize,
+}
+
+impl KvReport {
+    pub(crate) fn new(sizing: &Sizing, max_num_seqs: usize) -> Self {
+        let (plan, spec, len) = (&sizing.plan, &sizing.plan.spec, sizing.max_model_len);
+        let group = |(g, &pages): (usize, &usize)| GroupReport {
+            window: spec.groups[g].window,
+            layers: spec.groups[g].layers.len(),
+            pages,
+            bytes: pages.saturating_mul(spec.page_bytes(g)),
+        };
+        let groups: Vec<_> = plan.pages.iter().enumerate().map(group).collect();
+        let full = groups.iter().find(|group| group.window.is_none());
+        let held = |(g, &pages): (usize, &usize)| pages / spec.pages_for(g, len, 1).max(1);
+        let longest_sequences = plan.pages.iter().enumerate().map(held).min().unwrap_or(0).min(max_num_seqs);
+        Self {
+            dtype: spec.dtype,
+            page_size: spec.page_size,
+            bytes: groups.iter().map(|group| group.bytes).fold(0, usize::saturating_add),
+            tokens: full.map(|group| group.pages.saturating_mul(spec.page_size)),
+            max_model_len: len,
+            longest_sequences,
+            max_num_seqs,
+            groups,
+        }
+    }
+}
+
+impl fmt::Display for KvReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let dtype = match self.dtype {
+            KvDtype::F32 => "float32",
+            KvDtype::Bf16 => "bfloat16",
+            KvDtype::Fp8E4m3 => "fp8 e4m3",
+        };
+        writeln!(f, "KV cache {} in {dtype}, pages of {} tokens", Bytes(self.bytes), self.page_size)?;
+        for group in &self.groups {
+            match group.window {
+                Some(window) => write!(f, "  window of {window}")?,
+                None => write!(f, "  full attention")?,
+            }
+            writeln!(f, ", {} layers: {} pages, {}", group.layers, group.pages, Bytes(group.bytes))?;
+        }
+        if let Some(tokens) = self.tokens {
+            write!(f, "  room for {tokens} tokens; ")?;
+        } else {
+            write!(f, "  ")?;
+        }
+        let (longest, len) = (self.longest_sequences, self.max_model_len);
+        write!(f, "{longest} sequences of {len} tokens at once, {} shorter ones", self.max_num_seqs)
+    }
+}
+
+/// Bytes in binary units.
+struct Bytes(usize);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
+        match units.iter().find(|(_, shift)| self.0 >> shift > 0) {
+            Some((unit, shift)) => write!(f, "{:.1} {unit}", self.0 as f64 / f64::from(1_u32 << shift)),
+            None => write!(f, "{} B", self.0),
+        }
+    }
+}
