@@ -1,0 +1,208 @@
+//! The backend: what it owns, and which op lives in which file.
+
+use std::num::NonZeroUsize;
+
+use ctxserve_backend::{
+    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvPlan, Moe,
+    RopeTable, SampleError, Sampled,
+};
+use ctxserve_core::{Encoding, Matrix};
+use rayon::ThreadPool;
+
+use crate::isa::Isa;
+use crate::kv::CpuKv;
+use crate::linear::{CpuMatrix, Weights};
+use crate::ops::{self, CpuExperts};
+use crate::packed::Packed;
+use crate::rows::Rows;
+
+/// How products with weights are computed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// f32 activations, weights decoded to f32 in registers, f32 accumulation.
+    #[default]
+    Exact,
+    /// Activations quantised to int8 per 32 inputs, MXFP4 codes used as integers, bf16 and f32 matrices of more
+    /// than 256 rows (all but routers) quantised to int8 at load. Faster, about 1 % relative error per product.
+    Int8,
+}
+
+/// How to build a [`CpuBackend`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CpuOptions {
+    /// Worker threads; `None` is one per available core.
+    pub threads: Option<NonZeroUsize>,
+    /// See [`Precision`].
+    pub precision: Precision,
+    /// Instructions to use instead of the best ones; ignored where the machine lacks them.
+    pub isa: Option<Isa>,
+}
+
+/// The CPU as a device.
+#[derive(Debug)]
+pub struct CpuBackend {
+    pub(crate) fast: Option<Fast>,
+}
+
+/// What the kernels need: threads, instructions, precision.
+#[derive(Debug)]
+pub(crate) struct Fast {
+    pub(crate) pool: ThreadPool,
+    pub(crate) threads: usize,
+    pub(crate) isa: Isa,
+    pub(crate) int8: bool,
+}
+
+/// Matrices of at most this many rows stay exact: a router's near ties are worth more than its bytes.
+const EXACT_ROWS: usize = 256;
+
+impl CpuBackend {
+    /// The serving backend.
+    ///
+    /// # Errors
+    /// The operating system gives no threads.
+    pub fn new(options: CpuOptions) -> Result<Self, DeviceError> {
+        let threads = options
+            .threads
+            .map_or_else(|| std::thread::available_parallelism().map_or(1, Into::into), Into::into);
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(|index| format!("ctxserve-cpu-{index}"))
+            .build()
+            .map_err(|e| DeviceError::new("cpu", e.to_string()))?;
+        let asked = options.isa.filter(|isa| Isa::available().contains(isa));
+        let isa = asked.unwrap_or_else(Isa::detect);
+        Ok(Self { fast: Some(Fast { pool, threads, isa, int8: options.precision == Precision::Int8 }) })
+    }
+
+    /// The definitions: plain loops on one thread.
+    pub fn plain() -> Self {
+        Self { fast: None }
+    }
+
+    /// Packs for the kernels, or keeps as it is for the plain loops.
+    pub(crate) fn keep(&self, matrix: Matrix, groups: usize, int8: bool) -> Result<Weights, DeviceError> {
+        match &self.fast {
+            None => Ok(Weights::Plain(matrix)),
+            Some(fast) => fast.pool.install(|| Packed::new(matrix, groups, int8)).map(Weights::Packed),
+        }
+    }
+}
+
+impl Backend for CpuBackend {
+    type Matrix = CpuMatrix;
+    type Experts = CpuExperts;
+    type Vector = Vec<f32>;
+    type Kv = CpuKv;
+    type Hidden = Rows;
+    type Heads = Rows;
+    type Logits = Rows;
+
+    fn describe(&self) -> String {
+        match &self.fast {
+            None => "CPU, plain loops".to_owned(),
+            Some(Fast { threads, isa, int8, .. }) => {
+                let precision = if *int8 { "int8 activations" } else { "exact" };
+                format!("CPU, {isa}, {threads} threads, {precision}")
+            }
+        }
+    }
+
+    fn accepts(&self, encoding: Encoding) -> bool {
+        matches!(encoding, Encoding::F32 | Encoding::Bf16 | Encoding::Mxfp4)
+    }
+
+    fn load_matrix(&mut self, matrix: Matrix, bias: Option<Vec<f32>>) -> Result<CpuMatrix, DeviceError> {
+        let (rows, cols) = (matrix.rows(), matrix.cols());
+        if rows == 0 || cols == 0 || bias.as_ref().is_some_and(|bias| bias.len() != rows) {
+            return Err(DeviceError::new(
+                "load_matrix",
+                format!("no matrix, or no bias for [{rows}, {cols}]"),
+            ));
+        }
+        let int8 = self.fast.as_ref().is_some_and(|fast| fast.int8) && rows > EXACT_ROWS;
+        Ok(CpuMatrix { weights: self.keep(matrix, 1, int8)?, bias, rows, cols })
+    }
+
+    fn load_vector(&mut self, values: Vec<f32>) -> Result<Vec<f32>, DeviceError> {
+        Ok(values)
+    }
+
+    fn load_experts(&mut self, weights: ExpertWeights, spec: &ExpertSpec) -> Result<CpuExperts, DeviceError> {
+        CpuExperts::load(self, weights, spec)
+    }
+
+    fn allocate_kv(&mut self, plan: &KvPlan) -> Result<CpuKv, DeviceError> {
+        CpuKv::new(plan)
+    }
+
+    fn begin(&mut self, batch: &Batch, kv: &CpuKv, vocab: usize) -> Result<(), DeviceError> {
+        let plan = kv.plan();
+        batch.check(&plan.spec, &plan.pages, vocab).map_err(|e| DeviceError::new("begin", e.to_string()))
+    }
+
+    fn embed(&mut self, table: &CpuMatrix, batch: &Batch) -> Result<Rows, DeviceError> {
+        ops::embed(table, batch)
+    }
+
+    fn attention_input(
+        &mut self,
+        layer: usize,
+        weights: &AttentionInput<Self>,
+        spec: &AttentionSpec,
+        rope: &RopeTable,
+        x: &Rows,
+        kv: &mut CpuKv,
+        batch: &Batch,
+    ) -> Result<Rows, DeviceError> {
+        ops::attention_input(self, layer, weights, spec, rope, x, kv, batch)
+    }
+
+    fn attention(
+        &mut self,
+        layer: usize,
+        spec: &AttentionSpec,
+        sinks: Option<&Vec<f32>>,
+        q: &Rows,
+        kv: &CpuKv,
+        batch: &Batch,
+    ) -> Result<Rows, DeviceError> {
+        ops::attention(self, layer, spec, sinks.map(Vec::as_slice), q, kv, batch)
+    }
+
+    fn attention_output(
+        &mut self,
+        output: &CpuMatrix,
+        heads: &Rows,
+        x: &mut Rows,
+    ) -> Result<(), DeviceError> {
+        ops::attention_output(self, output, heads, x)
+    }
+
+    fn experts(&mut self, moe: &Moe<Self>, x: &mut Rows) -> Result<(), DeviceError> {
+        ops::experts(self, moe, x)
+    }
+
+    fn logits(
+        &mut self,
+        norm: &Vec<f32>,
+        norm_eps: f32,
+        head: &CpuMatrix,
+        x: &Rows,
+        batch: &Batch,
+    ) -> Result<Rows, DeviceError> {
+        ops::logits(self, norm, norm_eps, head, x, batch)
+    }
+
+    fn sample(
+        &mut self,
+        logits: &Rows,
+        batch: &Batch,
+    ) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
+        ops::sample(self, logits, batch)
+    }
+
+    fn read_logits(&mut self, logits: &Rows) -> Result<Vec<f32>, DeviceError> {
+        Ok(logits.data().to_vec())
+    }
+}

@@ -1,0 +1,322 @@
+//! AVX2 and FMA: a panel is two vectors of eight rows.
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use crate::packed::{BLOCK, Line, PANEL, Panel};
+use crate::quantised::QuantRow;
+
+/// The 16 rows of a panel.
+type Rows = [__m256; 2];
+/// Lines and E8M0 scales of a panel.
+type Fp4<'a> = (&'a [Line], &'a [[u8; PANEL]]);
+
+/// E2M1 codes doubled.
+const DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+/// The same plus [`OFFSET`], unsigned as `maddubs` wants its first operand.
+const SHIFTED: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
+const OFFSET: i32 = 12;
+
+/// Runs `$kernel` over register blocks of at most `$most` tokens.
+macro_rules! token_blocks {
+    ($kernel:ident($panel:expr), $x:expr, $out:expr, $most:literal: $($n:literal)+) => {
+        for (x, out) in $x.chunks($most).zip($out.chunks_mut($most * PANEL)) {
+            match x.len() {
+                $($n => store(&$kernel([$panel], std::array::from_fn::<_, $n, _>(|t| x[t])), out),)+
+                _ => {}
+            }
+        }
+    };
+}
+
+/// One panel times tokens, exact: 12 of 16 registers accumulate.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], out: &mut [f32]) {
+    match panel {
+        Panel::F32(lines) => token_blocks!(float(lines), x, out, 6: 1 2 3 4 5 6),
+        Panel::Bf16(lines) => token_blocks!(half_float(lines), x, out, 6: 1 2 3 4 5 6),
+        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4((lines, scales)), x, out, 6: 1 2 3 4 5 6),
+        Panel::Int8(..) => out.fill(f32::NAN),
+    }
+}
+
+/// Two panels times one token, exact.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn f32_pair(panels: [Panel<'_>; 2], x: &[f32], out: &mut [f32]) {
+    match panels {
+        [Panel::F32(a), Panel::F32(b)] => store(&float([a, b], [x]), out),
+        [Panel::Bf16(a), Panel::Bf16(b)] => store(&half_float([a, b], [x]), out),
+        [Panel::Mxfp4(a, s), Panel::Mxfp4(b, r)] => store(&mxfp4([(a, s), (b, r)], [x]), out),
+        _ => out.fill(f32::NAN),
+    }
+}
+
+/// One panel times quantised tokens.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn int8_panel(panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) {
+    match panel {
+        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4_int8((lines, scales)), x, out, 4: 1 2 3 4),
+        Panel::Int8(lines, scales) => token_blocks!(int8((lines, scales)), x, out, 4: 1 2 3 4),
+        Panel::F32(_) | Panel::Bf16(_) => out.fill(f32::NAN),
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn store<const G: usize, const T: usize>(sums: &[[Rows; T]; G], out: &mut [f32]) {
+    for (sum, out) in sums.iter().flatten().zip(out.chunks_exact_mut(PANEL)) {
+        // SAFETY: `out` is a chunk of 16 floats.
+        unsafe {
+            _mm256_storeu_ps(out.as_mut_ptr(), sum[0]);
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), sum[1]);
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn load(line: &Line) -> [__m256i; 2] {
+    let at = line.0.as_ptr().cast::<__m256i>();
+    // SAFETY: a line is 64 bytes, aligned to 64.
+    unsafe { [_mm256_load_si256(at), _mm256_load_si256(at.add(1))] }
+}
+
+/// Lines of this many blocks, tokens checked to be as long: what the unchecked reads below rely on.
+fn check<const G: usize>(lines: [usize; G], per_block: usize, tokens: impl Iterator<Item = usize>) -> usize {
+    let blocks = lines[0] / per_block;
+    assert!(lines.iter().all(|&n| n == blocks * per_block), "panels differ in length");
+    for len in tokens {
+        assert!(len >= blocks * BLOCK, "a token is shorter than its panel");
+    }
+    blocks
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn add<const T: usize>(sums: &mut [Rows; T], w: Rows, x: &[&[f32]; T], k: usize) {
+    for (sum, x) in sums.iter_mut().zip(x) {
+        // SAFETY: callers stay below the length that `check` asserted for every token.
+        let x = _mm256_set1_ps(unsafe { *x.get_unchecked(k) });
+        sum[0] = _mm256_fmadd_ps(w[0], x, sum[0]);
+        sum[1] = _mm256_fmadd_ps(w[1], x, sum[1]);
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn float<const G: usize, const T: usize>(panels: [&[Line]; G], x: [&[f32]; T]) -> [[Rows; T]; G] {
+    let blocks = check(panels.map(<[_]>::len), BLOCK, x.iter().map(|x| x.len()));
+    let mut sums = [[[_mm256_setzero_ps(); 2]; T]; G];
+    for k in 0..blocks * BLOCK {
+        for g in 0..G {
+            let w = load(&panels[g][k]).map(|w| _mm256_castsi256_ps(w));
+            add(&mut sums[g], w, &x, k);
+        }
+    }
+    sums
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn half_float<const G: usize, const T: usize>(panels: [&[Line]; G], x: [&[f32]; T]) -> [[Rows; T]; G] {
+    let blocks = check(panels.map(<[_]>::len), BLOCK / 2, x.iter().map(|x| x.len()));
+    let mut sums = [[[_mm256_setzero_ps(); 2]; T]; G];
+    let upper = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
+    for line in 0..blocks * (BLOCK / 2) {
+        for g in 0..G {
+            let pairs = load(&panels[g][line]);
+            let even = pairs.map(|w| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(w)));
+            add(&mut sums[g], even, &x, 2 * line);
+            let odd = pairs.map(|w| _mm256_castsi256_ps(_mm256_and_si256(w, upper)));
+            add(&mut sums[g], odd, &x, 2 * line + 1);
+        }
+    }
+    sums
+}
+
+/// `2^(scale - 127 - down)` per row; powers below `2^(1 - 127)` become zero.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn powers(scales: &[u8; PANEL], down: u8) -> Rows {
+    // SAFETY: 16 bytes are read from an array of 16.
+    let bytes = unsafe { _mm_loadu_si128(scales.as_ptr().cast()) };
+    let bytes = _mm_subs_epu8(bytes, _mm_set1_epi8(down.cast_signed()));
+    [bytes, _mm_srli_si128::<8>(bytes)]
+        .map(|bytes| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(bytes))))
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn table(values: &[i8; 16]) -> __m256i {
+    // SAFETY: 16 bytes are read from an array of 16.
+    _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(values.as_ptr().cast()) })
+}
+
+/// Table entries of the low and of the high nibbles of each byte.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn nibbles(table: __m256i, codes: __m256i) -> [__m256i; 2] {
+    let mask = _mm256_set1_epi8(15);
+    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask);
+    [_mm256_shuffle_epi8(table, _mm256_and_si256(codes, mask)), _mm256_shuffle_epi8(table, high)]
+}
+
+/// Byte `BYTE` of each dword, as a float times `2^24`, times `scale`. `LEFT = 24 - 8 * BYTE`.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn byte_to_float<const LEFT: i32>(bytes: [__m256i; 2], scale: Rows) -> Rows {
+    let top = _mm256_set1_epi32(0xff00_0000_u32.cast_signed());
+    let one = |bytes, scale| {
+        let value = _mm256_and_si256(_mm256_slli_epi32::<LEFT>(bytes), top);
+        _mm256_mul_ps(_mm256_cvtepi32_ps(value), scale)
+    };
+    [one(bytes[0], scale[0]), one(bytes[1], scale[1])]
+}
+
+/// Doubled codes are read from the top byte of a dword: one halving and 24 doublings too many.
+const DOWN: u8 = 25;
+
+#[target_feature(enable = "avx2,fma")]
+fn mxfp4<const G: usize, const T: usize>(panels: [Fp4<'_>; G], x: [&[f32]; T]) -> [[Rows; T]; G] {
+    let blocks = check(panels.map(|p| p.0.len()), BLOCK / 8, x.iter().map(|x| x.len()));
+    let mut sums = [[[_mm256_setzero_ps(); 2]; T]; G];
+    let table = table(&DOUBLED);
+    for block in 0..blocks {
+        let scales: [Rows; G] = std::array::from_fn(|g| powers(&panels[g].1[block], DOWN));
+        for line in block * (BLOCK / 8)..(block + 1) * (BLOCK / 8) {
+            let k = 8 * line;
+            for g in 0..G {
+                let [a, b] = load(&panels[g].0[line]).map(|codes| nibbles(table, codes));
+                let (low, high, scale, sums) = ([a[0], b[0]], [a[1], b[1]], scales[g], &mut sums[g]);
+                add(sums, byte_to_float::<24>(low, scale), &x, k);
+                add(sums, byte_to_float::<24>(high, scale), &x, k + 1);
+                add(sums, byte_to_float::<16>(low, scale), &x, k + 2);
+                add(sums, byte_to_float::<16>(high, scale), &x, k + 3);
+                add(sums, byte_to_float::<8>(low, scale), &x, k + 4);
+                add(sums, byte_to_float::<8>(high, scale), &x, k + 5);
+                add(sums, byte_to_float::<0>(low, scale), &x, k + 6);
+                add(sums, byte_to_float::<0>(high, scale), &x, k + 7);
+            }
+        }
+    }
+    sums
+}
+
+/// An MXFP4 panel as f32 lines: the products of [`mxfp4`]'s `byte_to_float`, bit for bit.
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn decode(panel: Panel<'_>, out: &mut [Line]) {
+    let Panel::Mxfp4(lines, scales) = panel else { return };
+    let table = table(&DOUBLED);
+    for (index, (line, out)) in lines.iter().zip(out.chunks_exact_mut(8)).enumerate() {
+        let scale = powers(&scales[index / (BLOCK / 8)], DOWN);
+        let [a, b] = load(line).map(|codes| nibbles(table, codes));
+        let (low, high) = ([a[0], b[0]], [a[1], b[1]]);
+        let values = [
+            byte_to_float::<24>(low, scale),
+            byte_to_float::<24>(high, scale),
+            byte_to_float::<16>(low, scale),
+            byte_to_float::<16>(high, scale),
+            byte_to_float::<8>(low, scale),
+            byte_to_float::<8>(high, scale),
+            byte_to_float::<0>(low, scale),
+            byte_to_float::<0>(high, scale),
+        ];
+        for (out, value) in out.iter_mut().zip(values) {
+            let at = out.0.as_mut_ptr().cast::<f32>();
+            // SAFETY: a line has room for 16 floats and is aligned to 64 bytes.
+            unsafe {
+                _mm256_store_ps(at, value[0]);
+                _mm256_store_ps(at.add(8), value[1]);
+            }
+        }
+    }
+}
+
+/// Four codes of a token, broadcast to every row.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn four(x: &QuantRow<'_>, dword: usize) -> __m256i {
+    // SAFETY: `check` asserted that the row has the panel's length, and `dword` counts within it.
+    _mm256_set1_epi32(unsafe { x.codes.as_ptr().cast::<i32>().add(dword).read_unaligned() })
+}
+
+/// Adds a block's integer products, scaled by row and token.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn scale_add(sum: &mut Rows, dots: [__m256i; 2], rows: Rows, token: f32) {
+    let token = _mm256_set1_ps(token);
+    for half in 0..2 {
+        let scale = _mm256_mul_ps(rows[half], token);
+        sum[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[half]), scale, sum[half]);
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn mxfp4_int8<const T: usize>([(lines, scales)]: [Fp4<'_>; 1], x: [QuantRow<'_>; T]) -> [[Rows; T]; 1] {
+    let blocks = check([lines.len()], BLOCK / 8, x.iter().map(|x| x.codes.len()));
+    let mut sums = [[_mm256_setzero_ps(); 2]; T];
+    let (table, ones) = (table(&SHIFTED), _mm256_set1_epi16(1));
+    for block in 0..blocks {
+        let mut dots: [[__m256i; 2]; T] =
+            std::array::from_fn(|t| [_mm256_set1_epi32(-OFFSET * x[t].sums[block]); 2]);
+        // 16 inputs at a time: 4 products of at most 2 * 24 * 127 fit an i16.
+        for pair in 0..2 {
+            let at = block * (BLOCK / 8) + 2 * pair;
+            for half in 0..2 {
+                let [a, b] = nibbles(table, load(&lines[at])[half]);
+                let [c, d] = nibbles(table, load(&lines[at + 1])[half]);
+                for (dots, x) in dots.iter_mut().zip(&x) {
+                    let first = _mm256_add_epi16(
+                        _mm256_maddubs_epi16(a, four(x, 2 * at)),
+                        _mm256_maddubs_epi16(b, four(x, 2 * at + 1)),
+                    );
+                    let second = _mm256_add_epi16(
+                        _mm256_maddubs_epi16(c, four(x, 2 * at + 2)),
+                        _mm256_maddubs_epi16(d, four(x, 2 * at + 3)),
+                    );
+                    let sum = _mm256_madd_epi16(_mm256_add_epi16(first, second), ones);
+                    dots[half] = _mm256_add_epi32(dots[half], sum);
+                }
+            }
+        }
+        // Doubled codes: the scale is halved.
+        let rows = powers(&scales[block], 1);
+        for ((sum, dots), x) in sums.iter_mut().zip(dots).zip(&x) {
+            scale_add(sum, dots, rows, x.scales[block]);
+        }
+    }
+    [sums]
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn int8<const T: usize>(
+    [(lines, scales)]: [(&[Line], &[[bf16; PANEL]]); 1],
+    x: [QuantRow<'_>; T],
+) -> [[Rows; T]; 1] {
+    let blocks = check([lines.len()], BLOCK / 4, x.iter().map(|x| x.codes.len()));
+    let mut sums = [[_mm256_setzero_ps(); 2]; T];
+    let ones = _mm256_set1_epi16(1);
+    for block in 0..blocks {
+        let mut dots = [[_mm256_setzero_si256(); 2]; T];
+        for line in block * (BLOCK / 4)..(block + 1) * (BLOCK / 4) {
+            let w = load(&lines[line]);
+            let size = w.map(|w| _mm256_abs_epi8(w));
+            for (dots, x) in dots.iter_mut().zip(&x) {
+                let x = four(x, line);
+                for half in 0..2 {
+                    // |w| * sign(w) x: 2 * 127 * 127 fits an i16.
+                    let products = _mm256_maddubs_epi16(size[half], _mm256_sign_epi8(x, w[half]));
+                    dots[half] = _mm256_add_epi32(dots[half], _mm256_madd_epi16(products, ones));
+                }
+            }
+        }
+        // SAFETY: 32 bytes are read from an array of 16 two-byte values.
+        let bits: [__m128i; 2] = unsafe {
+            let at = scales[block].as_ptr().cast::<__m128i>();
+            [_mm_loadu_si128(at), _mm_loadu_si128(at.add(1))]
+        };
+        let rows = bits.map(|b| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(b))));
+        for ((sum, dots), x) in sums.iter_mut().zip(dots).zip(&x) {
+            scale_add(sum, dots, rows, x.scales[block]);
+        }
+    }
+    [sums]
+}

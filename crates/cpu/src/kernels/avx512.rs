@@ -1,0 +1,240 @@
+//! AVX-512 with VNNI: a panel is one vector of sixteen rows.
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use crate::packed::{BLOCK, Line, PANEL, Panel};
+use crate::quantised::QuantRow;
+
+/// Lines and E8M0 scales of a panel.
+type Fp4<'a> = (&'a [Line], &'a [[u8; PANEL]]);
+
+/// E2M1 values times `2^25`, the factor that [`DOWN`] takes away: the same products as on AVX2.
+const SCALED: [f32; 16] = {
+    const ONE: f32 = 33_554_432.0;
+    let half = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+    let mut table = [0.0; 16];
+    let mut code = 0;
+    while code < 8 {
+        table[code] = half[code] * ONE;
+        table[code + 8] = -half[code] * ONE;
+        code += 1;
+    }
+    table
+};
+const DOWN: u8 = 25;
+
+/// E2M1 codes doubled plus [`OFFSET`], unsigned as `vpdpbusd` wants its first operand.
+const SHIFTED: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
+const OFFSET: i32 = 12;
+
+/// Runs `$kernel` over register blocks of at most `$most` tokens.
+macro_rules! token_blocks {
+    ($kernel:ident($panel:expr), $x:expr, $out:expr, $most:literal: $($n:literal)+) => {
+        for (x, out) in $x.chunks($most).zip($out.chunks_mut($most * PANEL)) {
+            match x.len() {
+                $($n => store(&$kernel([$panel], std::array::from_fn::<_, $n, _>(|t| x[t])), out),)+
+                _ => {}
+            }
+        }
+    };
+}
+
+/// One panel times tokens, exact.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], out: &mut [f32]) {
+    match panel {
+        Panel::F32(lines) => token_blocks!(float(lines), x, out, 8: 1 2 3 4 5 6 7 8),
+        Panel::Bf16(lines) => token_blocks!(half_float(lines), x, out, 8: 1 2 3 4 5 6 7 8),
+        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4((lines, scales)), x, out, 8: 1 2 3 4 5 6 7 8),
+        Panel::Int8(..) => out.fill(f32::NAN),
+    }
+}
+
+/// Two panels times one token, exact.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+pub(super) fn f32_pair(panels: [Panel<'_>; 2], x: &[f32], out: &mut [f32]) {
+    match panels {
+        [Panel::F32(a), Panel::F32(b)] => store(&float([a, b], [x]), out),
+        [Panel::Bf16(a), Panel::Bf16(b)] => store(&half_float([a, b], [x]), out),
+        [Panel::Mxfp4(a, s), Panel::Mxfp4(b, r)] => store(&mxfp4([(a, s), (b, r)], [x]), out),
+        _ => out.fill(f32::NAN),
+    }
+}
+
+/// One panel times quantised tokens.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+pub(super) fn int8_panel(panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) {
+    match panel {
+        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4_int8((lines, scales)), x, out, 6: 1 2 3 4 5 6),
+        Panel::Int8(lines, scales) => token_blocks!(int8((lines, scales)), x, out, 6: 1 2 3 4 5 6),
+        Panel::F32(_) | Panel::Bf16(_) => out.fill(f32::NAN),
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+fn store<const G: usize, const T: usize>(sums: &[[__m512; T]; G], out: &mut [f32]) {
+    for (&sum, out) in sums.iter().flatten().zip(out.chunks_exact_mut(PANEL)) {
+        // SAFETY: `out` is a chunk of 16 floats.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) };
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+#[inline]
+fn load(line: &Line) -> __m512i {
+    // SAFETY: a line is 64 bytes, aligned to 64.
+    unsafe { _mm512_load_si512(line.0.as_ptr().cast()) }
+}
+
+/// Lines of this many blocks, tokens checked to be as long: what the unchecked reads below rely on.
+fn check<const G: usize>(lines: [usize; G], per_block: usize, tokens: impl Iterator<Item = usize>) -> usize {
+    let blocks = lines[0] / per_block;
+    assert!(lines.iter().all(|&n| n == blocks * per_block), "panels differ in length");
+    for len in tokens {
+        assert!(len >= blocks * BLOCK, "a token is shorter than its panel");
+    }
+    blocks
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+#[inline]
+fn add<const T: usize>(sums: &mut [__m512; T], w: __m512, x: &[&[f32]; T], k: usize) {
+    for (sum, x) in sums.iter_mut().zip(x) {
+        // SAFETY: callers stay below the length that `check` asserted for every token.
+        let x = _mm512_set1_ps(unsafe { *x.get_unchecked(k) });
+        *sum = _mm512_fmadd_ps(w, x, *sum);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+fn float<const G: usize, const T: usize>(panels: [&[Line]; G], x: [&[f32]; T]) -> [[__m512; T]; G] {
+    let blocks = check(panels.map(<[_]>::len), BLOCK, x.iter().map(|x| x.len()));
+    let mut sums = [[_mm512_setzero_ps(); T]; G];
+    for k in 0..blocks * BLOCK {
+        for g in 0..G {
+            add(&mut sums[g], _mm512_castsi512_ps(load(&panels[g][k])), &x, k);
+        }
+    }
+    sums
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+fn half_float<const G: usize, const T: usize>(panels: [&[Line]; G], x: [&[f32]; T]) -> [[__m512; T]; G] {
+    let blocks = check(panels.map(<[_]>::len), BLOCK / 2, x.iter().map(|x| x.len()));
+    let mut sums = [[_mm512_setzero_ps(); T]; G];
+    let upper = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+    for line in 0..blocks * (BLOCK / 2) {
+        for g in 0..G {
+            let pairs = load(&panels[g][line]);
+            add(&mut sums[g], _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), &x, 2 * line);
+            add(&mut sums[g], _mm512_castsi512_ps(_mm512_and_si512(pairs, upper)), &x, 2 * line + 1);
+        }
+    }
+    sums
+}
+
+/// `2^(scale - 127 - down)` per row; powers below `2^(1 - 127)` become zero.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+#[inline]
+fn powers(scales: &[u8; PANEL], down: u8) -> __m512 {
+    // SAFETY: 16 bytes are read from an array of 16.
+    let bytes = unsafe { _mm_loadu_si128(scales.as_ptr().cast()) };
+    let bytes = _mm_subs_epu8(bytes, _mm_set1_epi8(down.cast_signed()));
+    _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(bytes)))
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+fn mxfp4<const G: usize, const T: usize>(panels: [Fp4<'_>; G], x: [&[f32]; T]) -> [[__m512; T]; G] {
+    let blocks = check(panels.map(|p| p.0.len()), BLOCK / 8, x.iter().map(|x| x.len()));
+    let mut sums = [[_mm512_setzero_ps(); T]; G];
+    // SAFETY: 64 bytes are read from an array of 16 floats.
+    let table = unsafe { _mm512_loadu_ps(SCALED.as_ptr()) };
+    for block in 0..blocks {
+        let scales: [__m512; G] = std::array::from_fn(|g| powers(&panels[g].1[block], DOWN));
+        for line in block * (BLOCK / 8)..(block + 1) * (BLOCK / 8) {
+            for g in 0..G {
+                let mut codes = load(&panels[g].0[line]);
+                for k in 8 * line..8 * line + 8 {
+                    // The permutation reads the low four bits of each dword.
+                    let w = _mm512_mul_ps(_mm512_permutexvar_ps(codes, table), scales[g]);
+                    add(&mut sums[g], w, &x, k);
+                    codes = _mm512_srli_epi32::<4>(codes);
+                }
+            }
+        }
+    }
+    sums
+}
+
+/// Four codes of a token, broadcast to every row.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+#[inline]
+fn four(x: &QuantRow<'_>, dword: usize) -> __m512i {
+    // SAFETY: `check` asserted that the row has the panel's length, and `dword` counts within it.
+    _mm512_set1_epi32(unsafe { x.codes.as_ptr().cast::<i32>().add(dword).read_unaligned() })
+}
+
+/// Adds a block's integer products, scaled by row and token.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+#[inline]
+fn scale_add(sum: &mut __m512, dots: __m512i, rows: __m512, token: f32) {
+    let scale = _mm512_mul_ps(rows, _mm512_set1_ps(token));
+    *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), scale, *sum);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+fn mxfp4_int8<const T: usize>([(lines, scales)]: [Fp4<'_>; 1], x: [QuantRow<'_>; T]) -> [[__m512; T]; 1] {
+    let blocks = check([lines.len()], BLOCK / 8, x.iter().map(|x| x.codes.len()));
+    let mut sums = [_mm512_setzero_ps(); T];
+    // SAFETY: 16 bytes are read from an array of 16.
+    let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(SHIFTED.as_ptr().cast()) });
+    let mask = _mm512_set1_epi8(15);
+    for block in 0..blocks {
+        let mut dots: [__m512i; T] = std::array::from_fn(|t| _mm512_set1_epi32(-OFFSET * x[t].sums[block]));
+        for line in block * (BLOCK / 8)..(block + 1) * (BLOCK / 8) {
+            let codes = load(&lines[line]);
+            let low = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, mask));
+            let high = _mm512_and_si512(_mm512_srli_epi16::<4>(codes), mask);
+            let high = _mm512_shuffle_epi8(table, high);
+            for (dots, x) in dots.iter_mut().zip(&x) {
+                *dots = _mm512_dpbusd_epi32(*dots, low, four(x, 2 * line));
+                *dots = _mm512_dpbusd_epi32(*dots, high, four(x, 2 * line + 1));
+            }
+        }
+        // Doubled codes: the scale is halved.
+        let rows = powers(&scales[block], 1);
+        for ((sum, dots), x) in sums.iter_mut().zip(dots).zip(&x) {
+            scale_add(sum, dots, rows, x.scales[block]);
+        }
+    }
+    [sums]
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+fn int8<const T: usize>(
+    [(lines, scales)]: [(&[Line], &[[bf16; PANEL]]); 1],
+    x: [QuantRow<'_>; T],
+) -> [[__m512; T]; 1] {
+    let blocks = check([lines.len()], BLOCK / 4, x.iter().map(|x| x.codes.len()));
+    let mut sums = [_mm512_setzero_ps(); T];
+    let sign = _mm512_set1_epi8(i8::MIN);
+    for block in 0..blocks {
+        // Flipping the sign bit adds 128 to a weight.
+        let mut dots: [__m512i; T] = std::array::from_fn(|t| _mm512_set1_epi32(-128 * x[t].sums[block]));
+        for line in block * (BLOCK / 4)..(block + 1) * (BLOCK / 4) {
+            let w = _mm512_xor_si512(load(&lines[line]), sign);
+            for (dots, x) in dots.iter_mut().zip(&x) {
+                *dots = _mm512_dpbusd_epi32(*dots, w, four(x, line));
+            }
+        }
+        // SAFETY: 32 bytes are read from an array of 16 two-byte values.
+        let bits = unsafe { _mm256_loadu_si256(scales[block].as_ptr().cast()) };
+        let rows = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(bits)));
+        for ((sum, dots), x) in sums.iter_mut().zip(dots).zip(&x) {
+            scale_add(sum, dots, rows, x.scales[block]);
+        }
+    }
+    [sums]
+}
