@@ -1,0 +1,173 @@
+//! The command line: `serve` (the default), `render` and `parse`.
+
+pub mod options;
+mod spelling;
+pub mod table;
+pub mod values;
+
+use std::path::PathBuf;
+
+use clap::{Arg, ArgAction, ArgMatches, Command};
+
+use table::{FLAGS, Takes, Treatment};
+use values::{Given, Origin, Values};
+
+const SUBCOMMANDS: [&str; 3] = ["serve", "render", "parse"];
+
+const MODEL_HELP: &str = "A directory with a checkpoint, a profile (context-1-mxfp4, gpt-oss-20b, gpt-oss-120b), a Hugging \
+     Face repository owner/name, demo (a small model with random weights), or replay:FILE (scripted answers). \
+     Without one, demo is served";
+
+/// What the user asked for.
+#[derive(Debug)]
+pub enum Invocation {
+    /// Serve a model.
+    Serve(Values),
+    /// Print the token ids of a conversation.
+    Render(ToolArgs),
+    /// Parse token sequences into messages.
+    Parse(ToolArgs),
+}
+
+/// Arguments of `render` and `parse`.
+#[derive(Clone, Debug)]
+pub struct ToolArgs {
+    /// Where the tokenizer comes from: as for `serve`, or a tokenizer.json; `None` is the demo tokenizer.
+    pub model: Option<String>,
+    /// Chat format.
+    pub format: String,
+    /// Input file; `None` is standard input.
+    pub input: Option<PathBuf>,
+}
+
+/// Reads the command line, program name first.
+///
+/// # Errors
+/// clap's, help and version requests included; print it and exit with its code.
+pub fn parse(args: impl IntoIterator<Item = String>) -> Result<Invocation, clap::Error> {
+    let mut args = args.into_iter();
+    let program = args.next().unwrap_or_else(|| "ctxserve".to_owned());
+    let mut rest: Vec<String> = args.collect();
+    let first = rest.first().map(String::as_str);
+    let explicit = first.is_some_and(|arg| {
+        SUBCOMMANDS.contains(&arg) || ["-h", "--help", "help", "-V", "--version"].contains(&arg)
+    });
+    if !explicit {
+        rest.insert(0, "serve".to_owned());
+    }
+    if rest[0] == "serve" {
+        let tail = rest.split_off(1);
+        let spelled = spelling::normalise(tail)
+            .map_err(|what| command().error(clap::error::ErrorKind::UnknownArgument, what))?;
+        rest.extend(spelled);
+    }
+    let matches = command().try_get_matches_from(std::iter::once(program).chain(rest))?;
+    Ok(match matches.subcommand() {
+        Some(("render", sub)) => Invocation::Render(tool_args(sub)),
+        Some(("parse", sub)) => Invocation::Parse(tool_args(sub)),
+        Some((_, sub)) => Invocation::Serve(serve_values(sub)),
+        None => Invocation::Serve(Values::default()),
+    })
+}
+
+/// The whole command, for help and completion.
+pub fn command() -> Command {
+    Command::new("ctxserve")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("Serves FP4 agentic-search models over the OpenAI API")
+        .after_help("Without a subcommand, `serve` is meant: `ctxserve --model demo --port 8000`.")
+        .subcommand_required(true)
+        .subcommand(serve_command())
+        .subcommand(tool_command(
+            "render",
+            "Print the prompt of a conversation as JSON: token_ids, and text with control tokens spelled out",
+            "Chat request (JSON: messages, tools, reasoning_effort, ...) [default: standard input]",
+        ))
+        .subcommand(tool_command(
+            "parse",
+            "Parse generated tokens into messages: one JSON line in, one out",
+            "JSON lines, each {\"segments\": [...]} or {\"token_ids\": [...]} [default: standard input]",
+        ))
+}
+
+fn serve_command() -> Command {
+    let model = Arg::new("MODEL").help(MODEL_HELP).conflicts_with("model");
+    let flags = FLAGS.iter().map(|flag| {
+        let arg = Arg::new(flag.name).long(flag.name);
+        let arg = match flag.takes {
+            Takes::Switch => arg
+                .num_args(0..=1)
+                .require_equals(true)
+                .default_missing_value("true")
+                .value_parser(["true", "false"])
+                .hide_possible_values(true)
+                .action(ArgAction::Set)
+                .overrides_with(flag.name),
+            Takes::Value(name) => arg
+                .value_name(name)
+                .action(ArgAction::Set)
+                .overrides_with(flag.name)
+                .allow_negative_numbers(true),
+            Takes::List(name) => arg.value_name(name).num_args(1..).action(ArgAction::Append),
+        };
+        match flag.treatment {
+            Treatment::Honoured => arg.help(flag.help),
+            Treatment::NoOp(_) | Treatment::Only(..) | Treatment::Refused(_) => arg.hide(true),
+        }
+    });
+    Command::new("serve")
+        .about("Serve a model over HTTP (the default)")
+        .arg(model)
+        .args(flags)
+        .after_help(
+            "`_` and `-` are the same in flag names, and --no-NAME turns a switch off. Other flags of `vllm serve` \
+             are accepted and logged where they cannot matter here, or refused with the reason.",
+        )
+}
+
+fn tool_command(name: &'static str, about: &'static str, input: &'static str) -> Command {
+    Command::new(name)
+        .about(about)
+        .arg(Arg::new("INPUT").help(input).conflicts_with("input"))
+        .arg(Arg::new("input").long("input").short('i').value_name("FILE").help("Same as the positional INPUT"))
+        .arg(
+            Arg::new("model")
+                .long("model")
+                .visible_alias("tokenizer")
+                .value_name("MODEL")
+                .help("Whose tokenizer: a directory, tokenizer.json, profile or repository [default: demo]"),
+        )
+        .arg(
+            Arg::new("format")
+                .long("format")
+                .visible_alias("chat-format")
+                .value_name("NAME")
+                .default_value("harmony")
+                .help("Chat format"),
+        )
+}
+
+fn tool_args(matches: &ArgMatches) -> ToolArgs {
+    let text = |name| matches.get_one::<String>(name).cloned();
+    ToolArgs {
+        model: text("model"),
+        format: text("format").unwrap_or_default(),
+        input: text("INPUT").or_else(|| text("input")).filter(|path| path != "-").map(PathBuf::from),
+    }
+}
+
+fn serve_values(matches: &ArgMatches) -> Values {
+    let mut values = Values::default();
+    for flag in FLAGS {
+        if let Some(given) = matches.get_many::<String>(flag.name) {
+            values.offer(flag, Given { values: given.cloned().collect(), origin: Origin::Flag });
+        }
+    }
+    if let (Some(model), Some(flag)) = (matches.get_one::<String>("MODEL"), table::find("model")) {
+        values.offer(flag, Given { values: vec![model.clone()], origin: Origin::Flag });
+    }
+    values
+}
+
+#[cfg(test)]
+mod tests;

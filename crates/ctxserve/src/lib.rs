@@ -1,0 +1,4 @@
+//! The `ctxserve` program as a library: command line, model sources, wiring, subcommands.
+
+pub mod cli;
+pub mod hub;
