@@ -1,0 +1,176 @@
+//! The checkpoint as a model sees it.
+
+use std::path::{Path, PathBuf};
+
+use ctxserve_core::Matrix;
+use serde_json::Value;
+
+use crate::check::{self, Shape, Want};
+use crate::dtype::Dtype;
+use crate::error::{CheckpointError, quoted};
+use crate::formats::{self, QuantFormat};
+use crate::header::Entry;
+use crate::json;
+use crate::source::Source;
+use crate::store::Store;
+use crate::{directory, values};
+
+/// An opened checkpoint: configuration and headers in memory, weights where they were. Reading takes `&self`
+/// and holds no lock, so threads may read different tensors at once.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: Option<PathBuf>,
+    config: Value,
+    generation_config: Option<Value>,
+    store: Store,
+    format: &'static dyn QuantFormat,
+}
+
+/// A tensor that never was in a file.
+#[derive(Clone, Debug)]
+pub struct MemoryTensor {
+    /// Its stored name.
+    pub name: String,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// Little-endian elements, row-major.
+    pub data: Vec<u8>,
+}
+
+impl Checkpoint {
+    /// Opens a Hugging Face model directory: `config.json`, optionally `generation_config.json` and
+    /// `hf_quant_config.json`, and `model.safetensors` or the shards of `model.safetensors.index.json`.
+    ///
+    /// # Errors
+    /// Whatever configuration and headers show to be missing, malformed or unsupported. No weight is read.
+    pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        if !dir.is_dir() {
+            return Err(CheckpointError::NotADirectory { path: dir.to_owned() });
+        }
+        let Some(config) = json::read_object(dir, "config.json")? else {
+            let file = dir.join("config.json").display().to_string();
+            return Err(CheckpointError::MissingFile { file, hint: String::new() });
+        };
+        let generation_config = json::read_object(dir, "generation_config.json")?;
+        let hf_quant_config = json::read_object(dir, "hf_quant_config.json")?;
+        let store = directory::open(dir)?;
+        let format = formats::detect(Some(dir), &config, hf_quant_config.as_ref(), &store)?;
+        Ok(Self { dir: Some(dir.to_owned()), config, generation_config, store, format })
+    }
+
+    /// A checkpoint without files, under the same rules.
+    ///
+    /// # Errors
+    /// A tensor whose data does not have the size of its shape, two of one name, an unsupported
+    /// `quantization_config`.
+    pub fn in_memory(config: Value, tensors: Vec<MemoryTensor>) -> Result<Self, CheckpointError> {
+        let mut store = Store::new("<memory>".to_owned());
+        for MemoryTensor { name, dtype, shape, data } in tensors {
+            let dims: Vec<u64> = shape.iter().map(|&dim| dim as u64).collect();
+            let bytes = data.len();
+            if dtype.bytes(&dims) != Some(bytes as u64) {
+                let problem = format!("shape {shape:?} of {dtype} does not take {bytes} bytes");
+                let (file, tensor) = ("<memory>".to_owned(), quoted(&name));
+                return Err(CheckpointError::Tensor { file, tensor, problem });
+            }
+            let entry = Entry { name, dtype, shape, offset: 0, bytes };
+            store.add(Source::memory(data), vec![entry])?;
+        }
+        let format = formats::detect(None, &config, None, &store)?;
+        Ok(Self { dir: None, config, generation_config: None, store, format })
+    }
+
+    /// `config.json`: an object, otherwise unchecked.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// `generation_config.json`, when there is one: an object, otherwise unchecked.
+    pub fn generation_config(&self) -> Option<&Value> {
+        self.generation_config.as_ref()
+    }
+
+    /// Where it was opened.
+    pub fn dir(&self) -> Option<&Path> {
+        self.dir.as_deref()
+    }
+
+    /// Name of the storage format: `mxfp4` or `dense`.
+    pub fn format_name(&self) -> &'static str {
+        self.format.name()
+    }
+
+    /// Bytes of all stored tensors together.
+    pub fn total_bytes(&self) -> u64 {
+        self.store.total_bytes()
+    }
+
+    /// The bytes of `tokenizer.json`; `None` when there is none, or no directory.
+    ///
+    /// # Errors
+    /// When it cannot be read or is absurdly large.
+    pub fn tokenizer_json(&self) -> Result<Option<Vec<u8>>, CheckpointError> {
+        match &self.dir {
+            Some(dir) => json::read_small(&dir.join("tokenizer.json"), json::MAX_TOKENIZER),
+            None => Ok(None),
+        }
+    }
+
+    /// Whether a tensor is stored under exactly this name.
+    pub fn contains(&self, stored_name: &str) -> bool {
+        self.store.get(stored_name).is_some()
+    }
+
+    /// Checks, from headers alone, that exactly the wanted tensors are stored with usable types and shapes.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Mismatch`] with everything that is missing, mis-typed, mis-shaped or not wanted.
+    pub fn check(&self, wants: &[Want]) -> Result<(), CheckpointError> {
+        check::check(&self.store, self.format, wants)
+    }
+
+    /// Reads a vector `[len]`, or the rows of a `[n, len / n]` tensor one after another.
+    ///
+    /// # Errors
+    /// When it is not stored so, cannot be read, or has an element that is not finite.
+    pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
+        let want = Want { name: name.to_owned(), shape: Shape::Vector { len } };
+        match check::resolve(&self.store, self.format, &want)?.as_slice() {
+            [tensor] => values::vector(*tensor),
+            _ => Err(formats::misused(&want)),
+        }
+    }
+
+    /// Reads a matrix `[rows, cols]` = `[out, in]` in its stored precision (F16 becomes F32).
+    ///
+    /// # Errors
+    /// When it is not stored so, cannot be read, or has an element or scale that is not finite.
+    pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix, CheckpointError> {
+        self.load(Want { name: name.to_owned(), shape: Shape::Matrix { rows, cols } }, rows, cols)
+    }
+
+    /// Reads an expert stack as one matrix `[experts * rows, cols]`, each expert `[out, in]` however it is
+    /// stored. MXFP4 stays packed.
+    ///
+    /// # Errors
+    /// When it is not stored so, cannot be read, or has an element or scale that is not finite.
+    pub fn experts(
+        &self,
+        name: &str,
+        experts: usize,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Matrix, CheckpointError> {
+        let want = Want { name: name.to_owned(), shape: Shape::Experts { experts, rows, cols } };
+        // Saturation cannot fit any stored shape, and is refused as a mismatch.
+        self.load(want, experts.saturating_mul(rows), cols)
+    }
+
+    fn load(&self, want: Want, rows: usize, cols: usize) -> Result<Matrix, CheckpointError> {
+        let parts = check::resolve(&self.store, self.format, &want)?;
+        let elements = self.format.load(&self.store, &want, &parts)?;
+        Matrix::new(rows, cols, elements).ok_or_else(|| formats::misused(&want))
+    }
+}

@@ -1,0 +1,72 @@
+//! Expert stacks stored `[E, in, out]` into `[E, out, in]`.
+
+use ctxserve_core::Elements;
+use half::{bf16, f16};
+
+use crate::dtype::Dtype;
+use crate::error::CheckpointError;
+use crate::store::Stored;
+use crate::values::{self, Float, PIECE};
+
+/// Side of the square that is transposed at once: two squares of f32 stay in the first-level cache.
+const TILE: usize = 32;
+
+/// Reads a stack stored `[experts, cols, rows]` and returns its elements as `[experts, rows, cols]`. Besides
+/// the result it holds a few megabytes.
+pub(crate) fn read(
+    tensor: Stored<'_>,
+    experts: usize,
+    rows: usize,
+    cols: usize,
+) -> Result<Elements, CheckpointError> {
+    match tensor.dtype() {
+        Dtype::F32 => stack::<f32>(tensor, experts, rows, cols).map(Elements::F32),
+        Dtype::BF16 => stack::<bf16>(tensor, experts, rows, cols).map(Elements::Bf16),
+        Dtype::F16 => stack::<f16>(tensor, experts, rows, cols).map(Elements::F32),
+        other => Err(values::unreadable(tensor, other)),
+    }
+}
+
+fn stack<T: Float>(
+    tensor: Stored<'_>,
+    experts: usize,
+    rows: usize,
+    cols: usize,
+) -> Result<Vec<T::Wide>, CheckpointError> {
+    let mut out = tensor.allocate::<T::Wide>(tensor.count())?;
+    if out.len() != experts.saturating_mul(rows).saturating_mul(cols) {
+        let shape = tensor.shape();
+        return Err(tensor.error(format!("shape {shape:?} does not hold [{experts}, {cols}, {rows}]")));
+    }
+    if out.is_empty() {
+        return Ok(out);
+    }
+    // Whole tiles of input features per read, at least one.
+    let strip = (PIECE / size_of::<T>() / rows / TILE * TILE).clamp(TILE, cols.next_multiple_of(TILE));
+    let mut scratch = tensor.allocate::<T>(strip.min(cols) * rows)?;
+    for (expert, out) in out.chunks_exact_mut(rows * cols).enumerate() {
+        for first in (0..cols).step_by(strip) {
+            let height = strip.min(cols - first);
+            let part = &mut scratch[..height * rows];
+            values::read(tensor, (expert * cols + first) * rows, part)?;
+            place(part, rows, out, cols, first);
+        }
+    }
+    Ok(out)
+}
+
+/// Writes `part` `[height, rows]` as columns `first..first + height` of `out` `[rows, cols]`.
+fn place<T: Float>(part: &[T], rows: usize, out: &mut [T::Wide], cols: usize, first: usize) {
+    let height = part.len() / rows;
+    for top in (0..height).step_by(TILE) {
+        let tall = TILE.min(height - top);
+        for left in (0..rows).step_by(TILE) {
+            for row in left..rows.min(left + TILE) {
+                let line = &mut out[row * cols + first + top..][..tall];
+                for (i, value) in line.iter_mut().enumerate() {
+                    *value = part[(top + i) * rows + row].widen();
+                }
+            }
+        }
+    }
+}
