@@ -1,1 +1,20 @@
 //! Model families: configuration, weight names, forward pass.
+//!
+//! A family is one folder and one row of the registry. It reads an untrusted `config.json`, says which
+//! tensors it wants, hands them to a [`Backend`](ctxserve_backend::Backend) layer by layer, and then runs
+//! each step as that backend's coarse ops. Nothing here knows a device or a quantisation format.
+
+pub mod demo;
+mod eos;
+mod error;
+mod fields;
+pub mod gpt_oss;
+mod model;
+mod registry;
+mod rope;
+mod weights;
+
+pub use error::{ConfigError, LoadError};
+pub use model::{LoadOptions, LoadProgress, Model, ModelInfo};
+pub use registry::{architectures, inspect, load};
+pub use rope::{Yarn, rope_table};

@@ -1,0 +1,58 @@
+//! Why a model does not load.
+
+use ctxserve_backend::DeviceError;
+use ctxserve_checkpoint::CheckpointError;
+use thiserror::Error;
+
+/// A configuration value that is missing, out of range or at odds with another.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("{field}: {what}")]
+pub struct ConfigError {
+    /// The field as the file spells it, with its path: `rope_scaling.factor`.
+    pub field: String,
+    /// What is wrong, with the value and the bound.
+    pub what: String,
+}
+
+impl ConfigError {
+    pub(crate) fn new(field: impl Into<String>, what: impl Into<String>) -> Self {
+        Self { field: field.into(), what: what.into() }
+    }
+}
+
+/// Why a model does not load.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    /// No family serves this architecture.
+    #[error("config.json: architecture {found} is not supported; known are {known}")]
+    UnknownArchitecture {
+        /// `architectures`, or `model_type` without it, as the file has it.
+        found: String,
+        /// Every architecture of the registry.
+        known: String,
+    },
+    /// A value of the configuration is unusable.
+    #[error("config.json: {0}")]
+    Config(ConfigError),
+    /// An option of the server is unusable.
+    #[error("load options: {0}")]
+    Options(ConfigError),
+    /// The checkpoint lacks a tensor, has one too many, or cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Matrices that are fused into one are stored differently.
+    #[error("{name}: stored as {found:?} while {first} is {expected:?}")]
+    MixedEncodings {
+        /// The matrix at odds with the first.
+        name: String,
+        /// How it is stored.
+        found: ctxserve_core::Encoding,
+        /// The first of the fused matrices.
+        first: String,
+        /// How that is stored.
+        expected: ctxserve_core::Encoding,
+    },
+    /// The device refused the weights.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}

@@ -1,0 +1,220 @@
+//! `config.json` of gpt-oss, which nobody vouches for: every number is checked before anything is sized by it.
+
+use ctxserve_backend::{AttentionSpec, ExpertSpec, KvGroup, KvSpec};
+use serde_json::Value;
+
+use super::rope::{self, Rope};
+use crate::fields::Fields;
+use crate::{ConfigError, LoadOptions};
+
+/// Ceilings far above any known model, low enough that sizes computed from them cannot overflow.
+mod most {
+    pub(super) const LAYERS: usize = 1024;
+    pub(super) const WIDTH: usize = 1 << 17;
+    pub(super) const HEADS: usize = 4096;
+    pub(super) const HEAD_DIM: usize = 1024;
+    pub(super) const EXPERTS: usize = 4096;
+    pub(super) const VOCAB: usize = 1 << 24;
+    pub(super) const POSITIONS: usize = 1 << 27;
+}
+
+/// Widths are multiples of this: expert matrices come in blocks of 32 along both.
+const BLOCK: usize = 32;
+
+/// What a gpt-oss model is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width of an expert between its two products.
+    pub inner: usize,
+    /// Rows of the embedding.
+    pub vocab: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements per head.
+    pub head_dim: usize,
+    /// Keys a layer's query sees, itself included; `None` is full causal attention. One entry a layer.
+    pub windows: Vec<Option<usize>>,
+    /// Experts per layer.
+    pub experts: usize,
+    /// Experts per token.
+    pub top_k: usize,
+    /// Sigmoid gain of the experts' activation.
+    pub alpha: f32,
+    /// Clamp of the experts' activation.
+    pub limit: f32,
+    /// RMSNorm epsilon.
+    pub norm_eps: f32,
+    /// Rotary parameters.
+    pub rope: Rope,
+    /// Whether q, k, v and o are biased.
+    pub attention_bias: bool,
+    /// Whether the embedding is the head too.
+    pub tied: bool,
+    /// Most positions.
+    pub max_context: usize,
+}
+
+impl Config {
+    /// Reads and checks.
+    ///
+    /// # Errors
+    /// The first field that is missing, out of range or at odds with another.
+    pub fn read(config: &Value) -> Result<Self, ConfigError> {
+        let fields = Fields::root(config)?;
+        let layers = fields.need_int("num_hidden_layers", 1..=most::LAYERS)?;
+        let width = |name| {
+            let width = fields.need_int(name, BLOCK..=most::WIDTH)?;
+            match width.is_multiple_of(BLOCK) {
+                true => Ok(width),
+                false => Err(fields.error(name, format!("must be a multiple of {BLOCK}, got {width}"))),
+            }
+        };
+        let (hidden, inner) = (width("hidden_size")?, width("intermediate_size")?);
+        let heads = fields.need_int("num_attention_heads", 1..=most::HEADS)?;
+        let kv_heads = fields.need_int("num_key_value_heads", 1..=most::HEADS)?;
+        if !heads.is_multiple_of(kv_heads) {
+            let what = format!("must divide num_attention_heads: {kv_heads} against {heads}");
+            return Err(fields.error("num_key_value_heads", what));
+        }
+        let head_dim = fields.int("head_dim", 2..=most::HEAD_DIM)?.unwrap_or(64);
+        if !head_dim.is_multiple_of(2) {
+            return Err(fields.error("head_dim", format!("must be even, got {head_dim}")));
+        }
+        let experts = fields.need_int_alias(["num_local_experts", "num_experts"], 1..=most::EXPERTS)?;
+        let top_k = fields.need_int_alias(["num_experts_per_tok", "experts_per_token"], 1..=most::EXPERTS)?;
+        if top_k > experts {
+            let what = format!("must not exceed the number of experts: {top_k} against {experts}");
+            return Err(fields.error("num_experts_per_tok", what));
+        }
+        // The name is misleading: the experts' activation is the clamped SwiGLU whatever the file calls it.
+        if fields.text("hidden_act")?.is_some_and(|name| name != "silu" && name != "swiglu") {
+            return Err(fields.error("hidden_act", "must be silu"));
+        }
+        let rope = rope::read(&fields)?;
+        Ok(Self {
+            hidden,
+            inner,
+            vocab: fields.need_int("vocab_size", 1..=most::VOCAB)?,
+            heads,
+            kv_heads,
+            head_dim,
+            windows: windows(&fields, layers)?,
+            experts,
+            top_k,
+            alpha: fields.number("swiglu_alpha", 1e-3..=1e3)?.unwrap_or(1.702) as f32,
+            limit: fields.number("swiglu_limit", 1e-3..=1e6)?.unwrap_or(7.0) as f32,
+            norm_eps: fields.number("rms_norm_eps", 1e-12..=1.0)?.unwrap_or(1e-5) as f32,
+            attention_bias: fields.flag("attention_bias")?.unwrap_or(true),
+            tied: fields.flag("tie_word_embeddings")?.unwrap_or(false),
+            max_context: max_context(&fields, &rope)?,
+            rope,
+        })
+    }
+
+    /// Transformer blocks.
+    pub fn layers(&self) -> usize {
+        self.windows.len()
+    }
+
+    /// Width of all query heads together.
+    pub fn q_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Width of all key (or value) heads together.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// How a layer attends.
+    pub fn attention(&self, layer: usize) -> AttentionSpec {
+        AttentionSpec {
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            scale: 1.0 / (self.head_dim as f32).sqrt(),
+            window: self.windows[layer],
+            norm_eps: self.norm_eps,
+        }
+    }
+
+    /// The experts of any layer.
+    pub fn expert_spec(&self) -> ExpertSpec {
+        ExpertSpec {
+            experts: self.experts,
+            top_k: self.top_k,
+            hidden: self.hidden,
+            inner: self.inner,
+            alpha: self.alpha,
+            limit: self.limit,
+            norm_eps: self.norm_eps,
+        }
+    }
+
+    /// The KV cache: a group for the sliding layers and one for the full ones, without those that have none.
+    pub fn kv_spec(&self, options: &LoadOptions) -> KvSpec {
+        let sliding = self.windows.iter().copied().find(Option::is_some).flatten();
+        let group = |window| {
+            let layers: Vec<usize> = (0..self.layers()).filter(|&l| self.windows[l] == window).collect();
+            KvGroup { window, layers }
+        };
+        let mut groups = vec![group(None)];
+        if sliding.is_some() {
+            groups.insert(0, group(sliding));
+        }
+        groups.retain(|group| !group.layers.is_empty());
+        KvSpec {
+            page_size: options.page_size,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            groups,
+            dtype: options.kv_dtype,
+        }
+    }
+}
+
+/// `layer_types`, or alternating from a sliding layer on.
+fn windows(fields: &Fields<'_>, layers: usize) -> Result<Vec<Option<usize>>, ConfigError> {
+    const NAME: &str = "layer_types";
+    let sliding = match fields.get(NAME) {
+        None => (0..layers).map(|layer| layer % 2 == 0).collect::<Vec<_>>(),
+        Some(value) => {
+            let list = value.as_array().ok_or_else(|| fields.error(NAME, "must be a list"))?;
+            if list.len() != layers {
+                let what = format!("has {} entries for {layers} layers", list.len());
+                return Err(fields.error(NAME, what));
+            }
+            let kind = |entry: &Value| match entry.as_str() {
+                Some("sliding_attention") => Ok(true),
+                Some("full_attention") => Ok(false),
+                _ => Err(fields.error(NAME, "entries must be sliding_attention or full_attention")),
+            };
+            list.iter().map(kind).collect::<Result<_, _>>()?
+        }
+    };
+    if !sliding.contains(&true) {
+        return Ok(vec![None; layers]);
+    }
+    if fields.is_null("sliding_window") {
+        return Err(fields.error("sliding_window", "is null, but there are sliding layers"));
+    }
+    let window = fields.int("sliding_window", 1..=most::POSITIONS)?.unwrap_or(128);
+    Ok(sliding.into_iter().map(|sliding| sliding.then_some(window)).collect())
+}
+
+/// `max_position_embeddings`, or what the rotary parameters extend to.
+fn max_context(fields: &Fields<'_>, rope: &Rope) -> Result<usize, ConfigError> {
+    const NAME: &str = "max_position_embeddings";
+    if let Some(stated) = fields.int(NAME, 1..=most::POSITIONS)? {
+        return Ok(stated);
+    }
+    let extended = rope.yarn.map(|yarn| yarn.original_positions * yarn.factor);
+    match extended {
+        Some(positions) if positions <= most::POSITIONS as f64 => Ok(positions as usize),
+        _ => Err(fields.error(NAME, "is missing")),
+    }
+}

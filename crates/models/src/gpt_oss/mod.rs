@@ -1,0 +1,75 @@
+//! gpt-oss: a decoder of alternating sliding and full attention with sinks, YaRN, and a mixture of experts.
+//!
+//! ```text
+//! x = E[token]
+//! for each layer:
+//!     x = x + Attn(RMS(x))
+//!     x = x + MoE(RMS(x))
+//! logits = W * RMS(x)
+//! ```
+
+mod config;
+mod forward;
+mod rope;
+mod weights;
+
+use ctxserve_backend::Backend;
+use ctxserve_checkpoint::Checkpoint;
+
+use crate::eos;
+use crate::registry::Family;
+use crate::{LoadError, LoadOptions, LoadProgress, Model, ModelInfo, rope_table};
+
+pub use config::Config;
+pub use rope::Rope;
+
+pub(crate) const FAMILY: Family =
+    Family { architectures: &["GptOssForCausalLM"], model_types: &["gpt_oss"], inspect };
+
+/// Reads the configuration and holds the tensor headers against it.
+fn check(checkpoint: &Checkpoint) -> Result<Config, LoadError> {
+    let config = Config::read(checkpoint.config()).map_err(LoadError::Config)?;
+    checkpoint.check(&weights::wants(&config))?;
+    Ok(config)
+}
+
+fn info(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions) -> Result<ModelInfo, LoadError> {
+    let sources = [checkpoint.generation_config(), Some(checkpoint.config())];
+    let Config { hidden, experts, top_k, max_context, .. } = *config;
+    let (layers, format) = (config.layers(), checkpoint.format_name());
+    Ok(ModelInfo {
+        family: "gpt_oss",
+        description: format!(
+            "gpt_oss, {format}: {layers} layers of width {hidden}, {experts} experts top-{top_k}, \
+             {max_context} positions"
+        ),
+        vocab_size: config.vocab,
+        max_context,
+        layers,
+        kv: config.kv_spec(options),
+        eos: eos::read(sources.into_iter().flatten(), config.vocab).map_err(LoadError::Config)?,
+        weight_bytes: checkpoint.total_bytes(),
+    })
+}
+
+pub(crate) fn inspect(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<ModelInfo, LoadError> {
+    info(&check(checkpoint)?, checkpoint, options)
+}
+
+pub(crate) fn load<B: Backend>(
+    checkpoint: &Checkpoint,
+    backend: &mut B,
+    options: &LoadOptions,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Box<dyn Model<B>>, LoadError> {
+    let config = check(checkpoint)?;
+    let info = info(&config, checkpoint, options)?;
+    let weights = weights::load(&config, checkpoint, backend, progress)?;
+    Ok(Box::new(forward::GptOss {
+        info,
+        attention: (0..config.layers()).map(|layer| config.attention(layer)).collect(),
+        rope: rope_table(config.rope.theta, config.head_dim, config.rope.yarn.as_ref()),
+        norm_eps: config.norm_eps,
+        weights,
+    }))
+}

@@ -1,0 +1,142 @@
+//! gpt-oss's tensors: what they are called, how large they are, and how they reach a backend.
+
+use ctxserve_backend::{AttentionInput, Backend, ExpertWeights, Moe};
+use ctxserve_checkpoint::{Checkpoint, Shape, Want};
+
+use super::Config;
+use crate::weights::Loader;
+use crate::{LoadError, LoadProgress};
+
+const EMBEDDING: &str = "model.embed_tokens";
+const FINAL_NORM: &str = "model.norm.weight";
+const HEAD: &str = "lm_head";
+
+/// The weights of one block.
+pub(super) struct Block<B: Backend> {
+    pub(super) input: AttentionInput<B>,
+    /// One logit per query head.
+    pub(super) sinks: B::Vector,
+    /// `[hidden, heads * head_dim]`.
+    pub(super) output: B::Matrix,
+    pub(super) moe: Moe<B>,
+}
+
+/// All weights.
+pub(super) struct Weights<B: Backend> {
+    /// `[vocab, hidden]`.
+    pub(super) embedding: B::Matrix,
+    pub(super) blocks: Vec<Block<B>>,
+    /// `[hidden]`.
+    pub(super) norm: B::Vector,
+    /// `[vocab, hidden]`; `None` where the embedding serves.
+    pub(super) head: Option<B::Matrix>,
+}
+
+fn in_block(layer: usize, name: &str) -> String {
+    format!("model.layers.{layer}.{name}")
+}
+
+/// The rows of an attention's projections of the residual stream: q, then k, then v.
+fn qkv(config: &Config, layer: usize) -> [(String, usize); 3] {
+    let named = |name, rows| (in_block(layer, name), rows);
+    [
+        named("self_attn.q_proj", config.q_width()),
+        named("self_attn.k_proj", config.kv_width()),
+        named("self_attn.v_proj", config.kv_width()),
+    ]
+}
+
+/// Every tensor that the model is made of; the checkpoint must hold these and no others.
+pub(super) fn wants(config: &Config) -> Vec<Want> {
+    let mut wants = Vec::new();
+    let mut want = |name: String, shape| wants.push(Want { name, shape });
+    let vector = |len| Shape::Vector { len };
+    let Config { hidden, inner, vocab, experts, .. } = *config;
+    want(format!("{EMBEDDING}.weight"), Shape::Matrix { rows: vocab, cols: hidden });
+    for layer in 0..config.layers() {
+        let name = |name| in_block(layer, name);
+        want(name("input_layernorm.weight"), vector(hidden));
+        want(name("post_attention_layernorm.weight"), vector(hidden));
+        want(name("self_attn.sinks"), vector(config.heads));
+        let output = (name("self_attn.o_proj"), hidden);
+        let cols = [hidden, hidden, hidden, config.q_width()];
+        for ((linear, rows), cols) in qkv(config, layer).into_iter().chain([output]).zip(cols) {
+            want(format!("{linear}.weight"), Shape::Matrix { rows, cols });
+            if config.attention_bias {
+                want(format!("{linear}.bias"), vector(rows));
+            }
+        }
+        want(name("mlp.router.weight"), Shape::Matrix { rows: experts, cols: hidden });
+        want(name("mlp.router.bias"), vector(experts));
+        want(name("mlp.experts.gate_up_proj"), Shape::Experts { experts, rows: 2 * inner, cols: hidden });
+        want(name("mlp.experts.gate_up_proj_bias"), vector(experts * 2 * inner));
+        want(name("mlp.experts.down_proj"), Shape::Experts { experts, rows: hidden, cols: inner });
+        want(name("mlp.experts.down_proj_bias"), vector(experts * hidden));
+    }
+    want(FINAL_NORM.to_owned(), vector(hidden));
+    if !config.tied {
+        want(format!("{HEAD}.weight"), Shape::Matrix { rows: vocab, cols: hidden });
+    }
+    wants
+}
+
+/// Loads everything, one block at a time.
+pub(super) fn load<B: Backend>(
+    config: &Config,
+    checkpoint: &Checkpoint,
+    backend: &mut B,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Weights<B>, LoadError> {
+    let mut loader = Loader::new(checkpoint, backend, config.layers() + 2, progress);
+    let table = [config.vocab, config.hidden];
+    let embedding = loader.linear(EMBEDDING, table, false)?;
+    loader.finished();
+    let mut blocks = Vec::with_capacity(config.layers());
+    for layer in 0..config.layers() {
+        blocks.push(block(config, layer, &mut loader)?);
+        loader.finished();
+    }
+    let norm = loader.vector(FINAL_NORM, config.hidden)?;
+    let head = if config.tied { None } else { Some(loader.linear(HEAD, table, false)?) };
+    loader.finished();
+    Ok(Weights { embedding, blocks, norm, head })
+}
+
+fn block<B: Backend>(
+    config: &Config,
+    layer: usize,
+    loader: &mut Loader<'_, B>,
+) -> Result<Block<B>, LoadError> {
+    let Config { hidden, inner, experts, .. } = *config;
+    let name = |name| in_block(layer, name);
+    let spec = config.expert_spec();
+    let gate_up = loader.checkpoint.experts(&name("mlp.experts.gate_up_proj"), experts, 2 * inner, hidden)?;
+    let down = loader.checkpoint.experts(&name("mlp.experts.down_proj"), experts, hidden, inner)?;
+    let stack = ExpertWeights {
+        gate_up: loader.accepted(gate_up),
+        gate_up_bias: loader
+            .checkpoint
+            .vector(&name("mlp.experts.gate_up_proj_bias"), experts * 2 * inner)?,
+        down: loader.accepted(down),
+        down_bias: loader.checkpoint.vector(&name("mlp.experts.down_proj_bias"), experts * hidden)?,
+    };
+    let stack = loader.backend.load_experts(stack, &spec)?;
+    Ok(Block {
+        input: AttentionInput {
+            norm: loader.vector(&name("input_layernorm.weight"), hidden)?,
+            qkv: loader.fused(&qkv(config, layer), hidden, config.attention_bias)?,
+        },
+        sinks: loader.vector(&name("self_attn.sinks"), config.heads)?,
+        output: loader.linear(
+            &name("self_attn.o_proj"),
+            [hidden, config.q_width()],
+            config.attention_bias,
+        )?,
+        moe: Moe {
+            norm: loader.vector(&name("post_attention_layernorm.weight"), hidden)?,
+            router: loader.linear(&name("mlp.router"), [experts, hidden], true)?,
+            experts: stack,
+            spec,
+        },
+    })
+}
