@@ -1,1 +1,0 @@
-//! Reading answers, token by token.
