@@ -171,3 +171,7 @@ impl<'de, V: Deserialize<'de>> Visitor<'de> for UniqueKeysVisitor<V> {
         Ok(pairs)
     }
 }
+
+#[cfg(test)]
+#[path = "header_properties.rs"]
+mod properties;

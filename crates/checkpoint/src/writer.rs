@@ -140,6 +140,9 @@ fn layout(
     let mut slots = HashMap::new();
     let mut next = 0_u64;
     for tensor in order {
+        if tensor.name == "__metadata__" {
+            return Err(fail(tensor, "the name is reserved".to_owned()));
+        }
         let dims: Vec<u64> = tensor.shape.iter().map(|&dim| dim as u64).collect();
         // Half the range of u64 leaves room for the header.
         let end = tensor.dtype.bytes(&dims).and_then(|bytes| next.checked_add(bytes));
@@ -152,9 +155,6 @@ fn layout(
             "shape": tensor.shape,
             "data_offsets": [next, end],
         });
-        if tensor.name == "__metadata__" {
-            return Err(fail(tensor, "the name is reserved".to_owned()));
-        }
         if header.insert(tensor.name.clone(), item).is_some() {
             return Err(fail(tensor, "is announced twice".to_owned()));
         }

@@ -1,7 +1,5 @@
 //! Checkpoint directories built by hand, byte by byte where a test needs it.
 
-#![allow(dead_code)] // each test binary uses its part
-
 use std::path::Path;
 
 use ctxserve_checkpoint::{Checkpoint, Dtype, MemoryTensor, SafetensorsWriter, TensorSpec};
@@ -9,12 +7,12 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Header length, header, data.
-pub fn raw(header: &str, data: &[u8]) -> Vec<u8> {
+pub(crate) fn raw(header: &str, data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
 }
 
 /// A directory with `config.json` and the given files.
-pub fn dir(config: &Value, files: &[(&str, &[u8])]) -> TempDir {
+pub(crate) fn dir(config: &Value, files: &[(&str, &[u8])]) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
     for (name, bytes) in files {
@@ -24,29 +22,29 @@ pub fn dir(config: &Value, files: &[(&str, &[u8])]) -> TempDir {
 }
 
 /// What opening a directory with this `model.safetensors` says.
-pub fn open_error(model: &[u8]) -> String {
+pub(crate) fn open_error(model: &[u8]) -> String {
     let dir = dir(&json!({}), &[("model.safetensors", model)]);
     Checkpoint::open(dir.path()).unwrap_err().to_string()
 }
 
-pub fn tensor(name: &str, dtype: Dtype, shape: &[usize], data: Vec<u8>) -> MemoryTensor {
+pub(crate) fn tensor(name: &str, dtype: Dtype, shape: &[usize], data: Vec<u8>) -> MemoryTensor {
     MemoryTensor { name: name.to_owned(), dtype, shape: shape.to_vec(), data }
 }
 
-pub fn f32s(values: impl IntoIterator<Item = f32>) -> Vec<u8> {
+pub(crate) fn f32s(values: impl IntoIterator<Item = f32>) -> Vec<u8> {
     values.into_iter().flat_map(f32::to_le_bytes).collect()
 }
 
-pub fn bf16s(values: impl IntoIterator<Item = f32>) -> Vec<u8> {
+pub(crate) fn bf16s(values: impl IntoIterator<Item = f32>) -> Vec<u8> {
     values.into_iter().flat_map(|value| half::bf16::from_f32(value).to_le_bytes()).collect()
 }
 
-pub fn f16s(values: impl IntoIterator<Item = f32>) -> Vec<u8> {
+pub(crate) fn f16s(values: impl IntoIterator<Item = f32>) -> Vec<u8> {
     values.into_iter().flat_map(|value| half::f16::from_f32(value).to_le_bytes()).collect()
 }
 
 /// Writes tensors with the crate's own writer.
-pub fn write(path: &Path, tensors: &[MemoryTensor]) {
+pub(crate) fn write(path: &Path, tensors: &[MemoryTensor]) {
     let specs: Vec<TensorSpec> = tensors
         .iter()
         .map(|t| TensorSpec { name: t.name.clone(), dtype: t.dtype, shape: t.shape.clone() })
@@ -58,6 +56,6 @@ pub fn write(path: &Path, tensors: &[MemoryTensor]) {
     writer.finish().unwrap();
 }
 
-pub fn mxfp4_config() -> Value {
+pub(crate) fn mxfp4_config() -> Value {
     json!({"quantization_config": {"quant_method": "mxfp4"}})
 }

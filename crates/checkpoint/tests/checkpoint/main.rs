@@ -1,0 +1,12 @@
+//! Checkpoints from outside: directories and memory in, tensors or a message out.
+
+#[cfg(test)]
+mod formats;
+#[cfg(test)]
+mod malformed;
+#[cfg(test)]
+mod reference;
+#[cfg(test)]
+mod round_trip;
+#[cfg(test)]
+mod support;
