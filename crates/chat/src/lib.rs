@@ -9,6 +9,9 @@ mod format;
 pub mod formats;
 pub mod harmony;
 mod message;
+mod segments;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod tokenizer;
 
 pub use collect::{Collector, Message as ParsedMessage, ParsedCall};
@@ -17,4 +20,10 @@ pub use format::{
     ChatFormat, Delta, End, Finish, FormatError, Outcome, ParserOptions, Place, RenderError, StreamParser,
 };
 pub use message::{Conversation, FunctionTool, Message, ReasoningEffort, ToolCall};
+pub use segments::{Segment, SegmentError, end_of, segments_to_ids};
 pub use tokenizer::{Tokenizer, TokenizerError};
+
+/// `tokenizer.json` of the built-in demo model: a small byte-level BPE with Harmony's control tokens.
+pub fn demo_tokenizer_json() -> &'static [u8] {
+    include_bytes!("../assets/demo-tokenizer.json")
+}

@@ -1,6 +1,53 @@
 //! Harmony, the chat protocol of gpt-oss and Context-1.
 
 pub mod parse;
+mod prompt;
+mod render;
 mod tokens;
+mod typescript;
+
+use std::sync::Arc;
+
+use ctxserve_core::TokenId;
+
+use crate::{ChatFormat, Conversation, FormatError, ParserOptions, RenderError, StreamParser, Tokenizer};
 
 pub use tokens::HarmonyTokens;
+
+/// The format's name in profiles and flags.
+pub const NAME: &str = "harmony";
+
+/// Harmony on a tokenizer that has its control tokens.
+pub struct Harmony {
+    tokenizer: Arc<Tokenizer>,
+    tokens: HarmonyTokens,
+}
+
+impl Harmony {
+    /// Binds the format.
+    ///
+    /// # Errors
+    /// [`FormatError::MissingToken`].
+    pub fn new(tokenizer: Arc<Tokenizer>) -> Result<Self, FormatError> {
+        let tokens = HarmonyTokens::new(&tokenizer)?;
+        Ok(Self { tokenizer, tokens })
+    }
+}
+
+impl ChatFormat for Harmony {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn render(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError> {
+        render::render(conversation, &self.tokenizer, &self.tokens)
+    }
+
+    fn stop_ids(&self) -> &[TokenId] {
+        self.tokens.stop_ids()
+    }
+
+    fn parser(&self, options: ParserOptions) -> Box<dyn StreamParser> {
+        Box::new(parse::HarmonyParser::new(Arc::clone(&self.tokenizer), self.tokens.clone(), options))
+    }
+}

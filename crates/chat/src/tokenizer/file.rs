@@ -162,11 +162,14 @@ pub(super) fn read(json: &[u8]) -> Result<Contents, String> {
     let largest = model.vocab.values().copied().chain(document.added_tokens.iter().map(|t| t.id)).max();
     match largest {
         None => return Err("model.vocab is empty".to_owned()),
-        Some(id) if id >= MAX_VOCAB => return Err(format!("token id {id} is out of range (below {MAX_VOCAB})")),
+        Some(id) if id >= MAX_VOCAB => {
+            return Err(format!("token id {id} is out of range (below {MAX_VOCAB})"));
+        }
         Some(_) => {}
     }
 
-    let mentions_byte_level = |value: &Option<Value>| value.as_ref().is_some_and(|v| mentions(v, "ByteLevel"));
+    let mentions_byte_level =
+        |value: &Option<Value>| value.as_ref().is_some_and(|v| mentions(v, "ByteLevel"));
     let spelling = if mentions_byte_level(&document.decoder) || mentions_byte_level(&document.pre_tokenizer) {
         Spelling::ByteLevel
     } else {
@@ -178,7 +181,8 @@ pub(super) fn read(json: &[u8]) -> Result<Contents, String> {
     };
     let vocab: Vec<_> = model.vocab.iter().map(|(token, id)| (token.clone(), *id)).collect();
 
-    let text_tokens: Vec<&AddedEntry> = document.added_tokens.iter().filter(|token| token.is_text()).collect();
+    let text_tokens: Vec<&AddedEntry> =
+        document.added_tokens.iter().filter(|token| token.is_text()).collect();
     // The library numbers unknown added tokens itself, unless the model knows them.
     for token in &text_tokens {
         model.vocab.entry(token.content.clone()).or_insert(token.id);
@@ -187,7 +191,8 @@ pub(super) fn read(json: &[u8]) -> Result<Contents, String> {
 
     let mut encoder = tokenizers::Tokenizer::new(model);
     if let Some(value) = document.normalizer {
-        let part: NormalizerWrapper = serde_json::from_value(value).map_err(|e| format!("normalizer: {e}"))?;
+        let part: NormalizerWrapper =
+            serde_json::from_value(value).map_err(|e| format!("normalizer: {e}"))?;
         encoder.with_normalizer(Some(part));
     }
     if let Some(value) = document.pre_tokenizer {

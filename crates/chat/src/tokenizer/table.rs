@@ -97,7 +97,8 @@ impl TokenTable {
 /// `<0x0A>` in vocabularies with byte fallback.
 fn byte_token(token: &str) -> Option<u8> {
     let hex = token.strip_prefix("<0x")?.strip_suffix('>')?;
-    if hex.len() == 2 { u8::from_str_radix(hex, 16).ok() } else { None }
+    let digits = hex.len() == 2 && hex.bytes().all(|digit| digit.is_ascii_hexdigit());
+    if digits { u8::from_str_radix(hex, 16).ok() } else { None }
 }
 
 /// GPT-2's alphabet inverted: printable Latin-1 stands for itself, every other byte for the next free code point
