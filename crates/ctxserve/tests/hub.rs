@@ -1,4 +1,5 @@
 //! Downloads from a hub that the test plays on loopback.
+#![expect(clippy::unwrap_used, reason = "helpers of tests should stop where they fail")]
 
 mod fake_hub;
 

@@ -1,5 +1,6 @@
 //! The command line: `serve` (the default), `render` and `parse`.
 
+mod numbers;
 pub mod options;
 mod spelling;
 pub mod table;

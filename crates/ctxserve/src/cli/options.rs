@@ -1,1 +1,364 @@
-//! typed
+//! The flags with types. Small groups, each for the part of the server that reads it.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+
+use super::numbers::{bytes, count, tokens};
+use super::values::{OptionError, Origin, Values};
+
+/// Which model, and what is said about it.
+#[derive(Clone, Debug, Default)]
+pub struct ModelOptions {
+    /// As given; `None` is the demo.
+    pub model: Option<String>,
+    /// Names for the API; empty is the model's own.
+    pub served_names: Vec<String>,
+    /// Branch, tag or commit.
+    pub revision: String,
+    /// Where the tokenizer is, if not with the model.
+    pub tokenizer: Option<PathBuf>,
+    /// Chat format, if not the family's.
+    pub chat_format: Option<String>,
+    /// Cache to download into.
+    pub download_dir: Option<PathBuf>,
+    /// Hugging Face token.
+    pub token: Option<String>,
+    /// What the user says about how the checkpoint is stored.
+    pub quantization: Option<String>,
+    /// Where sampling defaults come from.
+    pub generation: Generation,
+    /// Sampling defaults that win over those.
+    pub overrides: Map<String, Value>,
+}
+
+/// Where sampling defaults come from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Generation {
+    /// The checkpoint's `generation_config.json`.
+    #[default]
+    Checkpoint,
+    /// The API's own defaults.
+    Neutral,
+    /// `generation_config.json` of another directory.
+    Directory(PathBuf),
+}
+
+/// What computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// The best that this build and machine have.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+/// Where and how to compute.
+#[derive(Clone, Debug)]
+pub struct DeviceOptions {
+    /// Device.
+    pub device: Device,
+    /// Whether the CPU may quantise activations to int8.
+    pub int8: bool,
+    /// CPU threads; `None` is all cores.
+    pub threads: Option<NonZeroUsize>,
+    /// Size of the KV cache, bytes; `None` is chosen from free memory.
+    pub kv_bytes: Option<usize>,
+    /// As asked for.
+    pub kv_dtype: KvChoice,
+    /// Positions per KV page.
+    pub page_size: usize,
+}
+
+/// How keys and values are to be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvChoice {
+    /// What the device does best.
+    Auto,
+    /// 4 bytes.
+    F32,
+    /// 2 bytes.
+    Bf16,
+    /// 1 byte.
+    Fp8,
+}
+
+/// Limits of the engine.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    /// Longest prompt plus answer; `None` is what fits.
+    pub max_model_len: Option<usize>,
+    /// The user insists on `max_model_len`: refuse to start rather than serve less.
+    pub strict_len: bool,
+    /// Most sequences at once.
+    pub max_num_seqs: usize,
+    /// Most tokens of a step; `None` is the device's choice.
+    pub max_batched_tokens: Option<usize>,
+    /// Most waiting requests.
+    pub max_queued_requests: usize,
+    /// Most waiting prompt tokens.
+    pub max_queued_tokens: usize,
+}
+
+/// The socket and who may use it.
+#[derive(Clone, Debug)]
+pub struct HttpOptions {
+    /// Address or name.
+    pub host: String,
+    /// Port; 0 is any.
+    pub port: u16,
+    /// Keys; empty is open.
+    pub api_keys: Vec<String>,
+    /// How long a shutdown waits.
+    pub drain: Duration,
+    /// Whether tools may be offered with `tool_choice: "auto"`.
+    pub auto_tools: bool,
+}
+
+/// How to log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogOptions {
+    /// JSON lines instead of text.
+    pub json: bool,
+    /// Level where `RUST_LOG` is silent.
+    pub level: String,
+}
+
+/// Everything `serve` reads.
+#[derive(Clone, Debug)]
+pub struct ServeOptions {
+    /// Model.
+    pub model: ModelOptions,
+    /// Device.
+    pub device: DeviceOptions,
+    /// Engine.
+    pub engine: EngineOptions,
+    /// HTTP.
+    pub http: HttpOptions,
+    /// What to tell the user: flags without effect, and why.
+    pub notes: Vec<String>,
+}
+
+/// Chat formats by the names vLLM gives their parsers.
+const TOOL_PARSERS: &[(&str, &str)] = &[("openai", "harmony"), ("harmony", "harmony"), ("hermes", "hermes")];
+const REASONING_PARSERS: &[(&str, &str)] =
+    &[("openai_gptoss", "harmony"), ("gpt_oss", "harmony"), ("harmony", "harmony"), ("qwen3", "hermes")];
+
+impl LogOptions {
+    /// Reads what the first log line needs.
+    ///
+    /// # Errors
+    /// A format or level that does not exist.
+    pub fn new(values: &Values) -> Result<Self, OptionError> {
+        let json = values.read("log-format", |text| one_of(text, &[("text", false), ("json", true)]))?;
+        let levels = ["off", "error", "warn", "info", "debug", "trace"].map(|level| (level, level));
+        let level = values.read("log-level", |text| one_of(&text.to_ascii_lowercase(), &levels))?;
+        Ok(Self { json: json.unwrap_or(false), level: level.unwrap_or("info").to_owned() })
+    }
+}
+
+impl ServeOptions {
+    /// Gives every flag its type. `env` reads environment variables.
+    ///
+    /// # Errors
+    /// The first flag that is refused or cannot be read.
+    pub fn new(values: &Values, env: impl Fn(&str) -> Option<String>) -> Result<Self, OptionError> {
+        let mut notes = values.check()?;
+        let dtype = values.read("dtype", |text| {
+            let known = ["auto", "bfloat16", "float32"].map(|name| (name, name));
+            one_of(text, &known).map_err(|what| format!("{what}; the models were not trained for float16"))
+        })?;
+        if let Some("bfloat16") = dtype {
+            notes.push("--dtype bfloat16: the CPU computes in float32, which is at least as exact".to_owned());
+        }
+        let max_model_len = values.read("max-model-len", |text| match text {
+            "auto" | "-1" => Ok(None),
+            _ => tokens(text).map(Some),
+        })?;
+        let profile = |name| values.get(name).is_some_and(|g| matches!(g.origin, Origin::Profile(_)));
+        let mut keys = values.list("api-key");
+        if keys.is_empty() {
+            let named = ["CTXSERVE_API_KEY", "VLLM_API_KEY"].into_iter().find_map(env);
+            keys.extend(named.filter(|key| !key.is_empty()));
+        }
+        Ok(Self {
+            model: model(values)?,
+            device: device(values)?,
+            engine: EngineOptions {
+                strict_len: max_model_len.flatten().is_some() && !profile("max-model-len"),
+                max_model_len: max_model_len.flatten(),
+                max_num_seqs: values.read("max-num-seqs", count)?.unwrap_or(16),
+                max_batched_tokens: values.read("max-num-batched-tokens", tokens)?,
+                max_queued_requests: values.read("max-num-queued-reqs", count)?.unwrap_or(256),
+                max_queued_tokens: values.read("max-num-queued-tokens", tokens)?.unwrap_or(1_000_000),
+            },
+            http: HttpOptions {
+                host: values.text("host").unwrap_or("0.0.0.0").to_owned(),
+                port: values.read("port", port)?.unwrap_or(8000),
+                api_keys: keys,
+                drain: values.read("shutdown-timeout", seconds)?.unwrap_or(Duration::from_secs(30)),
+                auto_tools: values.switch("enable-auto-tool-choice")?.unwrap_or(true),
+            },
+            notes,
+        })
+    }
+
+    /// Checks that the parsers named on the command line are those of the chat format.
+    ///
+    /// # Errors
+    /// A parser of another format.
+    pub fn check_parsers(values: &Values, format: &str) -> Result<(), OptionError> {
+        for (flag, table) in [("tool-call-parser", TOOL_PARSERS), ("reasoning-parser", REASONING_PARSERS)] {
+            values.read(flag, |name| match one_of(name, table)? {
+                known if known == format => Ok(()),
+                known => Err(format!("{name} reads the {known} format, but this model speaks {format}")),
+            })?;
+        }
+        Ok(())
+    }
+}
+
+fn model(values: &Values) -> Result<ModelOptions, OptionError> {
+    let path = |name| values.text(name).map(PathBuf::from);
+    let generation = values.text("generation-config").map_or(Generation::Checkpoint, |text| match text {
+        "auto" => Generation::Checkpoint,
+        "vllm" => Generation::Neutral,
+        dir => Generation::Directory(dir.into()),
+    });
+    let overrides = values.read("override-generation-config", |text| {
+        serde_json::from_str(text).map_err(|error| format!("expected a JSON object: {error}"))
+    })?;
+    Ok(ModelOptions {
+        model: values.text("model").map(str::to_owned),
+        served_names: values.list("served-model-name"),
+        revision: values.text("revision").unwrap_or("main").to_owned(),
+        tokenizer: path("tokenizer"),
+        chat_format: values.text("chat-format").map(str::to_owned),
+        download_dir: path("download-dir"),
+        token: values.text("hf-token").map(str::to_owned),
+        quantization: values.text("quantization").map(str::to_ascii_lowercase),
+        generation,
+        overrides: overrides.unwrap_or_default(),
+    })
+}
+
+fn device(values: &Values) -> Result<DeviceOptions, OptionError> {
+    let devices = [("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda), ("gpu", Device::Cuda)];
+    let kinds = [
+        ("auto", KvChoice::Auto),
+        ("float32", KvChoice::F32),
+        ("bfloat16", KvChoice::Bf16),
+        ("bf16", KvChoice::Bf16),
+        ("fp8", KvChoice::Fp8),
+        ("fp8_e4m3", KvChoice::Fp8),
+    ];
+    let pages = ["8", "16", "32", "64", "128"].map(|size| (size, size));
+    let page = values.read("block-size", |text| count(one_of(text, &pages)?))?;
+    let precision = values.read("cpu-precision", |text| one_of(text, &[("exact", false), ("int8", true)]))?;
+    Ok(DeviceOptions {
+        device: values.read("device", |text| one_of(text, &devices))?.unwrap_or(Device::Auto),
+        int8: precision.unwrap_or(false),
+        threads: values.read("threads", count)?.and_then(NonZeroUsize::new),
+        kv_bytes: values.read("kv-cache-memory-bytes", bytes)?,
+        kv_dtype: values.read("kv-cache-dtype", |text| one_of(text, &kinds))?.unwrap_or(KvChoice::Auto),
+        page_size: page.unwrap_or(16),
+    })
+}
+
+fn one_of<T: Copy>(text: &str, table: &[(&str, T)]) -> Result<T, String> {
+    table.iter().find(|(name, _)| *name == text).map(|&(_, value)| value).ok_or_else(|| {
+        let names: Vec<_> = table.iter().map(|&(name, _)| name).collect();
+        format!("expected one of {}, got {text:?}", names.join(", "))
+    })
+}
+
+fn port(text: &str) -> Result<u16, String> {
+    text.parse().map_err(|_| format!("expected a port from 0 to 65535, got {text:?}"))
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let number: f64 = text.parse().map_err(|_| format!("expected seconds, got {text:?}"))?;
+    Duration::try_from_secs_f64(number)
+        .ok()
+        .filter(|time| time.as_secs() <= 86_400)
+        .ok_or_else(|| format!("expected 0 to 86400 seconds, got {text}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Invocation, parse};
+    use super::*;
+
+    fn values(line: &str) -> Values {
+        let args = ["ctxserve", "serve"].into_iter().chain(line.split_whitespace()).map(str::to_owned);
+        match parse(args).unwrap() {
+            Invocation::Serve(values) => values,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn options(line: &str) -> Result<ServeOptions, String> {
+        ServeOptions::new(&values(line), |_| None).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn defaults() {
+        let options = options("").unwrap();
+        assert_eq!((options.http.host.as_str(), options.http.port), ("0.0.0.0", 8000));
+        assert_eq!((options.engine.max_model_len, options.engine.strict_len), (None, false));
+        assert!(options.http.auto_tools && options.http.api_keys.is_empty() && options.notes.is_empty());
+        assert_eq!(options.model.revision, "main");
+    }
+
+    #[test]
+    fn lengths_as_vllm_spells_them() {
+        for (text, length) in [("64k", Some(64_000)), ("64K", Some(65_536)), ("100", Some(100)), ("auto", None), ("-1", None)]
+        {
+            let engine = options(&format!("--max-model-len {text}")).unwrap().engine;
+            assert_eq!((engine.max_model_len, engine.strict_len), (length, length.is_some()), "{text}");
+        }
+        assert!(options("--max-model-len 0").unwrap_err().contains("--max-model-len"));
+        assert!(options("--max-model-len many").is_err());
+    }
+
+    #[test]
+    fn wrong_values_name_flag_and_choices() {
+        let error = options("--device tpu").unwrap_err();
+        assert!(error.contains("--device") && error.contains("cuda") && error.contains("tpu"), "{error}");
+        for line in ["--port 70000", "--dtype float16", "--kv-cache-dtype nvfp4", "--block-size 7", "--threads 0"] {
+            let flag = line.split(' ').next().unwrap();
+            let error = options(line).unwrap_err();
+            assert!(error.contains(flag), "{error}");
+        }
+    }
+
+    #[test]
+    fn keys_come_from_flags_or_else_from_the_environment() {
+        let env = |name: &str| (name == "VLLM_API_KEY").then(|| "from-env".to_owned());
+        let keys = |line| ServeOptions::new(&values(line), env).unwrap().http.api_keys;
+        assert_eq!(keys(""), ["from-env"]);
+        assert_eq!(keys("--api-key a b --api-key c"), ["a", "b", "c"]);
+    }
+
+    #[test]
+    fn parsers_must_fit_the_format() {
+        let check = |line| ServeOptions::check_parsers(&values(line), "harmony").map_err(|e| e.to_string());
+        assert!(check("--tool-call-parser openai --reasoning-parser openai_gptoss").is_ok());
+        let error = check("--tool-call-parser hermes").unwrap_err();
+        assert!(error.contains("hermes") && error.contains("harmony"), "{error}");
+        assert!(check("--reasoning-parser qwen3").is_err());
+        assert!(check("--tool-call-parser nonsense").is_err());
+    }
+
+    #[test]
+    fn log_options() {
+        let log = |line| LogOptions::new(&values(line)).map_err(|error| error.to_string());
+        assert_eq!(log("").unwrap(), LogOptions { json: false, level: "info".to_owned() });
+        assert_eq!(log("--log-format json --log-level WARN").unwrap().level, "warn");
+        assert!(log("--log-format xml").unwrap_err().contains("--log-format"));
+    }
+}

@@ -109,12 +109,12 @@ pub enum HubError {
         lacking: String,
     },
     /// The disk.
-    #[error("{}: {source}", .path.display())]
+    #[error("{}: {cause}", .path.display())]
     Disk {
         /// The file or directory.
         path: PathBuf,
         /// The system's words.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
@@ -122,7 +122,7 @@ impl HubError {
     /// Wraps an IO error with its path.
     pub(super) fn disk(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Disk { path, source }
+        move |cause| Self::Disk { path, cause }
     }
 }
 

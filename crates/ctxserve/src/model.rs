@@ -1,0 +1,265 @@
+//! A model ready to be started: weights or script, tokenizer, chat format, names.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use ctxserve_chat::{ChatFormat, Tokenizer, demo_tokenizer_json, formats};
+use ctxserve_checkpoint::Checkpoint;
+use ctxserve_core::TokenId;
+use ctxserve_engine::ScriptedRunner;
+use ctxserve_models::demo::{self, DemoSpec};
+use serde_json::Value;
+
+use crate::cli::options::ModelOptions;
+use crate::hub::Want;
+use crate::lines::sequences;
+use crate::profile;
+use crate::source::{Source, download};
+
+/// Chat formats of model families, where neither flag nor profile names one.
+const FAMILY_FORMATS: &[(&str, &str)] = &[("gpt_oss", "harmony")];
+/// Format of scripts and of the demo.
+const DEFAULT_FORMAT: &str = "harmony";
+/// Context of a scripted model.
+const REPLAY_CONTEXT: usize = 131_072;
+const DEMO_SEED: u64 = 1;
+
+/// What answers.
+#[derive(Debug)]
+pub enum Body {
+    /// A checkpoint, still to be loaded onto a device.
+    Checkpoint(Checkpoint),
+    /// A script.
+    Script(ScriptedRunner),
+}
+
+/// A model, but for its weights.
+pub struct Model {
+    /// What answers.
+    pub body: Body,
+    /// Its tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// What its family speaks, unless told otherwise.
+    pub default_format: &'static str,
+    /// The name it is served under without `--served-model-name`.
+    pub name: String,
+    /// Where it came from, for people and `/v1/models`.
+    pub root: String,
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("name", &self.name).field("root", &self.root).finish_non_exhaustive()
+    }
+}
+
+impl Model {
+    /// Finds, downloads if need be, and opens a model; reads headers and tokenizer, no weights.
+    ///
+    /// # Errors
+    /// Whatever makes it unusable.
+    pub fn open(source: &Source, name: &str, options: &ModelOptions) -> anyhow::Result<Self> {
+        match source {
+            Source::Demo => Self::demo(options),
+            Source::Replay(file) => Self::replay(file, options),
+            Source::Directory(dir) => Self::directory(dir, name, options),
+            Source::Repository(repo) => {
+                let dir = download(repo, options, Want::Model)?;
+                let model = Self::directory(&dir, name, options)?;
+                Ok(Self { root: format!("{repo} ({})", options.revision), ..model })
+            }
+        }
+    }
+
+    fn demo(options: &ModelOptions) -> anyhow::Result<Self> {
+        let tokenizer = tokenizer(options.tokenizer.as_deref(), || Ok(Some(demo_tokenizer_json().to_vec())))?;
+        let format = formats::open(DEFAULT_FORMAT, Arc::clone(&tokenizer))?;
+        let spec = demo_spec(&tokenizer, &*format);
+        let checkpoint = demo::checkpoint(&spec).context("making the demo model")?;
+        Ok(Self {
+            body: Body::Checkpoint(checkpoint),
+            tokenizer,
+            default_format: DEFAULT_FORMAT,
+            name: "demo".to_owned(),
+            root: "demo (random weights, made in memory)".to_owned(),
+        })
+    }
+
+    fn replay(file: &Path, options: &ModelOptions) -> anyhow::Result<Self> {
+        let tokenizer = tokenizer(options.tokenizer.as_deref(), || Ok(Some(demo_tokenizer_json().to_vec())))?;
+        let open = File::open(file).with_context(|| file.display().to_string())?;
+        let mut script = Vec::new();
+        for line in sequences(BufReader::new(open), &tokenizer) {
+            let (number, ids) = line.with_context(|| file.display().to_string())?;
+            match ids {
+                Ok(ids) => script.push(ids),
+                Err(what) => bail!("{}, line {number}: {what}", file.display()),
+            }
+        }
+        if script.is_empty() {
+            bail!("{} has no answers to replay", file.display());
+        }
+        // A script may say ids that the tokenizer does not have: the parser has to bear them.
+        let highest = script.iter().flatten().copied().max().unwrap_or(0) as usize;
+        let vocab = tokenizer.len().max(highest.saturating_add(1));
+        let root = format!("replay of {} answers from {}", script.len(), file.display());
+        Ok(Self {
+            body: Body::Script(ScriptedRunner::new(vocab, REPLAY_CONTEXT, script)),
+            tokenizer,
+            default_format: DEFAULT_FORMAT,
+            name: "replay".to_owned(),
+            root,
+        })
+    }
+
+    fn directory(dir: &Path, name: &str, options: &ModelOptions) -> anyhow::Result<Self> {
+        let checkpoint = Checkpoint::open(dir)?;
+        let tokenizer = tokenizer(options.tokenizer.as_deref(), || Ok(checkpoint.tokenizer_json()?))
+            .with_context(|| format!("the tokenizer of {}", dir.display()))?;
+        let found = checkpoint.format_name();
+        if let Some(said) = &options.quantization
+            && said != found
+        {
+            bail!("--quantization {said}: {} is stored as {found}", dir.display());
+        }
+        Ok(Self {
+            body: Body::Checkpoint(checkpoint),
+            tokenizer,
+            default_format: DEFAULT_FORMAT,
+            name: name.to_owned(),
+            root: dir.display().to_string(),
+        })
+    }
+
+    /// The chat format asked for, or that of the family.
+    ///
+    /// # Errors
+    /// An unknown format, or one whose control tokens the tokenizer lacks.
+    pub fn format(&self, asked: Option<&str>, family: Option<&str>) -> anyhow::Result<Arc<dyn ChatFormat>> {
+        let of_family = family.and_then(|family| FAMILY_FORMATS.iter().find(|(name, _)| *name == family));
+        let name = asked.unwrap_or_else(|| of_family.map_or(self.default_format, |(_, format)| format));
+        Ok(formats::open(name, Arc::clone(&self.tokenizer))?)
+    }
+
+    /// `generation_config.json`, if the model has one.
+    pub fn generation_config(&self) -> Option<&Value> {
+        match &self.body {
+            Body::Checkpoint(checkpoint) => checkpoint.generation_config(),
+            Body::Script(_) => None,
+        }
+    }
+}
+
+/// What makes random weights look like an answer: a message that opens and ends, without stray control tokens.
+fn demo_spec(tokenizer: &Tokenizer, format: &dyn ChatFormat) -> DemoSpec {
+    let control = |text: &str| tokenizer.special_id(text);
+    let mut opening: Vec<TokenId> = tokenizer.encode("assistant").last().copied().into_iter().collect();
+    opening.extend(control("<|channel|>"));
+    opening.extend(tokenizer.encode("final"));
+    opening.extend(control("<|message|>"));
+    let ends = control("<|return|>");
+    let others = format.stop_ids().iter().copied().filter(|id| Some(*id) != ends);
+    DemoSpec {
+        seed: DEMO_SEED,
+        vocab_size: tokenizer.len(),
+        eos: ends.into_iter().chain(others).collect(),
+        avoids: tokenizer.special_tokens().map(|(_, id)| id).filter(|id| Some(*id) != ends).collect(),
+        follows: opening.windows(2).map(|pair| (pair[0], pair[1])).collect(),
+    }
+}
+
+/// The tokenizer at `path` (a file, or a directory with `tokenizer.json`), or the one that `otherwise` has.
+fn tokenizer(
+    path: Option<&Path>,
+    otherwise: impl FnOnce() -> anyhow::Result<Option<Vec<u8>>>,
+) -> anyhow::Result<Arc<Tokenizer>> {
+    let tokenizer = match path {
+        Some(path) => Tokenizer::from_file(tokenizer_file(path))?,
+        None => match otherwise()? {
+            Some(json) => Tokenizer::from_bytes(&json)?,
+            None => bail!("there is no tokenizer.json; name one with --tokenizer"),
+        },
+    };
+    Ok(Arc::new(tokenizer))
+}
+
+fn tokenizer_file(path: &Path) -> PathBuf {
+    if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() }
+}
+
+/// The tokenizer that `--model` of `render` and `parse` names; the demo's without one.
+///
+/// # Errors
+/// No tokenizer there.
+pub fn tokenizer_of(model: Option<&str>) -> anyhow::Result<Arc<Tokenizer>> {
+    let Some(model) = model.filter(|&model| model != "demo") else {
+        return tokenizer(None, || Ok(Some(demo_tokenizer_json().to_vec())));
+    };
+    if Path::new(model).exists() {
+        return tokenizer(Some(Path::new(model)), || Ok(None));
+    }
+    let profile = profile::find(model)?;
+    let repo = profile.as_ref().and_then(|(_, values)| values.text("model")).unwrap_or(model);
+    match Source::from_str(repo)? {
+        Source::Repository(repo) => {
+            let options = ModelOptions { revision: "main".to_owned(), ..ModelOptions::default() };
+            tokenizer(Some(&download(&repo, &options, Want::Tokenizer)?), || Ok(None))
+        }
+        _ => bail!("{model} has no tokenizer of its own"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options() -> ModelOptions {
+        ModelOptions::default()
+    }
+
+    #[test]
+    fn the_demo_opens_without_any_file() {
+        let model = Model::open(&Source::Demo, "demo", &options()).unwrap();
+        assert_eq!(model.name, "demo");
+        assert_eq!(model.format(None, Some("gpt_oss")).unwrap().name(), "harmony");
+        let error = model.format(Some("nonsense"), None).err().unwrap();
+        assert!(error.to_string().contains("nonsense"), "{error}");
+    }
+
+    #[test]
+    fn a_replay_names_its_bad_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("answers.jsonl");
+        let open = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            Model::open(&Source::Replay(path.clone()), "x", &options()).map_err(|error| format!("{error:#}"))
+        };
+        assert!(open("{\"token_ids\":[1]}\n").unwrap().root.contains("1 answers"));
+        assert!(open("{\"token_ids\":[1]}\nwhat\n").unwrap_err().contains("line 2"));
+        assert!(open("\n").unwrap_err().contains("no answers"));
+    }
+
+    #[test]
+    fn a_directory_without_a_model_says_what_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = Source::Directory(dir.path().to_owned());
+        let error = format!("{:#}", Model::open(&source, "x", &options()).unwrap_err());
+        assert!(error.contains("config.json"), "{error}");
+    }
+
+    #[test]
+    fn tools_take_a_tokenizer_from_file_or_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        std::fs::write(&path, demo_tokenizer_json()).unwrap();
+        let demo = tokenizer_of(None).unwrap().len();
+        for place in [dir.path(), path.as_path()] {
+            assert_eq!(tokenizer_of(place.to_str()).unwrap().len(), demo);
+        }
+        assert!(tokenizer_of(Some("word")).is_err());
+    }
+}
