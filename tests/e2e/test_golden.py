@@ -1,0 +1,77 @@
+"""A checkpoint from disk: the reference's greedy ids, alone and among strangers."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from conftest import DEMO_TOKENIZER, GOLDEN
+from server import Server
+
+CASES = json.loads((GOLDEN / "expected.json").read_text())["cases"]
+
+
+def greedy(client, prompt, count, **more):
+    answer = client.completions.create(
+        model="golden",
+        prompt=prompt,
+        max_tokens=count,
+        temperature=0,
+        extra_body={"return_token_ids": True, "ignore_eos": True},
+        **more,
+    )
+    return answer.choices[0].model_extra["token_ids"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{len(case['prompt'])} tokens")
+def test_greedy_ids_are_the_reference_s(golden, case):
+    assert greedy(golden.client(), case["prompt"], len(case["greedy"])) == case["greedy"]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_whatever_the_prefill_chunk(chunk):
+    with Server(
+        GOLDEN, "--tokenizer", DEMO_TOKENIZER, "--served-model-name", "golden", "--max-num-batched-tokens", chunk
+    ) as server:
+        for case in CASES:
+            assert greedy(server.client(), case["prompt"], 12) == case["greedy"][:12]
+
+
+def test_among_sixteen_strangers(golden):
+    client = golden.client()
+    vocabulary = json.loads((GOLDEN / "expected.json").read_text())["vocab"]
+
+    def stranger(k):
+        prompt = [(k * 131 + i * 17) % (vocabulary - 100) for i in range(20 + 11 * k)]
+        return client.completions.create(
+            model="golden", prompt=prompt, max_tokens=60, temperature=1.0, seed=k, extra_body={"ignore_eos": True}
+        )
+
+    with ThreadPoolExecutor(24) as pool:
+        strangers = [pool.submit(stranger, k) for k in range(16)]
+        mine = [pool.submit(greedy, client, case["prompt"], 40) for case in CASES for _ in range(4)]
+        got = [future.result() for future in mine]
+        assert all(future.result().usage.completion_tokens == 60 for future in strangers)
+    assert got == [case["greedy"] for case in CASES for _ in range(4)]
+
+
+def test_its_files_name_the_end_of_a_turn(golden):
+    """The server stops on the ids of generation_config.json."""
+    stop = json.loads((GOLDEN / "generation_config.json").read_text())["eos_token_id"][0]
+    answer = golden.client().completions.create(
+        model="golden",
+        prompt=CASES[0]["prompt"],
+        max_tokens=5,
+        temperature=0,
+        logit_bias={str(stop): 100},
+        extra_body={"return_token_ids": True},
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].model_extra["token_ids"] == [stop]
+
+
+def test_int8_serves_too():
+    with Server(
+        GOLDEN, "--tokenizer", DEMO_TOKENIZER, "--served-model-name", "golden", "--cpu-precision", "int8"
+    ) as server:
+        assert len(greedy(server.client(), CASES[0]["prompt"], 10)) == 10
