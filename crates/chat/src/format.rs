@@ -151,6 +151,11 @@ pub trait ChatFormat: Send + Sync {
     /// A message that the format cannot express.
     fn render(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError>;
 
+    /// Ids that every rendered prompt ends with and that open the assistant's turn; `/tokenize` can leave them out.
+    fn turn_start(&self) -> &[TokenId] {
+        &[]
+    }
+
     /// Ids that end the assistant's turn, whatever the checkpoint's files say.
     fn stop_ids(&self) -> &[TokenId];
 

@@ -1,0 +1,11 @@
+//! One file per endpoint.
+
+pub(crate) mod chat;
+pub(crate) mod chat_frames;
+pub(crate) mod chat_message;
+pub(crate) mod completion_parts;
+pub(crate) mod completions;
+pub(crate) mod health;
+pub(crate) mod logprobs;
+pub(crate) mod models;
+pub(crate) mod tokenize;

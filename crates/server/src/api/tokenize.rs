@@ -1,0 +1,84 @@
+//! `POST /tokenize` and `POST /detokenize`.
+
+use axum::extract::{Request, State};
+use axum::response::Response;
+use ctxserve_core::TokenId;
+
+use crate::error::ApiError;
+use crate::http::body::{blocking, json, read};
+use crate::state::ServerState;
+use crate::validate::{history, tools};
+use crate::wire;
+use crate::wire::chat_request::ChatFields;
+use crate::wire::refused::{self, Route};
+use crate::wire::tokenize::{DetokenizeFields, DetokenizeResponse, TokenizeFields, TokenizeResponse};
+
+/// Ids of a text, or of a conversation as it would be rendered.
+pub(crate) async fn tokenize(
+    State(state): State<ServerState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let body = read(&state, request).await?;
+    blocking(move || json(&tokenized(&state, &body)?)).await
+}
+
+fn tokenized(state: &ServerState, body: &[u8]) -> Result<TokenizeResponse, ApiError> {
+    let text = wire::read::text(body)?;
+    let fields: TokenizeFields = wire::read::json(text)?;
+    refused::check(Route::Tokenize, text)?;
+    state.model(fields.model.as_deref())?;
+    let tokens = match &fields.prompt {
+        Some(prompt) => state.tokenizer().encode(prompt),
+        None => {
+            let chat: ChatFields = wire::read::json(text)?;
+            if chat.messages.is_none() {
+                return Err(ApiError::invalid("prompt", "either prompt or messages is required"));
+            }
+            rendered(state, chat, fields.add_generation_prompt.unwrap_or(true))?
+        }
+    };
+    let tokenizer = state.tokenizer();
+    let text_of = |&id: &TokenId| tokenizer.token_text(id).unwrap_or_default();
+    let token_strs = fields.return_token_strs.unwrap_or(false).then(|| tokens.iter().map(text_of).collect());
+    let max_model_len = state.engine().info().max_model_len;
+    Ok(TokenizeResponse { count: tokens.len(), max_model_len, tokens, token_strs })
+}
+
+fn rendered(state: &ServerState, chat: ChatFields, open_turn: bool) -> Result<Vec<TokenId>, ApiError> {
+    let tools = tools::tools(state, chat.tools)?;
+    let effort = chat.reasoning_effort.as_deref();
+    let conversation =
+        history::conversation(state, chat.messages, tools, effort, chat.chat_template_kwargs.as_ref())?;
+    let mut ids = state.format().render(&conversation)?;
+    if !open_turn {
+        let opening = state.format().turn_start();
+        if ids.ends_with(opening) {
+            ids.truncate(ids.len() - opening.len());
+        }
+    }
+    Ok(ids)
+}
+
+/// Text of ids, control tokens shown.
+pub(crate) async fn detokenize(
+    State(state): State<ServerState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let body = read(&state, request).await?;
+    blocking(move || json(&detokenized(&state, &body)?)).await
+}
+
+fn detokenized(state: &ServerState, body: &[u8]) -> Result<DetokenizeResponse, ApiError> {
+    let fields: DetokenizeFields = wire::read::json(wire::read::text(body)?)?;
+    state.model(fields.model.as_deref())?;
+    let fail = |message: String| Err(ApiError::invalid("tokens", message));
+    let Some(tokens) = fields.tokens else { return fail("tokens is required".to_owned()) };
+    let info = state.engine().info();
+    if tokens.len() > info.max_model_len {
+        return fail(format!("{} tokens, at most {} are allowed", tokens.len(), info.max_model_len));
+    }
+    if let Some(id) = tokens.iter().find(|&&id| id as usize >= info.vocab_size) {
+        return fail(format!("token id {id} is outside the vocabulary of {}", info.vocab_size));
+    }
+    Ok(DetokenizeResponse { prompt: state.tokenizer().decode(&tokens, false) })
+}

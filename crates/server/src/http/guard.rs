@@ -1,0 +1,120 @@
+//! What happens around every route: a name for the request, the key check, a count of the response.
+
+use std::time::Instant;
+
+use axum::extract::{Request, State};
+use axum::http::header::AUTHORIZATION;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+use crate::error::ApiError;
+use crate::state::ServerState;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const MAX_REQUEST_ID: usize = 128;
+
+/// A request as the routes see it.
+#[derive(Clone, Debug)]
+pub(crate) struct Caller {
+    /// The client's `X-Request-Id`, or ours. For headers and logs only: nothing is looked up by it.
+    pub(crate) http_id: String,
+    pub(crate) arrived: Instant,
+}
+
+/// Names the request, checks its key, counts its response.
+pub(crate) async fn guard(State(state): State<ServerState>, mut request: Request, next: Next) -> Response {
+    let http_id = client_id(request.headers()).unwrap_or_else(|| state.random_name("req-"));
+    let mut response = match check_key(&state, &request) {
+        Ok(()) => {
+            let caller = Caller { http_id: http_id.clone(), arrived: Instant::now() };
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(error) => error.into_response(),
+    };
+    state.metrics().response(response.status().as_u16());
+    if let Ok(value) = HeaderValue::from_str(&http_id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    response
+}
+
+/// The client's name for the request, without what has no business in a header or a log line.
+fn client_id(headers: &HeaderMap) -> Option<String> {
+    let given = headers.get(REQUEST_ID)?.to_str().ok()?;
+    let safe = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | ':');
+    let id: String = given.chars().filter(safe).take(MAX_REQUEST_ID).collect();
+    (!id.is_empty()).then_some(id)
+}
+
+fn check_key(state: &ServerState, request: &Request) -> Result<(), ApiError> {
+    let config = state.config();
+    if config.api_keys.is_empty()
+        || is_open(request.uri().path(), request.method(), config.metrics_without_key)
+    {
+        return Ok(());
+    }
+    let header = request.headers().get(AUTHORIZATION).map(HeaderValue::as_bytes);
+    let Some(header) = header else {
+        return Err(ApiError::unauthorized(
+            "This server needs an API key: send 'Authorization: Bearer KEY'.",
+        ));
+    };
+    let (scheme, key) = header.split_at(header.len().min(7));
+    let known =
+        config.api_keys.iter().fold(false, |found, known| found | same(known.as_bytes(), key.trim_ascii()));
+    if scheme.eq_ignore_ascii_case(b"bearer ") && known {
+        return Ok(());
+    }
+    Err(ApiError::unauthorized("The API key is not valid."))
+}
+
+fn is_open(path: &str, method: &Method, metrics: bool) -> bool {
+    let probe = matches!(path, "/health" | "/ping") || (metrics && path == "/metrics");
+    probe && (method == Method::GET || method == Method::HEAD)
+}
+
+/// Equality in time that depends on the lengths alone.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    let difference = a.iter().zip(b).fold(0, |sum, (x, y)| std::hint::black_box(sum | (x ^ y)));
+    a.len() == b.len() && difference == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_compare_whole() {
+        assert!(same(b"secret", b"secret"));
+        for other in [&b"secreu"[..], b"secre", b"secret1", b""] {
+            assert!(!same(b"secret", other));
+        }
+    }
+
+    #[test]
+    fn request_ids_are_sanitised() {
+        let id = |text: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(REQUEST_ID, HeaderValue::from_static(text));
+            client_id(&headers)
+        };
+        assert_eq!(id("abc-1").as_deref(), Some("abc-1"));
+        assert_eq!(id("a b\"c{}").as_deref(), Some("abc"));
+        assert_eq!(id("\" \""), None);
+        assert_eq!(
+            id(&*Box::leak("x".repeat(500).into_boxed_str())).map(|id| id.len()),
+            Some(MAX_REQUEST_ID)
+        );
+    }
+
+    #[test]
+    fn only_probes_are_open() {
+        assert!(is_open("/health", &Method::GET, false));
+        assert!(!is_open("/health", &Method::POST, false));
+        assert!(!is_open("/metrics", &Method::GET, false));
+        assert!(is_open("/metrics", &Method::GET, true));
+        assert!(!is_open("/v1/models", &Method::GET, true));
+    }
+}

@@ -1,0 +1,88 @@
+//! Connections, from the listener to the end of a drain.
+
+use std::future::Future;
+use std::io;
+use std::pin::pin;
+use std::time::Duration;
+
+use axum::Router;
+use ctxserve_engine::EngineState;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::router::router;
+use crate::state::ServerState;
+
+/// Most headers of one request, and bytes of all of them.
+const MAX_HEADERS: usize = 256;
+const MAX_HEAD_BYTES: usize = 1 << 20;
+/// Answers that are complete need only this long to be written.
+const FLUSH_TIME: Duration = Duration::from_secs(5);
+/// Pause after an accept error (file descriptors run out).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves until `shutdown` completes and what runs has finished, or the engine fails. While it drains, health is
+/// 503 and new requests get 503; what still runs after the drain timeout is aborted. Returns how the engine ended.
+///
+/// # Errors
+/// The listener's address cannot be read.
+pub async fn serve(
+    listener: TcpListener,
+    state: ServerState,
+    shutdown: impl Future<Output = ()> + Send,
+) -> io::Result<EngineState> {
+    let address = listener.local_addr()?;
+    tracing::info!(%address, "listening");
+    let connections = GracefulShutdown::new();
+    let app = router(state.clone());
+    let engine = state.engine().clone();
+    let mut shutdown = pin!(shutdown);
+    let mut stopped = pin!(engine.stopped());
+    let mut deadline = pin!(None::<tokio::time::Sleep>);
+    let mut draining = false;
+    let end = loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => spawn(stream, app.clone(), &state, &connections),
+                Err(error) => {
+                    tracing::warn!(%error, "accepting a connection failed");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
+            () = &mut shutdown, if !draining => {
+                draining = true;
+                tracing::info!("draining");
+                engine.drain();
+                deadline.set(Some(tokio::time::sleep(state.config().drain_timeout)));
+            }
+            () = async { if let Some(sleep) = deadline.as_mut().as_pin_mut() { sleep.await } }, if deadline.is_some() => {
+                tracing::warn!("drain timeout: aborting what still runs");
+                deadline.set(None);
+                engine.abort_all();
+            }
+            end = &mut stopped => break end,
+        }
+    };
+    drop(listener);
+    let _ = tokio::time::timeout(FLUSH_TIME, connections.shutdown()).await;
+    Ok(end)
+}
+
+fn spawn(stream: TcpStream, app: Router, state: &ServerState, connections: &GracefulShutdown) {
+    // Frames are small and must not wait for one another.
+    let _ = stream.set_nodelay(true);
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(state.config().header_timeout)
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(MAX_HEAD_BYTES);
+    let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
+    let connection = connections.watch(connection);
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "connection ended");
+        }
+    });
+}

@@ -1,0 +1,178 @@
+//! What every route shares.
+
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ctxserve_chat::{ChatFormat, Tokenizer};
+use ctxserve_core::{RequestId, TokenId};
+use ctxserve_engine::EngineHandle;
+use thiserror::Error;
+
+use crate::config::{PromptDate, ServerConfig};
+use crate::error::ApiError;
+use crate::metrics::Metrics;
+
+/// A server that cannot be set up.
+#[derive(Debug, Error)]
+pub enum ServerError {
+    /// No name to serve the model under.
+    #[error("served_model_names must not be empty")]
+    NoModelName,
+    /// The metrics recorder refused its tables.
+    #[error("metrics: {0}")]
+    Metrics(#[from] metrics_exporter_prometheus::BuildError),
+}
+
+/// Shared by all routes; cheap to clone.
+#[derive(Clone)]
+pub struct ServerState {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: ServerConfig,
+    engine: EngineHandle,
+    tokenizer: Arc<Tokenizer>,
+    format: Arc<dyn ChatFormat>,
+    metrics: Metrics,
+    eos: Arc<[TokenId]>,
+    /// Unix seconds.
+    started: u64,
+    next_request: AtomicU64,
+    /// Keyed at random per process: names made from it cannot be guessed from earlier ones.
+    random: RandomState,
+}
+
+impl ServerState {
+    /// Brings the parts together.
+    ///
+    /// # Errors
+    /// See [`ServerError`].
+    pub fn new(
+        engine: EngineHandle,
+        tokenizer: Arc<Tokenizer>,
+        format: Arc<dyn ChatFormat>,
+        config: ServerConfig,
+    ) -> Result<Self, ServerError> {
+        let model = config.served_model_names.first().ok_or(ServerError::NoModelName)?;
+        let metrics = Metrics::new(model, &engine)?;
+        let mut eos = config.eos.clone();
+        eos.extend(format.stop_ids().iter().filter(|id| !config.eos.contains(id)));
+        let inner = Inner {
+            eos: eos.into(),
+            metrics,
+            started: unix_seconds(),
+            next_request: AtomicU64::new(0),
+            random: RandomState::new(),
+            config,
+            engine,
+            tokenizer,
+            format,
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The operator's settings.
+    pub fn config(&self) -> &ServerConfig {
+        &self.inner.config
+    }
+
+    /// The engine behind the routes.
+    pub fn engine(&self) -> &EngineHandle {
+        &self.inner.engine
+    }
+
+    pub(crate) fn tokenizer(&self) -> &Arc<Tokenizer> {
+        &self.inner.tokenizer
+    }
+
+    pub(crate) fn format(&self) -> &dyn ChatFormat {
+        &*self.inner.format
+    }
+
+    pub(crate) fn metrics(&self) -> &Metrics {
+        &self.inner.metrics
+    }
+
+    /// End-of-turn ids of checkpoint and format.
+    pub(crate) fn eos(&self) -> Arc<[TokenId]> {
+        Arc::clone(&self.inner.eos)
+    }
+
+    pub(crate) fn started(&self) -> u64 {
+        self.inner.started
+    }
+
+    pub(crate) fn next_request(&self) -> RequestId {
+        RequestId(self.inner.next_request.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// `prefix` and 128 random bits in hex.
+    pub(crate) fn random_name(&self, prefix: &str) -> String {
+        let n = self.inner.next_request.fetch_add(1, Ordering::Relaxed);
+        let (high, low) = (self.inner.random.hash_one((n, 0u8)), self.inner.random.hash_one((n, 1u8)));
+        format!("{prefix}{high:016x}{low:016x}")
+    }
+
+    /// The served name that a request means.
+    ///
+    /// # Errors
+    /// 404 for any other name.
+    pub(crate) fn model(&self, asked: Option<&str>) -> Result<String, ApiError> {
+        let names = &self.inner.config.served_model_names;
+        match asked {
+            None => Ok(names.first().cloned().unwrap_or_default()),
+            Some(name) if names.iter().any(|n| n == name) => Ok(name.to_owned()),
+            Some(name) => Err(ApiError::unknown_model(name)),
+        }
+    }
+
+    /// `YYYY-MM-DD` for prompts.
+    pub(crate) fn prompt_date(&self) -> Option<String> {
+        match &self.inner.config.prompt_date {
+            PromptDate::Today => Some(civil_date(unix_seconds() / 86_400)),
+            PromptDate::Fixed(date) => Some(date.clone()),
+            PromptDate::Omitted => None,
+        }
+    }
+}
+
+/// Seconds since 1970; zero on a clock before that.
+pub(crate) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
+}
+
+/// The Gregorian date of a day counted from 1970-01-01, by eras of 400 years that begin on 1 March.
+fn civil_date(days: u64) -> String {
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        let cases = [
+            (0, "1970-01-01"),
+            (59, "1970-03-01"),
+            (11_016, "2000-02-29"),
+            (11_017, "2000-03-01"),
+            (19_723, "2024-01-01"),
+            (20_585, "2026-05-12"),
+        ];
+        for (days, date) in cases {
+            assert_eq!(civil_date(days), date);
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Messages of a chat request.
+
+use ctxserve_chat::{Conversation, FunctionTool, Message, ReasoningEffort, ToolCall};
+use serde_json::{Map, Value};
+
+use super::tools::{MAX_NAME, is_name_byte};
+use crate::error::ApiError;
+use crate::state::ServerState;
+use crate::wire::chat_request::{WireFunctionCall, WireMessage, WireToolCall};
+use crate::wire::content::{Content, Part};
+
+/// The conversation to render.
+///
+/// # Errors
+/// 400 naming the part of `messages`, `reasoning_effort` or `chat_template_kwargs`.
+pub(crate) fn conversation(
+    state: &ServerState,
+    messages: Option<Vec<WireMessage>>,
+    tools: Vec<FunctionTool>,
+    effort: Option<&str>,
+    kwargs: Option<&Map<String, Value>>,
+) -> Result<Conversation, ApiError> {
+    let messages = messages.unwrap_or_default();
+    if messages.is_empty() {
+        return Err(ApiError::invalid("messages", "messages is required and must not be empty"));
+    }
+    let mut turns: Vec<Message> = Vec::with_capacity(messages.len());
+    for (index, message) in messages.into_iter().enumerate() {
+        let turn = turn(index, message, &turns)?;
+        turns.push(turn);
+    }
+    Ok(Conversation {
+        messages: turns,
+        tools,
+        reasoning_effort: reasoning_effort(effort, kwargs)?,
+        current_date: state.prompt_date(),
+        keep_reasoning: state.config().keep_reasoning,
+    })
+}
+
+/// Where in the request an error is.
+struct At(usize);
+
+impl At {
+    fn invalid(&self, part: &str, message: &str) -> ApiError {
+        let At(index) = self;
+        ApiError::invalid(format!("messages[{index}].{part}"), format!("messages[{index}]: {message}"))
+    }
+}
+
+fn turn(index: usize, message: WireMessage, earlier: &[Message]) -> Result<Message, ApiError> {
+    let at = At(index);
+    let role = message.role.as_deref().unwrap_or_default();
+    let WireMessage { content, name, .. } = message;
+    let needed = |content| text(&at, content)?.ok_or_else(|| at.invalid("content", "content is required"));
+    Ok(match role {
+        "system" => Message::System(needed(content)?),
+        "developer" => Message::Developer(needed(content)?),
+        "user" => Message::User { name: name.map(|name| author(&name)), content: needed(content)? },
+        "assistant" => {
+            let mut tool_calls = Vec::new();
+            for (number, call) in message.tool_calls.into_iter().flatten().enumerate() {
+                tool_calls.push(tool_call(&at, number, call)?);
+            }
+            if let Some(call) = message.function_call {
+                tool_calls.push(legacy_call(&at, index, call)?);
+            }
+            let reasoning = message.reasoning_content.or(message.reasoning).filter(|text| !text.is_empty());
+            let content = text(&at, content)?.or(message.refusal);
+            Message::Assistant { reasoning, content, tool_calls }
+        }
+        "tool" => {
+            let call_id = message.tool_call_id.filter(|id| !id.is_empty());
+            let call_id = call_id.ok_or_else(|| at.invalid("tool_call_id", "tool_call_id is required"))?;
+            Message::Tool { call_id, content: text(&at, content)?.unwrap_or_default() }
+        }
+        "function" => {
+            let name = name.unwrap_or_default();
+            let call_id = latest_call(earlier, &name)
+                .ok_or_else(|| at.invalid("name", "no earlier assistant message calls this function"))?;
+            Message::Tool { call_id, content: text(&at, content)?.unwrap_or_default() }
+        }
+        _ => {
+            let known = "role must be system, developer, user, assistant, tool or function";
+            return Err(at.invalid("role", known));
+        }
+    })
+}
+
+/// Parts are joined without a separator, so that a text and the same text in parts are one prompt.
+fn text(at: &At, content: Option<Content>) -> Result<Option<String>, ApiError> {
+    let parts = match content {
+        None => return Ok(None),
+        Some(Content::Text(text)) => return Ok(Some(text)),
+        Some(Content::Parts(parts)) => parts,
+    };
+    let mut joined = String::new();
+    for (index, part) in parts.into_iter().enumerate() {
+        match part {
+            Part::Text(text) => joined.push_str(&text),
+            Part::Other(kind) => {
+                let kind: String = kind.chars().take(32).collect();
+                let message =
+                    format!("content parts of type {kind:?} are not supported; this model reads text only");
+                return Err(at.invalid(&format!("content[{index}]"), &message));
+            }
+        }
+    }
+    Ok(Some(joined))
+}
+
+fn tool_call(at: &At, number: usize, call: WireToolCall) -> Result<ToolCall, ApiError> {
+    let part = |part: &str| format!("tool_calls[{number}].{part}");
+    let Some(function) = call.function else {
+        return Err(at.invalid(&part("function"), "a tool call needs a 'function'"));
+    };
+    let id = call.id.filter(|id| !id.is_empty());
+    let id = id.ok_or_else(|| at.invalid(&part("id"), "a tool call needs an 'id'"))?;
+    let (name, arguments) = called(function).ok_or_else(|| {
+        let message = format!("a function name has 1 to {MAX_NAME} characters");
+        at.invalid(&part("function.name"), &message)
+    })?;
+    Ok(ToolCall { id, name, arguments })
+}
+
+/// The old spelling has no ids: the message's index makes one.
+fn legacy_call(at: &At, index: usize, call: WireFunctionCall) -> Result<ToolCall, ApiError> {
+    let (name, arguments) = called(call).ok_or_else(|| {
+        at.invalid("function_call.name", &format!("a function name has 1 to {MAX_NAME} characters"))
+    })?;
+    Ok(ToolCall { id: format!("function_call_{index}"), name, arguments })
+}
+
+/// A name that some model garbled must not end the conversation for good: what cannot stand in a header becomes
+/// an underscore. Arguments are kept as text, whatever they were.
+fn called(call: WireFunctionCall) -> Option<(String, String)> {
+    let name = call.name.filter(|name| !name.is_empty() && name.chars().count() <= MAX_NAME)?;
+    let arguments = match call.arguments {
+        None | Some(Value::Null) => String::new(),
+        Some(Value::String(text)) => text,
+        Some(other) => other.to_string(),
+    };
+    Some((header_word(&name), arguments))
+}
+
+fn author(name: &str) -> String {
+    header_word(&name.chars().take(MAX_NAME).collect::<String>())
+}
+
+fn header_word(text: &str) -> String {
+    let safe = |c: char| u8::try_from(c).is_ok_and(is_name_byte);
+    text.chars().map(|c| if safe(c) { c } else { '_' }).collect()
+}
+
+/// The latest call of `name`: what a `function` message answers.
+fn latest_call(earlier: &[Message], name: &str) -> Option<String> {
+    earlier.iter().rev().find_map(|message| match message {
+        Message::Assistant { tool_calls, .. } => {
+            tool_calls.iter().rev().find(|call| call.name == name).map(|call| call.id.clone())
+        }
+        _ => None,
+    })
+}
+
+/// Template arguments are an allowlist: nothing of the renderer can be reached through them.
+fn reasoning_effort(
+    effort: Option<&str>,
+    kwargs: Option<&Map<String, Value>>,
+) -> Result<Option<ReasoningEffort>, ApiError> {
+    let mut from_kwargs = None;
+    for (key, value) in kwargs.into_iter().flatten() {
+        let invalid =
+            || ApiError::invalid("chat_template_kwargs", format!("'{key}' has a value of the wrong kind"));
+        match (key.as_str(), value) {
+            ("reasoning_effort" | "enable_thinking", Value::Null) => {}
+            ("reasoning_effort", Value::String(text)) => {
+                from_kwargs = Some(level(text, "chat_template_kwargs")?);
+            }
+            ("enable_thinking", Value::Bool(true)) => {}
+            ("enable_thinking", Value::Bool(false)) => {
+                from_kwargs = from_kwargs.or(Some(ReasoningEffort::None));
+            }
+            ("reasoning_effort" | "enable_thinking", _) => return Err(invalid()),
+            _ => {
+                let key: String = key.chars().take(64).collect();
+                let message = format!("'{key}' is not an accepted template argument");
+                return Err(ApiError::unsupported("chat_template_kwargs", message));
+            }
+        }
+    }
+    match effort {
+        Some(text) => Ok(Some(level(text, "reasoning_effort")?)),
+        None => Ok(from_kwargs),
+    }
+}
+
+fn level(text: &str, param: &str) -> Result<ReasoningEffort, ApiError> {
+    ReasoningEffort::parse(text).ok_or_else(|| {
+        let message = "reasoning effort must be none, minimal, low, medium, high, xhigh or max";
+        ApiError::invalid(param, message)
+    })
+}

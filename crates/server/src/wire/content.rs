@@ -1,0 +1,120 @@
+//! Message content: a string, or a list of parts.
+
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
+
+/// `content` of a message.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Content {
+    /// A plain string.
+    Text(String),
+    /// Typed parts.
+    Parts(Vec<Part>),
+}
+
+/// One part. Only text is served; the type of any other is kept for the error message and nothing of it is
+/// fetched or decoded.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// Text.
+    Text(String),
+    /// Something else.
+    Other(String),
+}
+
+#[derive(Deserialize)]
+struct RawPart {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    text: Option<String>,
+    refusal: Option<String>,
+}
+
+impl RawPart {
+    fn into_part(self) -> Part {
+        let kind = self.kind.unwrap_or_default();
+        let text = match kind.as_str() {
+            "text" | "input_text" | "output_text" => self.text,
+            "refusal" => self.refusal.or(self.text),
+            _ => None,
+        };
+        text.map_or(Part::Other(kind), Part::Text)
+    }
+}
+
+impl<'de> Deserialize<'de> for Part {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct PartVisitor;
+        impl<'de> Visitor<'de> for PartVisitor {
+            type Value = Part;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a content part")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Part, E> {
+                Ok(Part::Text(text.to_owned()))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Part, A::Error> {
+                RawPart::deserialize(MapAccessDeserializer::new(map)).map(RawPart::into_part)
+            }
+        }
+        deserializer.deserialize_any(PartVisitor)
+    }
+}
+
+impl<'de> Deserialize<'de> for Content {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct ContentVisitor;
+        impl<'de> Visitor<'de> for ContentVisitor {
+            type Value = Content;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string or a list of content parts")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Content, E> {
+                Ok(Content::Text(text.to_owned()))
+            }
+
+            fn visit_string<E: de::Error>(self, text: String) -> Result<Content, E> {
+                Ok(Content::Text(text))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Content, A::Error> {
+                let mut parts = Vec::new();
+                while let Some(part) = list.next_element()? {
+                    parts.push(part);
+                }
+                Ok(Content::Parts(parts))
+            }
+        }
+        deserializer.deserialize_any(ContentVisitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_parts_and_others() {
+        let read = |text| serde_json::from_str::<Content>(text).unwrap();
+        assert_eq!(read("\"a\""), Content::Text("a".into()));
+        let parts = read(r#"[{"type":"text","text":"a","x":1},"b",{"type":"image_url","image_url":{}}]"#);
+        let expected = vec![Part::Text("a".into()), Part::Text("b".into()), Part::Other("image_url".into())];
+        assert_eq!(parts, Content::Parts(expected));
+        assert_eq!(read("[{}]"), Content::Parts(vec![Part::Other(String::new())]));
+    }
+
+    #[test]
+    fn other_json_is_refused() {
+        for text in ["1", "{}", "true", "[1]", "[null]", r#"[{"type":1}]"#] {
+            assert!(serde_json::from_str::<Content>(text).is_err(), "{text}");
+        }
+    }
+}
