@@ -1,1 +1,94 @@
 //! The suite that any backend must pass: each op against a reference backend over ragged shapes.
+//!
+//! Weights, tokens and schedules come from a seed that the report names, so every run can be repeated. Results
+//! are read through the ops themselves: an output projection that copies heads into the residual stream, and an
+//! LM head that copies the residual stream into logits. Channel 0 of that stream is a constant which no op may
+//! touch, so that the final norm cannot hide an error of scale.
+
+mod cases;
+mod fixture;
+mod random;
+mod schedule;
+
+use std::fmt;
+
+use crate::{Backend, DeviceError, KvDtype};
+
+pub use random::Random;
+
+/// What a backend claims, and is held to.
+#[derive(Clone, Debug)]
+pub struct Claims {
+    /// Largest relative L2 error of any row after one op on exact weights.
+    pub exact: f64,
+    /// The same after an op whose weights or activations the backend quantises.
+    pub products: f64,
+    /// Rows are bitwise the same whatever their neighbours, chunks and page size. Otherwise `products` bounds
+    /// the difference.
+    pub bitwise: bool,
+    /// KV storages to test.
+    pub kv: Vec<KvDtype>,
+}
+
+/// One comparison.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Case {
+    /// Op and shape.
+    pub name: String,
+    /// Largest relative L2 error of a row; infinite where one side is not finite.
+    pub error: f64,
+    /// What was allowed.
+    pub limit: f64,
+}
+
+/// All comparisons of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Report {
+    /// Seed of every input.
+    pub seed: u64,
+    /// In the order they ran.
+    pub cases: Vec<Case>,
+}
+
+impl Report {
+    /// The comparisons beyond their limit.
+    pub fn failures(&self) -> impl Iterator<Item = &Case> {
+        // Negated, so that a NaN fails.
+        self.cases.iter().filter(|case| !(case.error <= case.limit))
+    }
+
+    /// The largest error of the cases whose name contains `part`.
+    pub fn worst(&self, part: &str) -> f64 {
+        let errors = self.cases.iter().filter(|case| case.name.contains(part)).map(|case| case.error);
+        errors.fold(0.0, f64::max)
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let failed = self.failures().count();
+        writeln!(f, "seed {}: {} cases, {failed} failed", self.seed, self.cases.len())?;
+        for Case { name, error, limit } in self.failures() {
+            writeln!(f, "  {name}: error {error:.3e}, limit {limit:.3e}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Runs every case on backends from `make`, against backends from `reference`.
+///
+/// # Errors
+/// What a backend's own ops return; a disagreement is in the [`Report`].
+pub fn run<B: Backend, R: Backend>(
+    seed: u64,
+    claims: &Claims,
+    make: impl Fn() -> Result<B, DeviceError>,
+    reference: impl Fn() -> Result<R, DeviceError>,
+) -> Result<Report, DeviceError> {
+    let mut suite = cases::Suite::new(seed, claims);
+    suite.products(&make, &reference)?;
+    suite.attention(&make, &reference)?;
+    suite.independence(&make)?;
+    suite.sampling(&make, &reference)?;
+    Ok(Report { seed, cases: suite.into_cases() })
+}

@@ -36,8 +36,17 @@ pub(crate) fn plain(weights: &Matrix, first: usize, x: &[f32], out: &mut [f32]) 
     let mut row = vec![0.0; weights.cols()];
     for (r, out) in out.iter_mut().enumerate() {
         decode_row(weights, first + r, &mut row);
-        *out = row.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum::<f64>() as f32;
+        *out = dot(&row, x);
     }
+}
+
+/// The inner product, summed in f64 from the first element on.
+fn dot(w: &[f32], x: &[f32]) -> f32 {
+    let mut sum = 0.0_f64;
+    for (&w, &x) in w.iter().zip(x) {
+        sum += f64::from(w) * f64::from(x);
+    }
+    sum as f32
 }
 
 /// `x * weights^T + bias`: `[rows, in]` to `[rows, out]`.
@@ -51,8 +60,12 @@ pub(crate) fn linear(
     let mut out = match (&matrix.weights, fast) {
         (Weights::Plain(weights), _) => {
             let mut out = Rows::zeros(x.rows(), matrix.rows);
-            for row in 0..x.rows() {
-                plain(weights, 0, x.row(row), out.row_mut(row));
+            let mut decoded = vec![0.0; matrix.cols];
+            for col in 0..matrix.rows {
+                decode_row(weights, col, &mut decoded);
+                for row in 0..x.rows() {
+                    out.row_mut(row)[col] = dot(&decoded, x.row(row));
+                }
             }
             out
         }

@@ -1,5 +1,7 @@
 //! AVX2 and FMA: a panel is two vectors of eight rows.
 
+#![allow(clippy::needless_range_loop, reason = "panels, scales and tokens are walked in step")]
+
 use std::arch::x86_64::*;
 
 use half::bf16;

@@ -1,5 +1,7 @@
 //! AVX-512 with VNNI: a panel is one vector of sixteen rows.
 
+#![allow(clippy::needless_range_loop, reason = "panels, scales and tokens are walked in step")]
+
 use std::arch::x86_64::*;
 
 use half::bf16;
