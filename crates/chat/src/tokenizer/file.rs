@@ -55,7 +55,8 @@ impl AddedEntry {
     /// Whether text that spells the token becomes it, as in Hugging Face tokenizers. Markup never does, flagged or
     /// not (`<tool_call>` is not, in Qwen3): text from a client must not turn into protocol.
     fn is_text(&self) -> bool {
-        !self.is_special() && !(self.content.starts_with('<') && self.content.ends_with('>'))
+        let is_markup = self.content.starts_with('<') && self.content.ends_with('>');
+        !(self.is_special() || is_markup)
     }
 
     fn for_library(&self) -> AddedToken {

@@ -1,6 +1,7 @@
 //! Text to token ids and back, from a checkpoint's `tokenizer.json`.
 
 mod file;
+mod segments;
 mod table;
 
 use std::collections::HashMap;
@@ -11,13 +12,12 @@ use std::path::Path;
 use ctxserve_core::TokenId;
 use thiserror::Error;
 
+use file::Spelling;
+use segments::{pieces, segments};
 use table::TokenTable;
 
 /// A larger tokenizer.json is refused unread. The largest known are under 40 MB.
 const MAX_FILE_BYTES: u64 = 256 << 20;
-
-/// Text that the library fails on is encoded in pieces of at most this many bytes.
-const FALLBACK_PIECE_BYTES: usize = 16 << 10;
 
 /// A tokenizer.json that cannot be used.
 #[derive(Debug, Error)]
@@ -45,6 +45,7 @@ pub struct Tokenizer {
     encoder: tokenizers::Tokenizer,
     table: TokenTable,
     byte_ids: Box<[Option<TokenId>; 256]>,
+    is_byte_level: bool,
     added: HashMap<String, TokenId>,
 }
 
@@ -89,8 +90,9 @@ impl Tokenizer {
             .map_err(invalid)?;
         let table = TokenTable::new(&contents);
         let byte_ids = table.byte_ids();
+        let is_byte_level = contents.spelling == Spelling::ByteLevel;
         let added = contents.added.into_iter().map(|token| (token.content, token.id)).collect();
-        Ok(Self { encoder: contents.encoder, table, byte_ids, added })
+        Ok(Self { encoder: contents.encoder, table, byte_ids, is_byte_level, added })
     }
 
     /// Ids of plain text. Text that spells a special token is text; nothing is added in front or behind.
@@ -102,12 +104,22 @@ impl Tokenizer {
 
     /// As [`Tokenizer::encode`], appending.
     pub fn encode_into(&self, text: &str, ids: &mut Vec<TokenId>) {
+        if self.is_byte_level {
+            for segment in segments(text) {
+                self.encode_segment(segment, ids);
+            }
+        } else {
+            self.encode_segment(text, ids);
+        }
+    }
+
+    fn encode_segment(&self, text: &str, ids: &mut Vec<TokenId>) {
         match self.encode_with_library(text) {
             Some(found) => self.extend_plain(&found, ids),
-            // Regex engines give up on runs of millions of like characters. Shorter pieces always work; their
-            // tokens spell the same text, though not always in the canonical way at the cuts.
+            // The library unwinds where its regex engine gives up. Shorter text works; its tokens spell the same,
+            // though perhaps not in the canonical way at the cuts.
             None => {
-                for piece in pieces(text, FALLBACK_PIECE_BYTES) {
+                for piece in pieces(text) {
                     match self.encode_with_library(piece) {
                         Some(found) => self.extend_plain(&found, ids),
                         None => ids.extend(piece.bytes().filter_map(|byte| self.byte_id(byte))),
@@ -219,17 +231,4 @@ impl Tokenizer {
         }
         String::from_utf8_lossy(&bytes).into_owned()
     }
-}
-
-/// Cuts text between characters into pieces of at most `limit` bytes (at least 4).
-fn pieces(text: &str, limit: usize) -> impl Iterator<Item = &str> {
-    let mut rest = text;
-    std::iter::from_fn(move || {
-        if rest.is_empty() {
-            return None;
-        }
-        let (piece, tail) = rest.split_at(rest.floor_char_boundary(limit));
-        rest = tail;
-        Some(piece)
-    })
 }

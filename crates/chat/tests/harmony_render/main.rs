@@ -1,4 +1,6 @@
 //! Rendered prompts, id for id against openai-harmony on gpt-oss's vocabulary.
+#![recursion_limit = "256"]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests, too")]
 
 mod oracle;
 mod rules;

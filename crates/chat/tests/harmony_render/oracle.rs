@@ -52,22 +52,22 @@ fn encoding() -> &'static HarmonyEncoding {
 }
 
 /// The reference's prompt ids, with its own default of dropping analysis, or without.
-pub fn render(messages: &[Message], keep_reasoning: bool) -> Vec<u32> {
+pub(crate) fn render(messages: &[Message], keep_reasoning: bool) -> Vec<u32> {
     let config = if keep_reasoning { None } else { Some(&Default::default()) };
     encoding()
         .render_conversation_for_completion(messages, Role::Assistant, config)
         .expect("the reference renders")
 }
 
-pub fn decode(ids: &[u32]) -> String {
+pub(crate) fn decode(ids: &[u32]) -> String {
     encoding().tokenizer().decode_utf8(ids.iter().copied()).unwrap_or_else(|e| format!("(not UTF-8: {e})"))
 }
 
-pub fn system(content: SystemContent) -> Message {
+pub(crate) fn system(content: SystemContent) -> Message {
     Message::from_role_and_content(Role::System, content)
 }
 
-pub fn developer(instructions: Option<&str>, tools: Vec<ToolDescription>) -> Message {
+pub(crate) fn developer(instructions: Option<&str>, tools: Vec<ToolDescription>) -> Message {
     let mut content = DeveloperContent::new();
     if let Some(text) = instructions {
         content = content.with_instructions(text);
@@ -78,21 +78,21 @@ pub fn developer(instructions: Option<&str>, tools: Vec<ToolDescription>) -> Mes
     Message::from_role_and_content(Role::Developer, content)
 }
 
-pub fn user(text: &str) -> Message {
+pub(crate) fn user(text: &str) -> Message {
     Message::from_role_and_content(Role::User, text)
 }
 
-pub fn assistant(channel: &str, text: &str) -> Message {
+pub(crate) fn assistant(channel: &str, text: &str) -> Message {
     Message::from_role_and_content(Role::Assistant, text).with_channel(channel)
 }
 
-pub fn call(function: &str, arguments: &str) -> Message {
+pub(crate) fn call(function: &str, arguments: &str) -> Message {
     assistant("commentary", arguments)
         .with_recipient(format!("functions.{function}"))
         .with_content_type("<|constrain|>json")
 }
 
-pub fn result(function: &str, text: &str) -> Message {
+pub(crate) fn result(function: &str, text: &str) -> Message {
     let author = Author::new(Role::Tool, format!("functions.{function}"));
     Message::from_author_and_content(author, Content::from(text))
         .with_recipient("assistant")
