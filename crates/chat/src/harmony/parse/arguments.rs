@@ -6,6 +6,8 @@
 
 use serde::de::IgnoredAny;
 
+use super::work;
+
 /// What a piece of a call's text turned out to be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Pieces {
@@ -161,6 +163,7 @@ impl Arguments {
 }
 
 fn is_json(text: &str) -> bool {
+    work::count(text.len());
     serde_json::from_str::<IgnoredAny>(text).is_ok()
 }
 
@@ -196,6 +199,7 @@ impl Value {
     /// Takes text; the number of its bytes that belong to the value once that is whole or hopeless.
     fn push(&mut self, text: &str) -> Option<usize> {
         for (at, c) in text.char_indices() {
+            work::count(1);
             self.character(c);
             if self.clean.is_some() {
                 self.raw.push(c);

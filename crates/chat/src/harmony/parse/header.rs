@@ -3,9 +3,10 @@
 use super::reader::Reader;
 use super::recovery::Notes;
 use super::words::{self, Channel};
+use super::work;
 
 /// A header longer than this is text whose message token is missing.
-const MAX_BYTES: usize = 1024;
+const MAX_BYTES: usize = 512;
 
 /// What a control token adds to [`MAX_BYTES`]' count, so that headers of control tokens alone are bounded too.
 const CONTROL_BYTES: usize = 4;
@@ -62,7 +63,8 @@ impl Items {
 
     /// All text, verbatim.
     pub(super) fn text(&self) -> String {
-        let texts = self.items.iter().map(|item| if let Item::Text(text, _) = item { text.as_str() } else { "" });
+        let texts =
+            self.items.iter().map(|item| if let Item::Text(text, _) = item { text.as_str() } else { "" });
         texts.collect()
     }
 
@@ -88,13 +90,13 @@ pub(super) struct Header {
     pub(super) code: bool,
     /// The role and the channel were one word.
     pub(super) glued: bool,
-    /// Words in front of the message token that have no meaning there.
+    /// Words that have no meaning in the header.
     pub(super) extra: String,
     /// Text that follows a header without message token.
     pub(super) rest: String,
     /// The rest is one word that can still grow into a header word.
     pub(super) fragment: bool,
-    /// Unknown words that stood where a channel, an author or a content type belongs.
+    /// The one such word, if it can have been meant as a channel, an author or a content type.
     pub(super) unknown: String,
 }
 
@@ -111,6 +113,7 @@ pub(super) fn begins_json(text: &str) -> bool {
 
 /// Reads a header that the message token ended: every word has its slot.
 pub(super) fn read_closed(items: &Items, explicit: bool, notes: &mut Notes) -> Header {
+    work::count(items.bytes);
     let mut reader = Reader::new(explicit, notes);
     for item in &items.items {
         reader.item(item);
@@ -120,6 +123,7 @@ pub(super) fn read_closed(items: &Items, explicit: bool, notes: &mut Notes) -> H
 
 /// Reads a header that no message token ended: from the first word that cannot belong to it on, it is text.
 pub(super) fn read_open(items: &Items, explicit: bool, notes: &mut Notes) -> Header {
+    work::count(items.bytes);
     let mut reader = Reader::new(explicit, notes);
     let (controlled, tail) = match items.items.split_last() {
         Some((Item::Text(text, ends), before)) => (before, Some((text, ends))),
@@ -137,40 +141,39 @@ pub(super) fn read_open(items: &Items, explicit: bool, notes: &mut Notes) -> Hea
 /// Whether plain text, with no control token yet, can still become a header. As soon as it cannot, it is an answer
 /// without header, and streams.
 pub(super) fn may_be_header(text: &str) -> bool {
-    let partial = !text.ends_with(char::is_whitespace);
+    work::count(text.len());
+    let is_partial = !text.ends_with(char::is_whitespace);
     let mut words = text.split_whitespace().peekable();
-    let (mut known, mut awaits_name) = (false, false);
+    let (mut is_first, mut awaits_name) = (true, false);
     while let Some(word) = words.next() {
-        let lower = word.to_ascii_lowercase();
-        let last = partial && words.peek().is_none();
-        let fits = awaits_name
-            || lower.starts_with("to=")
-            || lower.starts_with(words::NAMESPACE)
-            || words::is_role(&lower)
-            || Channel::exact(&lower).is_some()
-            || words::role_prefix(&lower).is_some_and(|role| may_be_header(&lower[role.len()..]))
-            || Channel::prefix(&lower).is_some_and(|(_, n)| lower[n..].starts_with("to="))
-            || (known && words::is_content_type(&lower));
-        let grows = last
-            && ("to=".starts_with(&lower)
-                || words::NAMESPACE.starts_with(&lower)
-                || words::begins_role(&lower)
-                || words::begins_channel(&lower)
-                || Channel::prefix(&lower).is_some_and(|(_, n)| "to=".starts_with(&lower[n..]))
-                || (known && words::begins_content_type(&lower)));
-        if !fits && !grows {
+        let grows = is_partial && words.peek().is_none();
+        let word = word.to_ascii_lowercase();
+        if word.contains(['{', '[']) || !(awaits_name || may_be_word(&word, is_first, grows)) {
             return false;
         }
-        if known_json_follows(&lower) {
-            return false;
-        }
-        awaits_name = lower == "to=";
-        known = true;
+        awaits_name = word == "to=";
+        is_first = false;
     }
     true
 }
 
-/// A recipient or a content type with JSON glued to it: the text has begun.
-fn known_json_follows(word: &str) -> bool {
-    word.contains(['{', '['])
+/// Whether a lower-case word is one of a header's, or if it still `grows` can become one.
+fn may_be_word(word: &str, is_first: bool, grows: bool) -> bool {
+    let mut rest = word;
+    while let Some(role) = words::role_prefix(rest) {
+        rest = &rest[role.len()..];
+    }
+    let channel = Channel::prefix(rest);
+    if let Some((_, n)) = channel {
+        rest = &rest[n..];
+    }
+    let is_word = rest.is_empty()
+        || rest.starts_with("to=")
+        || rest.starts_with(words::NAMESPACE)
+        || (!is_first && words::is_content_type(rest));
+    let may_grow = "to=".starts_with(rest)
+        || (channel.is_none() && (words::begins_role(rest) || words::begins_channel(rest)))
+        || words::NAMESPACE.starts_with(rest)
+        || (!is_first && words::begins_content_type(rest));
+    is_word || (grows && may_grow)
 }

@@ -19,7 +19,10 @@ mod body;
 mod header;
 mod reader;
 mod recovery;
+#[cfg(test)]
+mod tests;
 mod words;
+mod work;
 
 use std::sync::Arc;
 
@@ -238,6 +241,7 @@ impl HarmonyParser {
         let mut header = header::read_open(&items, explicit, &mut notes);
         if why == Why::Close(Close::Cut) && self.is_cut_header(is_bare, &items, &header) {
             self.said.notes.add(note::HEADER_CUT);
+            self.said.reasoning(std::mem::take(&mut header.extra), out);
             self.drop_words(&header);
             // A message that a stray token interrupted was cut with it.
             if let Origin::Within(body) = origin {
@@ -255,7 +259,7 @@ impl HarmonyParser {
             return;
         }
         match origin {
-            Origin::Within(mut body) if !is_call && !(header.channel.is_some() && header.exact) => {
+            Origin::Within(mut body) if !is_call && (header.channel.is_none() || !header.exact) => {
                 self.said.notes.add(note::STRAY_CONTROL);
                 self.said.text(&mut body, &items.text(), out);
                 self.state = State::Body(body);
@@ -278,7 +282,7 @@ impl HarmonyParser {
         }
         let mut body = match header.channel {
             // A garbled channel name says little: how the message ends says more.
-            Some(Channel::Commentary) if !is_call && !(header.exact && has_letters(&header.rest)) => {
+            Some(Channel::Commentary) if !is_call && (!header.exact || !has_letters(&header.rest)) => {
                 Body::Undecided(String::new())
             }
             None if !is_call && !items.is_marked() => Body::Content,
@@ -333,9 +337,12 @@ impl HarmonyParser {
 
     /// Whether the answer, cut here, was yet at an end: behind a token that ends the turn, or a whole call.
     fn was_over(&self) -> bool {
-        let is_between = matches!(&self.state, State::Header(Origin::Prompt | Origin::Between, items) if items.is_blank());
+        let is_between =
+            matches!(&self.state, State::Header(Origin::Prompt | Origin::Between, items) if items.is_blank());
         is_between
-            && self.last.is_some_and(|(close, was_call)| close.ends_turn() || (close == Close::End && was_call.0))
+            && self
+                .last
+                .is_some_and(|(close, was_call)| close.ends_turn() || (close == Close::End && was_call.0))
     }
 }
 
@@ -346,8 +353,10 @@ fn has_letters(text: &str) -> bool {
 impl StreamParser for HarmonyParser {
     fn push(&mut self, id: TokenId, out: &mut Vec<Delta>) -> Place {
         let tokens = &self.tokens;
-        let is_end = id == tokens.end || id == tokens.ret || id == tokens.call || Some(id) == tokens.endoftext;
-        let is_header = id == tokens.start || id == tokens.channel || id == tokens.constrain || id == tokens.message;
+        let is_end =
+            id == tokens.end || id == tokens.ret || id == tokens.call || Some(id) == tokens.endoftext;
+        let is_header =
+            id == tokens.start || id == tokens.channel || id == tokens.constrain || id == tokens.message;
         if !is_end && !is_header {
             let bytes = if self.tokenizer.is_special(id) { None } else { self.tokenizer.token_bytes(id) };
             let Some(bytes) = bytes else {
@@ -381,9 +390,12 @@ impl StreamParser for HarmonyParser {
         self.flush(out);
         let was_over = end == End::Stop || self.was_over();
         let close = if end == End::Stop { Close::Stop } else { Close::Cut };
-        if let State::Header(_, items) = &self.state {
+        if let State::Header(origin, items) = &self.state {
             if items.is_blank() {
                 self.dropped.push_str(&items.text());
+                if end == End::Cut && matches!(origin, Origin::Start) {
+                    self.said.notes.add(note::HEADER_CUT);
+                }
             } else {
                 self.run_into_text(Why::Close(close), out);
             }

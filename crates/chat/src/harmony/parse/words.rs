@@ -19,13 +19,32 @@ const ROLES: [&str; 5] = ["assistant", "user", "system", "developer", "tool"];
 
 /// Longest first among those with a common beginning, so that the first match is the longest.
 const CONTENT_TYPES: [&str; 20] = [
-    "jsonl", "json", "code", "plaintext", "plain", "text", "markdown", "xml", "html", "yaml", "toml", "csv", "python",
-    "javascript", "typescript", "bash", "shell", "sql", "string", "object",
+    "jsonl",
+    "json",
+    "code",
+    "plaintext",
+    "plain",
+    "text",
+    "markdown",
+    "xml",
+    "html",
+    "yaml",
+    "toml",
+    "csv",
+    "python",
+    "javascript",
+    "typescript",
+    "bash",
+    "shell",
+    "sql",
+    "string",
+    "object",
 ];
 
 /// Words that end in "json" by themselves: no content type is glued to them.
 const JSON_WORDS: [&str; 11] = [
-    "geojson", "topojson", "ndjson", "bson", "tojson", "fromjson", "asjson", "isjson", "ujson", "orjson", "rjson",
+    "geojson", "topojson", "ndjson", "bson", "tojson", "fromjson", "asjson", "isjson", "ujson", "orjson",
+    "rjson",
 ];
 
 /// The namespace of client functions.
@@ -39,7 +58,10 @@ impl Channel {
 
     /// The channel whose name the lower-case word begins with, and the name's length.
     pub(super) fn prefix(word: &str) -> Option<(Self, usize)> {
-        CHANNELS.iter().find(|(_, name, _)| word.starts_with(name)).map(|(channel, name, _)| (*channel, name.len()))
+        CHANNELS
+            .iter()
+            .find(|(_, name, _)| word.starts_with(name))
+            .map(|(channel, name, _)| (*channel, name.len()))
     }
 
     /// The obvious meaning of a misspelt word. Its ASCII letters, in lower case, begin with a channel's name, or are
