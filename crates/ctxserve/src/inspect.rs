@@ -8,6 +8,8 @@ use std::sync::Arc;
 use anyhow::Context;
 use ctxserve_chat::{ChatFormat, Collector, ParserOptions, Tokenizer, end_of, formats};
 use ctxserve_core::TokenId;
+use ctxserve_server::{PromptDate, ServerConfig, conversation_from_json};
+use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 
 use crate::cli::ToolArgs;
@@ -22,12 +24,33 @@ pub fn render(args: &ToolArgs, out: &mut impl Write) -> anyhow::Result<()> {
     let (tokenizer, format) = open(args)?;
     let mut request = Vec::new();
     input(args)?.read_to_end(&mut request).context("reading the request")?;
-    let conversation = ctxserve_server::conversation_from_json(&request)
-        .map_err(|error| anyhow::anyhow!("the request is refused: {error}"))?;
+    let config = ServerConfig { prompt_date: prompt_date(&request), ..ServerConfig::default() };
+    let conversation = conversation_from_json(&config, &request).map_err(|error| {
+        let place = error.param.map(|param| format!(" ({param})")).unwrap_or_default();
+        anyhow::anyhow!("the request is refused{place}: {}", error.message)
+    })?;
     let ids = format.render(&conversation)?;
     let text = tokenizer.decode(&ids, false);
     writeln!(out, "{}", json!({"token_ids": ids, "text": text}))?;
     Ok(())
+}
+
+/// `current_date` of the request: a fixed date, or null for none. The API has no such field and takes today.
+fn prompt_date(request: &[u8]) -> PromptDate {
+    #[derive(Deserialize)]
+    struct Dated {
+        #[serde(default, deserialize_with = "present")]
+        current_date: Option<Option<String>>,
+    }
+    fn present<'de, D: Deserializer<'de>>(source: D) -> Result<Option<Option<String>>, D::Error> {
+        Option::deserialize(source).map(Some)
+    }
+    // A body that does not read is refused elsewhere, with a better message.
+    match serde_json::from_slice::<Dated>(request).ok().and_then(|dated| dated.current_date) {
+        None => PromptDate::Today,
+        Some(None) => PromptDate::Omitted,
+        Some(Some(date)) => PromptDate::Fixed(date),
+    }
 }
 
 /// Prints one message per line of input. False when some line was no token sequence.
@@ -127,6 +150,16 @@ mod tests {
         let call = &found[1]["tool_calls"][0];
         assert_eq!((call["name"].as_str(), call["arguments"].as_str()), (Some("f"), Some("{\"a\":1}")));
         assert!(call["id"].as_str().is_some_and(|id| id.starts_with("call_")));
+    }
+
+    #[test]
+    fn a_date_is_fixed_left_out_or_today_s() {
+        assert_eq!(prompt_date(b"{}"), PromptDate::Today);
+        assert_eq!(prompt_date(b"{\"current_date\": null}"), PromptDate::Omitted);
+        assert_eq!(
+            prompt_date(b"{\"current_date\": \"2026-05-12\"}"),
+            PromptDate::Fixed("2026-05-12".to_owned())
+        );
     }
 
     #[test]

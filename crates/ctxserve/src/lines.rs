@@ -45,9 +45,7 @@ fn sequence(raw: &[u8], tokenizer: &Tokenizer) -> Result<Vec<TokenId>, String> {
     }
     let line: Line = serde_json::from_slice(raw).map_err(|error| error.to_string())?;
     match (line.segments, line.token_ids) {
-        (Some(segments), None) => {
-            segments_to_ids(tokenizer, &segments).map_err(|error| error.to_string())
-        }
+        (Some(segments), None) => segments_to_ids(tokenizer, &segments).map_err(|error| error.to_string()),
         (None, Some(ids)) => Ok(ids),
         _ => Err("expected either \"segments\" or \"token_ids\"".to_owned()),
     }

@@ -43,7 +43,10 @@ pub fn defaults(
         let known = apply(&mut defaults, key, value)
             .with_context(|| format!("--override-generation-config: {key}"))?;
         if !known {
-            bail!("--override-generation-config: {key:?} is not a sampling default; known are {}", KEYS.join(", "));
+            bail!(
+                "--override-generation-config: {key:?} is not a sampling default; known are {}",
+                KEYS.join(", ")
+            );
         }
     }
     defaults.sampling.validate(vocab).context("sampling defaults")?;
@@ -63,7 +66,8 @@ const KEYS: [&str; 8] = [
 
 /// Sets one default; false when the key is none.
 fn apply(defaults: &mut Defaults, key: &str, value: &Value) -> anyhow::Result<bool> {
-    let float = || value.as_f64().map(|v| v as f32).with_context(|| format!("expected a number, got {value}"));
+    let float =
+        || value.as_f64().map(|v| v as f32).with_context(|| format!("expected a number, got {value}"));
     let whole = || {
         let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
         number.with_context(|| format!("expected a whole number, got {value}"))
@@ -101,7 +105,8 @@ mod tests {
 
     #[test]
     fn overrides_win_over_the_checkpoint() {
-        let file = json!({"temperature": 0.6, "top_k": 20, "eos_token_id": [1], "max_new_tokens": 9, "top_p": null});
+        let file =
+            json!({"temperature": 0.6, "top_k": 20, "eos_token_id": [1], "max_new_tokens": 9, "top_p": null});
         let found = of(&file, &json!({"temperature": 0.9})).unwrap();
         assert_eq!((found.sampling.temperature, found.sampling.top_k), (0.9, 20));
         assert_eq!((found.sampling.top_p, found.max_tokens), (1.0, Some(9)));

@@ -46,7 +46,9 @@ pub fn serve(mut values: Values) -> anyhow::Result<()> {
     let options = ServeOptions::new(&values, |name| std::env::var(name).ok())?;
     tracing::info!("ctxserve {}", env!("CARGO_PKG_VERSION"));
     if asked.is_none() {
-        tracing::warn!("no model named: serving demo, whose weights are random and whose answers mean nothing");
+        tracing::warn!(
+            "no model named: serving demo, whose weights are random and whose answers mean nothing"
+        );
     }
     if let Some(profile) = profile_name {
         tracing::info!("profile {profile}: {place}");
@@ -101,7 +103,9 @@ fn describe(model: &Model, info: Option<&ModelInfo>, format: &str) {
         && model.tokenizer.len() > info.vocab_size
     {
         let (ids, logits) = (model.tokenizer.len(), info.vocab_size);
-        tracing::warn!("the tokenizer has {ids} ids and the model {logits}: texts that need the others are refused");
+        tracing::warn!(
+            "the tokenizer has {ids} ids and the model {logits}: texts that need the others are refused"
+        );
     }
 }
 
@@ -199,7 +203,9 @@ fn warm_up(engine: &EngineHandle, format: &dyn ChatFormat) -> anyhow::Result<()>
     while let Some(event) = events.blocking_next() {
         match event {
             Event::Token(_) => tokens += 1,
-            Event::Finished { reason: FinishReason::Error(what) | FinishReason::Fault(what), .. } => bail!(what),
+            Event::Finished { reason: FinishReason::Error(what) | FinishReason::Fault(what), .. } => {
+                bail!(what)
+            }
             Event::Finished { .. } if tokens == 0 => bail!("the model generated nothing"),
             Event::Admitted | Event::Finished { .. } => {}
         }
@@ -208,7 +214,8 @@ fn warm_up(engine: &EngineHandle, format: &dyn ChatFormat) -> anyhow::Result<()>
 }
 
 fn run(listener: TcpListener, state: ServerState, start: Instant) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("async runtime")?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("async runtime")?;
     let end = runtime.block_on(async {
         let address = listener.local_addr()?;
         let listener = tokio::net::TcpListener::from_std(listener)?;

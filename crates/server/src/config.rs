@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use ctxserve_core::{SamplingParams, TokenId};
 
+use crate::state::unix_seconds;
+
 /// The date that formats may put into the prompt.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum PromptDate {
@@ -14,6 +16,17 @@ pub enum PromptDate {
     Fixed(String),
     /// None.
     Omitted,
+}
+
+impl PromptDate {
+    /// `YYYY-MM-DD`, now.
+    pub(crate) fn date(&self) -> Option<String> {
+        match self {
+            Self::Today => Some(civil_date(unix_seconds() / 86_400)),
+            Self::Fixed(date) => Some(date.clone()),
+            Self::Omitted => None,
+        }
+    }
 }
 
 /// Settings of the HTTP server. Everything has a default.
@@ -78,6 +91,39 @@ impl Default for ServerConfig {
             stall_timeout: Duration::from_secs(120),
             drain_timeout: Duration::from_secs(30),
             system_fingerprint: concat!("ctxserve-", env!("CARGO_PKG_VERSION")).to_owned(),
+        }
+    }
+}
+
+/// The Gregorian date of a day counted from 1970-01-01, by eras of 400 years that begin on 1 March.
+fn civil_date(days: u64) -> String {
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates() {
+        let cases = [
+            (0, "1970-01-01"),
+            (59, "1970-03-01"),
+            (11_016, "2000-02-29"),
+            (11_017, "2000-03-01"),
+            (19_723, "2024-01-01"),
+            (20_585, "2026-05-12"),
+        ];
+        for (days, date) in cases {
+            assert_eq!(civil_date(days), date);
         }
     }
 }

@@ -21,3 +21,4 @@ pub use error::ApiError;
 pub use http::serve::serve;
 pub use router::router;
 pub use state::{ServerError, ServerState};
+pub use validate::conversation_from_json;

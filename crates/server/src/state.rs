@@ -10,7 +10,7 @@ use ctxserve_core::{RequestId, TokenId};
 use ctxserve_engine::EngineHandle;
 use thiserror::Error;
 
-use crate::config::{PromptDate, ServerConfig};
+use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 
@@ -128,51 +128,9 @@ impl ServerState {
             Some(name) => Err(ApiError::unknown_model(name)),
         }
     }
-
-    /// `YYYY-MM-DD` for prompts.
-    pub(crate) fn prompt_date(&self) -> Option<String> {
-        match &self.inner.config.prompt_date {
-            PromptDate::Today => Some(civil_date(unix_seconds() / 86_400)),
-            PromptDate::Fixed(date) => Some(date.clone()),
-            PromptDate::Omitted => None,
-        }
-    }
 }
 
 /// Seconds since 1970; zero on a clock before that.
 pub(crate) fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
-}
-
-/// The Gregorian date of a day counted from 1970-01-01, by eras of 400 years that begin on 1 March.
-fn civil_date(days: u64) -> String {
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn dates() {
-        let cases = [
-            (0, "1970-01-01"),
-            (59, "1970-03-01"),
-            (11_016, "2000-02-29"),
-            (11_017, "2000-03-01"),
-            (19_723, "2024-01-01"),
-            (20_585, "2026-05-12"),
-        ];
-        for (days, date) in cases {
-            assert_eq!(civil_date(days), date);
-        }
-    }
 }

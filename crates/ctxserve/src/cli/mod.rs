@@ -130,7 +130,13 @@ fn tool_command(name: &'static str, about: &'static str, input: &'static str) ->
     Command::new(name)
         .about(about)
         .arg(Arg::new("INPUT").help(input).conflicts_with("input"))
-        .arg(Arg::new("input").long("input").short('i').value_name("FILE").help("Same as the positional INPUT"))
+        .arg(
+            Arg::new("input")
+                .long("input")
+                .short('i')
+                .value_name("FILE")
+                .help("Same as the positional INPUT"),
+        )
         .arg(
             Arg::new("model")
                 .long("model")

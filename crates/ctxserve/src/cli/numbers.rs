@@ -41,10 +41,8 @@ pub(super) fn bytes(text: &str) -> Result<usize, String> {
 /// A number and the first unit that it ends with.
 fn scaled(text: &str, units: &[(&str, u64)]) -> Option<usize> {
     let text = text.trim();
-    let (number, unit) = units
-        .iter()
-        .find_map(|&(unit, size)| Some((text.strip_suffix(unit)?, size)))
-        .unwrap_or((text, 1));
+    let (number, unit) =
+        units.iter().find_map(|&(unit, size)| Some((text.strip_suffix(unit)?, size))).unwrap_or((text, 1));
     let number = number.trim();
     if let Ok(whole) = number.parse::<u64>() {
         return usize::try_from(whole.checked_mul(unit)?).ok();

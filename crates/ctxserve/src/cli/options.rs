@@ -173,7 +173,8 @@ impl ServeOptions {
             one_of(text, &known).map_err(|what| format!("{what}; the models were not trained for float16"))
         })?;
         if let Some("bfloat16") = dtype {
-            notes.push("--dtype bfloat16: the CPU computes in float32, which is at least as exact".to_owned());
+            notes
+                .push("--dtype bfloat16: the CPU computes in float32, which is at least as exact".to_owned());
         }
         let max_model_len = values.read("max-model-len", |text| match text {
             "auto" | "-1" => Ok(None),
@@ -247,7 +248,8 @@ fn model(values: &Values) -> Result<ModelOptions, OptionError> {
 }
 
 fn device(values: &Values) -> Result<DeviceOptions, OptionError> {
-    let devices = [("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda), ("gpu", Device::Cuda)];
+    let devices =
+        [("auto", Device::Auto), ("cpu", Device::Cpu), ("cuda", Device::Cuda), ("gpu", Device::Cuda)];
     let kinds = [
         ("auto", KvChoice::Auto),
         ("float32", KvChoice::F32),
@@ -316,7 +318,8 @@ mod tests {
 
     #[test]
     fn lengths_as_vllm_spells_them() {
-        for (text, length) in [("64k", Some(64_000)), ("64K", Some(65_536)), ("100", Some(100)), ("auto", None), ("-1", None)]
+        for (text, length) in
+            [("64k", Some(64_000)), ("64K", Some(65_536)), ("100", Some(100)), ("auto", None), ("-1", None)]
         {
             let engine = options(&format!("--max-model-len {text}")).unwrap().engine;
             assert_eq!((engine.max_model_len, engine.strict_len), (length, length.is_some()), "{text}");
@@ -329,7 +332,9 @@ mod tests {
     fn wrong_values_name_flag_and_choices() {
         let error = options("--device tpu").unwrap_err();
         assert!(error.contains("--device") && error.contains("cuda") && error.contains("tpu"), "{error}");
-        for line in ["--port 70000", "--dtype float16", "--kv-cache-dtype nvfp4", "--block-size 7", "--threads 0"] {
+        for line in
+            ["--port 70000", "--dtype float16", "--kv-cache-dtype nvfp4", "--block-size 7", "--threads 0"]
+        {
             let flag = line.split(' ').next().unwrap();
             let error = options(line).unwrap_err();
             assert!(error.contains(flag), "{error}");

@@ -66,7 +66,10 @@ fn negated(name: &str) -> Option<&'static str> {
         .filter(switch)
         .find(|flag| {
             name.strip_prefix("no-") == Some(flag.name)
-                || flag.name.strip_prefix("enable-").is_some_and(|rest| name.strip_prefix("disable-") == Some(rest))
+                || flag
+                    .name
+                    .strip_prefix("enable-")
+                    .is_some_and(|rest| name.strip_prefix("disable-") == Some(rest))
         })
         .map(|flag| flag.name)
 }

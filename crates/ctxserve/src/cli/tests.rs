@@ -20,7 +20,13 @@ fn clap_accepts_the_table() {
 
 #[test]
 fn serve_is_the_default_and_the_model_may_be_positional() {
-    for line in ["--model X --port 9", "serve X --port 9", "X --port=9", "serve --port 9 --model=X", "serve --port 9 X"] {
+    for line in [
+        "--model X --port 9",
+        "serve X --port 9",
+        "X --port=9",
+        "serve --port 9 --model=X",
+        "serve --port 9 X",
+    ] {
         let values = serve(line);
         assert_eq!((values.text("model"), values.text("port")), (Some("X"), Some("9")), "{line}");
     }
@@ -54,7 +60,10 @@ fn the_model_cards_command_lines_pass_the_table() {
 fn spellings_of_vllm() {
     assert_eq!(serve("--max_model_len=-1").text("max-model-len"), Some("-1"));
     assert_eq!(serve("--max-model-len -1").text("max-model-len"), Some("-1"));
-    assert_eq!(serve("--served-model-name a b --served_model_name c").list("served-model-name"), ["a", "b", "c"]);
+    assert_eq!(
+        serve("--served-model-name a b --served_model_name c").list("served-model-name"),
+        ["a", "b", "c"]
+    );
     assert_eq!(serve("-tp 1").text("tensor-parallel-size"), Some("1"));
     assert_eq!(serve("--disable-auto-tool-choice").switch("enable-auto-tool-choice").unwrap(), Some(false));
     assert_eq!(serve("--port 1 --port 2").text("port"), Some("2"));

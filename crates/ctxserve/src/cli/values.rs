@@ -157,7 +157,8 @@ impl Values {
                 Treatment::Refused(_) if off => {}
                 Treatment::Refused(why) => return refuse(why.to_owned()),
                 Treatment::Only(allowed, why) => {
-                    if let Some(value) = given.values.iter().find(|value| !allowed.contains(&value.as_str())) {
+                    if let Some(value) = given.values.iter().find(|value| !allowed.contains(&value.as_str()))
+                    {
                         return refuse(format!("{value:?} is not possible: {why}"));
                     }
                 }
@@ -204,13 +205,17 @@ pub fn from_toml(text: &str, origin: &Origin) -> Result<Values, OptionError> {
         let values_of = match (flag.takes, &value) {
             (Takes::Switch, toml::Value::Boolean(on)) => vec![on.to_string()],
             (Takes::Switch, _) => return Err(wrong("true or false")),
-            (Takes::List(_), toml::Value::Array(items)) => {
-                items.iter().map(scalar).collect::<Option<_>>().ok_or_else(|| wrong("a list of plain values"))?
-            }
+            (Takes::List(_), toml::Value::Array(items)) => items
+                .iter()
+                .map(scalar)
+                .collect::<Option<_>>()
+                .ok_or_else(|| wrong("a list of plain values"))?,
             (Takes::Value(_), toml::Value::Table(_) | toml::Value::Array(_)) => {
                 vec![serde_json::to_string(&value).map_err(|_| wrong("a value"))?]
             }
-            (Takes::Value(_) | Takes::List(_), _) => vec![scalar(&value).ok_or_else(|| wrong("a plain value"))?],
+            (Takes::Value(_) | Takes::List(_), _) => {
+                vec![scalar(&value).ok_or_else(|| wrong("a plain value"))?]
+            }
         };
         values.offer(flag, Given { values: values_of, origin: origin.clone() });
     }

@@ -218,7 +218,10 @@ mod tests {
         assert!(lacks(Want::Model).contains("config.json"));
         put("config.json", "{}");
         assert!(lacks(Want::Model).contains("model.safetensors"));
-        put("model.safetensors.index.json", r#"{"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}"#);
+        put(
+            "model.safetensors.index.json",
+            r#"{"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}"#,
+        );
         put("x.safetensors", "");
         assert!(lacks(Want::Model).contains("y.safetensors"));
         put("y.safetensors", "");

@@ -166,7 +166,9 @@ impl Client {
 
     fn advice(&self, status: u16) -> &'static str {
         match (&self.token, status) {
-            (None, _) => "it does not exist, or is private or gated; set HF_TOKEN to a token that may read it",
+            (None, _) => {
+                "it does not exist, or is private or gated; set HF_TOKEN to a token that may read it"
+            }
             (Some(_), 401) => "the token in HF_TOKEN is not valid",
             (Some(_), _) => "the token in HF_TOKEN may not read it; accept the conditions on its page first",
         }
@@ -215,7 +217,8 @@ fn same_origin(a: &str, b: &str) -> bool {
 
 /// Where a `Location` header leads: absolute, or a path on the same host. Never from https to http.
 fn join(base: &str, location: &str) -> Option<String> {
-    if location.starts_with("https://") || (location.starts_with("http://") && !base.starts_with("https://")) {
+    if location.starts_with("https://") || (location.starts_with("http://") && !base.starts_with("https://"))
+    {
         return Some(location.to_owned());
     }
     let uri: Uri = base.parse().ok()?;

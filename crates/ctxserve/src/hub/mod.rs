@@ -69,8 +69,7 @@ impl Hub {
                 .or_else(|| var("HOME").map(|dir| Path::new(&dir).join(".cache").join("huggingface")))
         };
         let cache = var("HF_HUB_CACHE").map(PathBuf::from).or_else(|| Some(home()?.join("hub")));
-        let token_file =
-            || var("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| Some(home()?.join("token")));
+        let token_file = || var("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| Some(home()?.join("token")));
         let stored = || {
             let text = std::fs::read_to_string(token_file()?).ok()?;
             Some(text.trim().to_owned()).filter(|token| !token.is_empty())
@@ -187,12 +186,19 @@ mod tests {
 
     #[test]
     fn only_files_that_serving_reads_are_taken() {
-        for name in ["model.safetensors", "model-00001-of-00003.safetensors", "config.json", "chat_template.jinja"] {
+        for name in
+            ["model.safetensors", "model-00001-of-00003.safetensors", "config.json", "chat_template.jinja"]
+        {
             assert!(wanted(name), "{name}");
         }
-        for name in
-            ["pytorch_model.bin", "original/model.safetensors", "metal/model.bin", "x.gguf", "modeling.py", "README.md"]
-        {
+        for name in [
+            "pytorch_model.bin",
+            "original/model.safetensors",
+            "metal/model.bin",
+            "x.gguf",
+            "modeling.py",
+            "README.md",
+        ] {
             assert!(!wanted(name), "{name}");
         }
     }

@@ -87,11 +87,11 @@ fn prepare(state: &ServerState, body: &[u8]) -> Result<Prepared, ApiError> {
     refused::check(Route::Chat, text)?;
     let max_tokens = fields.max_completion_tokens.map(|most| (most, "max_completion_tokens"));
     let options = options(state, shared, max_tokens, logprobs(&fields)?)?;
-    let tools = tools::tools(state, fields.tools)?;
+    let tools = tools::tools(state.config(), fields.tools)?;
     let calls = tools::choice(state, fields.tool_choice.as_ref(), !tools.is_empty())?;
     let effort = fields.reasoning_effort.as_deref();
     let kwargs = fields.chat_template_kwargs.as_ref();
-    let conversation = history::conversation(state, fields.messages, tools, effort, kwargs)?;
+    let conversation = history::conversation(state.config(), fields.messages, tools, effort, kwargs)?;
     let prompt: Arc<[TokenId]> = state.format().render(&conversation)?.into();
     let max_tokens = room(state, &options, state.config().default_max_tokens, prompt.len(), PARAM)?;
     let one_call = fields.parallel_tool_calls == Some(false);

@@ -45,10 +45,15 @@ fn tokenized(state: &ServerState, body: &[u8]) -> Result<TokenizeResponse, ApiEr
 }
 
 fn rendered(state: &ServerState, chat: ChatFields, open_turn: bool) -> Result<Vec<TokenId>, ApiError> {
-    let tools = tools::tools(state, chat.tools)?;
+    let tools = tools::tools(state.config(), chat.tools)?;
     let effort = chat.reasoning_effort.as_deref();
-    let conversation =
-        history::conversation(state, chat.messages, tools, effort, chat.chat_template_kwargs.as_ref())?;
+    let conversation = history::conversation(
+        state.config(),
+        chat.messages,
+        tools,
+        effort,
+        chat.chat_template_kwargs.as_ref(),
+    )?;
     let mut ids = state.format().render(&conversation)?;
     if !open_turn {
         let opening = state.format().turn_start();

@@ -4,8 +4,8 @@ use ctxserve_chat::{Conversation, FunctionTool, Message, ReasoningEffort, ToolCa
 use serde_json::{Map, Value};
 
 use super::tools::{MAX_NAME, is_name_byte};
+use crate::config::ServerConfig;
 use crate::error::ApiError;
-use crate::state::ServerState;
 use crate::wire::chat_request::{WireFunctionCall, WireMessage, WireToolCall};
 use crate::wire::content::{Content, Part};
 
@@ -14,7 +14,7 @@ use crate::wire::content::{Content, Part};
 /// # Errors
 /// 400 naming the part of `messages`, `reasoning_effort` or `chat_template_kwargs`.
 pub(crate) fn conversation(
-    state: &ServerState,
+    config: &ServerConfig,
     messages: Option<Vec<WireMessage>>,
     tools: Vec<FunctionTool>,
     effort: Option<&str>,
@@ -33,8 +33,8 @@ pub(crate) fn conversation(
         messages: turns,
         tools,
         reasoning_effort: reasoning_effort(effort, kwargs)?,
-        current_date: state.prompt_date(),
-        keep_reasoning: state.config().keep_reasoning,
+        current_date: config.prompt_date.date(),
+        keep_reasoning: config.keep_reasoning,
     })
 }
 

@@ -5,3 +5,21 @@ pub(crate) mod history;
 pub(crate) mod options;
 pub(crate) mod prompts;
 pub(crate) mod tools;
+
+use ctxserve_chat::Conversation;
+
+use crate::config::ServerConfig;
+use crate::error::ApiError;
+use crate::wire::chat_request::ChatFields;
+use crate::wire::read::{json, text};
+
+/// The conversation that `POST /v1/chat/completions` would render for this body; its other fields are not read.
+///
+/// # Errors
+/// What the route would answer.
+pub fn conversation_from_json(config: &ServerConfig, body: &[u8]) -> Result<Conversation, ApiError> {
+    let fields: ChatFields = json(text(body)?)?;
+    let tools = tools::tools(config, fields.tools)?;
+    let (effort, kwargs) = (fields.reasoning_effort.as_deref(), fields.chat_template_kwargs.as_ref());
+    history::conversation(config, fields.messages, tools, effort, kwargs)
+}

@@ -3,6 +3,7 @@
 use ctxserve_chat::FunctionTool;
 use serde_json::Value;
 
+use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::state::ServerState;
 use crate::wire::chat_request::WireTool;
@@ -24,11 +25,11 @@ pub(crate) enum Calls {
 /// # Errors
 /// 400 naming the part of `tools`.
 pub(crate) fn tools(
-    state: &ServerState,
+    config: &ServerConfig,
     tools: Option<Vec<WireTool>>,
 ) -> Result<Vec<FunctionTool>, ApiError> {
     let tools = tools.unwrap_or_default();
-    let most = state.config().max_tools;
+    let most = config.max_tools;
     if tools.len() > most {
         let message = format!("{} tools in one request, at most {most} are allowed", tools.len());
         return Err(ApiError::invalid("tools", message));
