@@ -21,6 +21,7 @@ pub const NAME: &str = "harmony";
 pub struct Harmony {
     tokenizer: Arc<Tokenizer>,
     tokens: HarmonyTokens,
+    turn_start: Vec<TokenId>,
 }
 
 impl Harmony {
@@ -30,7 +31,8 @@ impl Harmony {
     /// [`FormatError::MissingToken`].
     pub fn new(tokenizer: Arc<Tokenizer>) -> Result<Self, FormatError> {
         let tokens = HarmonyTokens::new(&tokenizer)?;
-        Ok(Self { tokenizer, tokens })
+        let turn_start = render::turn_start(&tokenizer, &tokens);
+        Ok(Self { tokenizer, tokens, turn_start })
     }
 }
 
@@ -41,6 +43,10 @@ impl ChatFormat for Harmony {
 
     fn render(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError> {
         render::render(conversation, &self.tokenizer, &self.tokens)
+    }
+
+    fn turn_start(&self) -> &[TokenId] {
+        &self.turn_start
     }
 
     fn stop_ids(&self) -> &[TokenId] {

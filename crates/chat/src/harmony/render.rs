@@ -69,9 +69,15 @@ pub(super) fn render(
     for part in &parts {
         write(part, tokenizer, tokens, &mut ids);
     }
-    ids.push(tokens.start);
-    tokenizer.encode_into("assistant", &mut ids);
+    ids.extend(turn_start(tokenizer, tokens));
     Ok(ids)
+}
+
+/// What opens the assistant's turn and ends every prompt.
+pub(super) fn turn_start(tokenizer: &Tokenizer, tokens: &HarmonyTokens) -> Vec<TokenId> {
+    let mut ids = vec![tokens.start];
+    tokenizer.encode_into("assistant", &mut ids);
+    ids
 }
 
 fn parts(conversation: &Conversation) -> Result<Vec<Part>, RenderError> {
