@@ -64,6 +64,7 @@ impl Driver {
             if step.is_empty() {
                 return Err("the scheduler found no work in its queue".to_owned());
             }
+            self.tell(Vec::new());
             let batch = self.scheduler.batch(&step);
             let outcomes = self.runner.step(&batch).map_err(|error| error.to_string())?;
             self.commit(step, outcomes, batch.sample_rows().count())?;
@@ -74,19 +75,21 @@ impl Driver {
     /// Takes arrivals and cancellations. Sleeps while there is no work; false when drained.
     fn receive(&mut self) -> bool {
         loop {
-            let (arrivals, abort, draining) = self.shared.take(self.scheduler.is_idle());
+            let idle = self.scheduler.is_idle();
+            if idle {
+                self.rest();
+            }
+            let (arrivals, abort, draining) = self.shared.take(idle);
             arrivals.into_iter().for_each(|submission| self.enqueue(submission));
             let endings = if abort { self.scheduler.end_all(&FinishReason::Abort) } else { Vec::new() };
             self.scheduler.drop_cancelled();
-            if !self.scheduler.is_idle() {
+            let busy = !self.scheduler.is_idle();
+            if busy {
                 self.beat.get_or_insert_with(Instant::now);
-                self.tell(endings);
-                return true;
             }
-            self.rest();
             self.tell(endings);
-            if draining {
-                return false;
+            if busy || draining {
+                return busy;
             }
         }
     }
@@ -98,6 +101,7 @@ impl Driver {
         if let Err(error) = self.scheduler.check() {
             tracing::error!(%error, "the KV cache lost count of its pages");
         }
+        self.tell(Vec::new());
     }
 
     fn commit(
@@ -181,4 +185,36 @@ impl Seeds {
 fn panic_text(payload: &(dyn Any + Send)) -> &str {
     let text = payload.downcast_ref::<&str>().copied();
     text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("without a message")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn the_pace_is_that_of_busy_times() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut pace = Pace::default();
+        pace.finished(0, at(0));
+        pace.finished(1, at(2));
+        assert_eq!(pace.interval, 2.0);
+        pace.finished(4, at(6));
+        assert!((pace.interval - 1.8).abs() < 1e-9, "{}", pace.interval);
+        pace.pause();
+        pace.finished(0, at(1000));
+        pace.finished(1, at(1001));
+        assert!((pace.interval - 1.64).abs() < 1e-9, "{}", pace.interval);
+    }
+
+    #[test]
+    fn drawn_seeds_differ() {
+        let (mut one, mut other) = (Seeds::new(), Seeds::new());
+        let mut drawn: Vec<_> = (0..100).flat_map(|_| [one.draw(), other.draw()]).collect();
+        drawn.sort_unstable();
+        drawn.dedup();
+        assert_eq!(drawn.len(), 200);
+    }
 }

@@ -199,3 +199,6 @@ fn has_room(shared: &Shared, count: usize, tokens: usize) -> Result<(), SubmitEr
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,6 +7,7 @@
 mod config;
 mod driver;
 mod handle;
+mod model_runner;
 mod pages;
 mod queue;
 mod runner;
@@ -16,9 +17,12 @@ mod sequence;
 mod shared;
 mod sizing;
 mod stream;
+#[cfg(test)]
+mod testing;
 
 pub use config::{EngineConfig, EngineError};
 pub use handle::{Engine, EngineHandle, EngineInfo};
+pub use model_runner::ModelRunner;
 pub use runner::{Runner, RunnerInfo};
 pub use scripted::ScriptedRunner;
 pub use shared::{EngineState, Snapshot};

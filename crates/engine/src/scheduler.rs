@@ -220,3 +220,6 @@ impl Scheduler {
         endings
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -30,14 +30,14 @@ fn bytes_alone(spec: &KvSpec, len: usize, chunk: usize) -> usize {
     (0..spec.groups.len()).map(group).fold(0, usize::saturating_add)
 }
 
-/// The longest sequence, at most `most` tokens, of which one fits `budget` bytes.
-fn longest(spec: &KvSpec, budget: usize, chunk: usize, most: usize) -> usize {
-    let (mut fits, mut over) = (0, most.saturating_add(1));
-    while over - fits > 1 {
-        let middle = fits + (over - fits) / 2;
-        if bytes_alone(spec, middle, chunk) <= budget { fits = middle } else { over = middle }
+/// The largest number up to `most` that fits, where every smaller one fits too; 0 where none does.
+fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (0, most.saturating_add(1));
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        if fits(middle) { low = middle } else { high = middle }
     }
-    fits
+    low
 }
 
 /// Divides the budget: windowed groups get what `max_num_seqs` sequences can hold at once, full groups the rest,
@@ -55,7 +55,7 @@ pub(crate) fn size(spec: &KvSpec, max_context: usize, config: &EngineConfig) -> 
         let short = bytes_alone(spec, DEFAULT_ROOM.1.min(asked), chunk).saturating_mul(room);
         short.max(bytes_alone(spec, asked, chunk))
     });
-    let fits = longest(spec, budget, chunk, asked);
+    let fits = largest(asked, |len| bytes_alone(spec, len, chunk) <= budget);
     if fits < config.max_model_len.unwrap_or(SHORTEST) {
         let max_model_len = config.max_model_len.unwrap_or(SHORTEST);
         let needed = bytes_alone(spec, max_model_len, chunk);
@@ -66,7 +66,7 @@ pub(crate) fn size(spec: &KvSpec, max_context: usize, config: &EngineConfig) -> 
     let groups = 0..spec.groups.len();
     let is_full = |g: &usize| spec.groups[*g].window.is_none();
     let windowed_pages = |g: usize, seqs: usize| {
-        let others = spec.pages_for(g, max_model_len, 1).saturating_mul(seqs - 1);
+        let others = spec.pages_for(g, max_model_len, 1).saturating_mul(seqs.saturating_sub(1));
         alone(spec, g, max_model_len, chunk).saturating_add(others)
     };
     let bytes = |g: usize, pages: usize| pages.saturating_mul(spec.page_bytes(g));
@@ -78,7 +78,7 @@ pub(crate) fn size(spec: &KvSpec, max_context: usize, config: &EngineConfig) -> 
         groups.clone().filter(is_full).map(|g| spec.page_bytes(g)).fold(0, usize::saturating_add);
     let full_alone = alone_full(spec, max_model_len);
     let for_windows = budget.saturating_sub(full_alone.saturating_mul(full_page));
-    let seqs = (1..=config.max_num_seqs).rev().find(|&n| windowed_bytes(n) <= for_windows).unwrap_or(1);
+    let seqs = largest(config.max_num_seqs, |seqs| windowed_bytes(seqs) <= for_windows).max(1);
     let left = budget.saturating_sub(windowed_bytes(seqs));
     let most = full_alone.saturating_mul(config.max_num_seqs).min(PageId::MAX as usize);
     let full_pages = left.checked_div(full_page).unwrap_or(0).clamp(full_alone, most.max(full_alone));
@@ -205,5 +205,119 @@ impl fmt::Display for Bytes {
             Some((unit, shift)) => write!(f, "{:.1} {unit}", self.0 as f64 / f64::from(1_u32 << shift)),
             None => write!(f, "{} B", self.0),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ctxserve_backend::KvGroup;
+
+    use super::*;
+
+    /// gpt-oss-20b: 12 layers with a window of 128, 12 with full attention.
+    fn spec() -> KvSpec {
+        let groups = vec![
+            KvGroup { window: Some(128), layers: (0..24).step_by(2).collect() },
+            KvGroup { window: None, layers: (1..24).step_by(2).collect() },
+        ];
+        KvSpec { page_size: 16, kv_heads: 8, head_dim: 64, groups, dtype: KvDtype::Bf16 }
+    }
+
+    fn config(kv_bytes: Option<usize>, max_model_len: Option<usize>) -> EngineConfig {
+        EngineConfig {
+            max_num_seqs: 32,
+            max_batched_tokens: 512,
+            max_model_len,
+            kv_bytes,
+            ..Default::default()
+        }
+    }
+
+    /// What the sizing promises, whatever the numbers.
+    fn promises(sizing: &Sizing, config: &EngineConfig) {
+        let (plan, len) = (&sizing.plan, sizing.max_model_len);
+        if let Some(budget) = config.kv_bytes {
+            assert!(plan.bytes() <= budget, "{} over {budget}", plan.bytes());
+        }
+        for (group, &pages) in plan.pages.iter().enumerate() {
+            assert!(pages >= alone(&plan.spec, group, len, config.max_batched_tokens));
+        }
+    }
+
+    #[test]
+    fn windowed_layers_cost_the_window() {
+        // 8k times 32 sequences: 12 GiB where windowed layers are paged at full length, about half of it here.
+        let config = config(Some(usize::MAX), Some(8192));
+        let sizing = size(&spec(), 131_072, &config).unwrap();
+        promises(&sizing, &config);
+        let full = 32 * 8192 * 12 * 2 * 8 * 64 * 2;
+        let windowed = sizing.plan.pages[0] * spec().page_bytes(0);
+        assert_eq!(sizing.plan.pages[1] * spec().page_bytes(1), full);
+        assert!(windowed < full / 40, "{windowed} of {full}");
+    }
+
+    #[test]
+    fn without_a_length_the_budget_decides() {
+        let gib = 1 << 30;
+        let short = size(&spec(), 131_072, &config(Some(gib), None)).unwrap();
+        promises(&short, &config(Some(gib), None));
+        assert!((30_000..131_072).contains(&short.max_model_len), "{}", short.max_model_len);
+        let next = size(&spec(), 131_072, &config(Some(gib), Some(short.max_model_len + 1)));
+        let error = next.unwrap_err();
+        assert!(
+            matches!(error, EngineError::KvTooSmall { fits, needed, .. } if fits == short.max_model_len && needed > gib),
+            "{error}"
+        );
+        let whole = size(&spec(), 131_072, &config(Some(8 * gib), None)).unwrap();
+        assert_eq!(whole.max_model_len, 131_072);
+    }
+
+    #[test]
+    fn the_default_budget_holds_the_longest_sequence_and_some_short_ones() {
+        for max_model_len in [None, Some(2), Some(100), Some(4096), Some(131_072)] {
+            let config = config(None, max_model_len);
+            let sizing = size(&spec(), 131_072, &config).unwrap();
+            promises(&sizing, &config);
+            assert_eq!(sizing.max_model_len, max_model_len.unwrap_or(131_072));
+        }
+    }
+
+    #[test]
+    fn a_model_without_full_attention_needs_no_more_than_its_windows() {
+        let mut spec = spec();
+        spec.groups.pop();
+        let sizing = size(&spec, 131_072, &config(Some(1 << 30), None)).unwrap();
+        assert_eq!(sizing.max_model_len, 131_072);
+        assert!(sizing.plan.bytes() < 1 << 30);
+        assert_eq!(KvReport::new(&sizing, 32).tokens, None);
+    }
+
+    #[test]
+    fn senseless_limits_are_named() {
+        let base = || config(None, None);
+        let cases = [
+            ("max_num_seqs", EngineConfig { max_num_seqs: 0, ..base() }),
+            ("max_batched_tokens", EngineConfig { max_batched_tokens: 0, ..base() }),
+            ("max_model_len", config(None, Some(1))),
+        ];
+        for (name, config) in cases {
+            let error = size(&spec(), 4096, &config).unwrap_err();
+            assert!(matches!(error, EngineError::Config { field, .. } if field == name), "{error}");
+        }
+        let error = size(&spec(), 4096, &config(None, Some(4097))).unwrap_err();
+        assert_eq!(error, EngineError::ContextTooLong { asked: 4097, max: 4096 });
+        let huge = EngineConfig { max_batched_tokens: usize::MAX / 4, max_num_seqs: 7, ..base() };
+        promises(&size(&spec(), 4096, &huge).unwrap(), &huge);
+    }
+
+    #[test]
+    fn the_report_reads_well() {
+        let sizing = size(&spec(), 131_072, &config(Some(4 << 30), Some(32_768))).unwrap();
+        let report = KvReport::new(&sizing, 32).to_string();
+        let lines: Vec<_> = report.lines().collect();
+        assert!(lines[0].starts_with("KV cache 4.0 GiB in bfloat16, pages of 16 tokens"), "{report}");
+        assert!(lines[1].starts_with("  window of 128, 12 layers: "), "{report}");
+        assert!(lines[2].starts_with("  full attention, 12 layers: "), "{report}");
+        assert!(lines[3].contains("sequences of 32768 tokens at once"), "{report}");
     }
 }
