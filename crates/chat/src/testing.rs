@@ -60,9 +60,13 @@ pub fn o200k_tokenizer_json() -> Vec<u8> {
         pairs.sort_unstable();
         merges.extend(pairs.into_iter().map(|(.., at)| json!([spell(&token[..at]), spell(&token[at..])])));
     }
-    let added: Vec<Value> = (RANKS..SIZE)
-        .map(|id| json!({ "id": id, "content": o200k_special(id), "special": true, "normalized": false }))
-        .collect();
+    let added = |id: u32| {
+        json!({
+            "id": id, "content": o200k_special(id), "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true,
+        })
+    };
+    let added: Vec<Value> = (RANKS..SIZE).map(added).collect();
     let document = json!({
         "version": "1.0",
         "added_tokens": added,

@@ -102,6 +102,9 @@ fn from_file_names_the_path() {
     std::fs::write(dir.join("tokenizer.json"), b"nonsense").unwrap();
     let broken = Tokenizer::from_file(&dir).unwrap_err().to_string();
     assert!(broken.contains(dir.to_str().unwrap()) && broken.contains("tokenizer.json"), "{broken}");
+    std::fs::File::create(dir.join("huge.json")).unwrap().set_len(1 << 40).unwrap();
+    let huge = Tokenizer::from_file(dir.join("huge.json")).unwrap_err().to_string();
+    assert!(huge.contains("huge.json") && huge.contains("larger than"), "{huge}");
     std::fs::write(dir.join("tokenizer.json"), serde_json::to_vec(&small(json!([]))).unwrap()).unwrap();
     assert_eq!(Tokenizer::from_file(&dir).unwrap().encode("ab"), [4]);
     std::fs::remove_dir_all(&dir).unwrap();

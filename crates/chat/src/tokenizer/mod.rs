@@ -64,11 +64,16 @@ impl Tokenizer {
         let path = path.as_ref();
         let path = if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
         let file = path.display().to_string();
+        let read_error = |source| TokenizerError::Read { file: file.clone(), source };
+        let opened = std::fs::File::open(&path).map_err(read_error)?;
         let mut json = Vec::new();
-        std::fs::File::open(&path)
-            .and_then(|opened| opened.take(MAX_FILE_BYTES + 1).read_to_end(&mut json))
-            .map_err(|source| TokenizerError::Read { file: file.clone(), source })?;
-        Self::from_named(&json, &file)
+        if opened.metadata().map_err(read_error)?.len() <= MAX_FILE_BYTES {
+            // What is not a regular file has no length, and may have no end.
+            opened.take(MAX_FILE_BYTES).read_to_end(&mut json).map_err(read_error)?;
+            Self::from_named(&json, &file)
+        } else {
+            Err(TokenizerError::Invalid { file, what: format!("larger than {MAX_FILE_BYTES} bytes") })
+        }
     }
 
     /// Reads the bytes of a `tokenizer.json`.
@@ -81,9 +86,6 @@ impl Tokenizer {
 
     fn from_named(json: &[u8], file: &str) -> Result<Self, TokenizerError> {
         let invalid = |what: String| TokenizerError::Invalid { file: file.to_owned(), what };
-        if json.len() as u64 > MAX_FILE_BYTES {
-            return Err(invalid(format!("larger than {MAX_FILE_BYTES} bytes")));
-        }
         // The library indexes and unwraps while it builds: a file must not be able to end the process.
         let contents = catch_unwind(|| file::read(json))
             .unwrap_or_else(|_| Err("the tokenizers library failed on it".to_owned()))

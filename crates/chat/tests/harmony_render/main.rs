@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests, too")]
 
 mod oracle;
+mod round_trip;
 mod rules;
 mod schemas;
 

@@ -104,6 +104,27 @@ fn every_keyword() {
     agree_on(vec![tool("everything", Some("Every keyword."), Some(schema))]);
 }
 
+/// The odd indentation is what Context-1 was trained on.
+#[test]
+fn a_tool_of_context_1() {
+    let schema = json!({
+        "type": "object",
+        "properties": { "tool_calls": { "type": "array", "items": {
+            "type": "object",
+            "properties": { "tool_name": { "type": "string" }, "parameters": { "type": "object" } },
+            "required": ["tool_name", "parameters"],
+        } } },
+        "required": ["tool_calls"],
+    });
+    let tools = vec![tool("multi_tool_use", Some("Calls several."), Some(schema))];
+    agree_on(tools.clone());
+    let ids = render(&Conversation { messages: vec![user("Hi")], tools, ..Conversation::default() }).unwrap();
+    let expected = "// Calls several.\ntype multi_tool_use = (_: {\ntool_calls: {\n    tool_name: string,\n    \
+                    parameters: {\n        },\n    }[],\n}) => any;\n\n} // namespace functions";
+    let text = o200k_tokenizer().decode(&ids, true);
+    assert!(text.contains(expected), "{text}");
+}
+
 #[test]
 fn one_of() {
     let variants = json!([
