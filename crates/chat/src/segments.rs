@@ -97,3 +97,66 @@ fn from_hex(hex: &str) -> Option<Vec<u8>> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::demo_tokenizer;
+
+    fn ids(json: &str) -> Result<Vec<TokenId>, SegmentError> {
+        let segments: Vec<Segment> = serde_json::from_str(json).unwrap();
+        segments_to_ids(&demo_tokenizer(), &segments)
+    }
+
+    #[test]
+    fn control_tokens_come_from_control_segments_alone() {
+        let tokenizer = demo_tokenizer();
+        let end = tokenizer.special_id("<|end|>").unwrap();
+        assert_eq!(ids(r#"[{"control": "<|end|>"}]"#), Ok(vec![end]));
+        let text = ids(r#"[{"text": "<|end|>"}]"#).unwrap();
+        assert!(!text.contains(&end));
+        assert_eq!(tokenizer.decode(&text, false), "<|end|>");
+    }
+
+    #[test]
+    fn bytes_may_be_half_a_character() {
+        let found = ids(r#"[{"bytes": "e282"}, {"bytes": "AC"}, {"bytes": ""}]"#).unwrap();
+        assert_eq!(demo_tokenizer().decode(&found, false), "€");
+    }
+
+    #[test]
+    fn what_has_no_tokens_is_named() {
+        let name = "<|nonsense|>".to_owned();
+        assert_eq!(
+            ids(r#"[{"text": "a"}, {"control": "<|nonsense|>"}]"#),
+            Err(SegmentError::UnknownControl { index: 1, name })
+        );
+        for bytes in ["e", "zz", "+1", "é2"] {
+            let segments = [Segment::Bytes(bytes.to_owned())];
+            let error = SegmentError::NotHex { index: 0, bytes: bytes.to_owned() };
+            assert_eq!(segments_to_ids(&demo_tokenizer(), &segments), Err(error));
+        }
+    }
+
+    #[test]
+    fn reserved_tokens_behind_the_vocabulary_are_their_number() {
+        assert_eq!(ids(r#"[{"control": "<|reserved_200013|>"}]"#), Ok(vec![200_013]));
+        assert!(ids(r#"[{"control": "<|reserved_100|>"}]"#).is_err());
+        let known = demo_tokenizer().special_id("<|reserved_1|>").unwrap();
+        assert_eq!(ids(r#"[{"control": "<|reserved_1|>"}]"#), Ok(vec![known]));
+    }
+
+    #[test]
+    fn other_segments_are_refused() {
+        for json in [r#"[{"text": "a", "bytes": "62"}]"#, r#"[{"id": 1}]"#, r#"["a"]"#, r#"[{"text": 1}]"#] {
+            assert!(serde_json::from_str::<Vec<Segment>>(json).is_err(), "{json}");
+        }
+    }
+
+    #[test]
+    fn the_last_token_tells_the_end() {
+        assert_eq!(end_of(&[1, 2], &[2]), End::Stop);
+        assert_eq!(end_of(&[2, 1], &[2]), End::Cut);
+        assert_eq!(end_of(&[], &[2]), End::Cut);
+    }
+}

@@ -255,7 +255,7 @@ impl HarmonyParser {
             header.function = None;
         }
         if is_bare && !is_call && !header.glued {
-            self.bare(why, &items, &header, out);
+            self.bare(why, &items, out);
             return;
         }
         match origin {
@@ -293,9 +293,10 @@ impl HarmonyParser {
     }
 
     /// Text without any control token where a header should be.
-    fn bare(&mut self, why: Why, items: &Items, header: &Header, out: &mut Vec<Delta>) {
+    fn bare(&mut self, why: Why, items: &Items, out: &mut Vec<Delta>) {
         let text = items.text();
-        let is_header = header.rest.is_empty() && !text.trim().is_empty();
+        // A space behind them makes all words whole ones.
+        let is_header = !text.trim().is_empty() && header::may_be_header(&format!("{text} "));
         if is_header && (self.said.anything || why == Why::Close(Close::Header)) {
             self.said.notes.add(note::MISSING_MESSAGE);
             self.dropped.push_str(&text);
@@ -381,6 +382,9 @@ impl StreamParser for HarmonyParser {
         } else if id == self.tokens.call {
             self.stop(Close::Call, out);
         } else {
+            if id != self.tokens.ret {
+                self.said.notes.add(note::END_OF_TEXT);
+            }
             self.stop(Close::Return, out);
         }
         Place::Markup

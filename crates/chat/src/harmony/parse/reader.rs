@@ -162,10 +162,6 @@ impl<'n> Reader<'n> {
         if lower.starts_with("to=") {
             return self.to(word);
         }
-        if lower == "to" && !word.is_open() {
-            self.slot = Slot::Recipient;
-            return 2;
-        }
         if self.unnamed && !words::is_content_type(&lower) && Channel::exact(&lower).is_none() {
             self.notes.add(note::NAME_CLEANED);
             self.unnamed = false;
@@ -220,7 +216,10 @@ impl<'n> Reader<'n> {
     fn strays(&mut self) {
         match self.stray.as_slice() {
             [] => {}
-            [word] if is_slot_word(word) => self.header.unknown.clone_from(word),
+            [word] if is_slot_word(word) => {
+                self.notes.add(note::HEADER_WORD);
+                self.header.unknown.clone_from(word);
+            }
             words => {
                 self.notes.add(note::HEADER_TEXT);
                 self.header.extra = words.join(" ");

@@ -37,6 +37,7 @@ recoveries! {
     UNKNOWN_CHANNEL = "unknown_channel", "no channel's name: treated as missing";
     MISSING_MESSAGE = "missing_message", "a header ran into its text without the message token";
     HEADER_TEXT = "header_text", "words of a header that have no meaning there became reasoning";
+    HEADER_WORD = "header_word", "one word that has no meaning in a header was left out";
     RECIPIENT_IS_ROLE = "recipient_is_role", "addressed to a role or channel: not a call";
     RECIPIENT_WITHOUT_TO = "recipient_without_to", "a function's name without to=";
     EMPTY_RECIPIENT = "empty_recipient", "to= without a name: not a call";
@@ -47,6 +48,7 @@ recoveries! {
     ABANDONED_CALL = "abandoned_call", "a call's header was begun anew before any arguments";
     STRAY_CONTROL = "stray_control", "a control token without meaning at its place";
     UNKNOWN_CONTROL = "unknown_control", "a control token that the format does not know, or an id outside the vocabulary";
+    END_OF_TEXT = "end_of_text", "the end-of-text token ended a message";
     EMPTY_ANSWER = "empty_answer", "nothing but a malformed header: its words were returned";
 }
 

@@ -233,7 +233,8 @@ impl Reader<'_> {
     }
 
     pub(super) fn free(&mut self, word: Word<'_>, lower: &str) -> usize {
-        if lower.len() > words::NAMESPACE.len() && lower.starts_with(words::NAMESPACE) {
+        let named = lower.trim_start_matches('=');
+        if named.len() > words::NAMESPACE.len() && named.starts_with(words::NAMESPACE) {
             self.notes.add(note::RECIPIENT_WITHOUT_TO);
             return self.recipient(word, 0);
         }
