@@ -250,7 +250,11 @@ impl HarmonyParser {
             return;
         }
         let is_call = header.function.is_some()
-            && (header.rest.is_empty() || header.rest_is_json() || why == Why::Close(Close::Call));
+            && match why {
+                Why::Close(Close::Call) => true,
+                Why::Close(close) => header.rest_is_json() || (header.rest.is_empty() && close.ends_turn()),
+                Why::Text => header.rest_is_json(),
+            };
         if !is_call {
             header.function = None;
         }

@@ -68,8 +68,13 @@ pub(super) struct Reader<'n> {
     header: Header,
     slot: Slot,
     notes: &'n mut Notes,
+    explicit: bool,
     /// Words without a meaning at their place.
     stray: Vec<String>,
+    /// One of them stood where a channel, an author or a content type belongs.
+    misplaced: bool,
+    /// The last word was a stray one: words go on until a recipient or a control token comes.
+    in_text: bool,
     channels: usize,
     marked: bool,
     types: usize,
@@ -87,7 +92,10 @@ impl<'n> Reader<'n> {
             header: Header::default(),
             slot: if explicit { Slot::Role } else { Slot::Free },
             notes,
+            explicit,
             stray: Vec::new(),
+            misplaced: false,
+            in_text: false,
             channels: 0,
             marked: false,
             types: 0,
@@ -99,6 +107,7 @@ impl<'n> Reader<'n> {
     }
 
     pub(super) fn item(&mut self, item: &Item) {
+        self.in_text &= matches!(item, Item::Text(..));
         match item {
             Item::Channel => {
                 self.channels += 1;
@@ -122,7 +131,7 @@ impl<'n> Reader<'n> {
                 for (at, word) in split(text) {
                     let taken = self.word(Word { text: word, after: None, ends, base: at });
                     if taken < word.len() {
-                        self.stray.push(word[taken..].to_owned());
+                        self.stray(&word[taken..]);
                     }
                 }
             }
@@ -184,13 +193,36 @@ impl<'n> Reader<'n> {
         }
     }
 
-    /// A channel's name without its token: it counts until a marked one comes.
+    /// A channel's name without its token: it counts until a marked one comes, or right behind one.
     fn unmarked(&mut self, channel: Channel) {
         self.channels += 1;
-        if !self.marked {
+        if !self.marked || self.stray.is_empty() {
             self.header.channel = Some(channel);
             self.header.exact = true;
         }
+    }
+
+    /// A word that has no meaning at its place, save for a recipient glued to its end.
+    fn stray(&mut self, word: &str) {
+        match word.find("to=functions.") {
+            Some(at) => {
+                self.notes.add(note::GLUED_WORDS);
+                if at > 0 {
+                    self.stray.push(word[..at].to_owned());
+                }
+                self.name(&word[at..]);
+            }
+            None => {
+                self.in_text = true;
+                self.stray.push(word.to_owned());
+            }
+        }
+    }
+
+    /// An unknown word in a slot.
+    fn misplaced(&mut self, word: &str) {
+        self.misplaced = true;
+        self.stray.push(word.to_owned());
     }
 
     fn typed(&mut self, lower: &str) {
@@ -212,11 +244,11 @@ impl<'n> Reader<'n> {
         self.header
     }
 
-    /// One word without meaning was meant as a channel, author or content type; several are text.
+    /// One unknown word in a slot was meant for it; other words, and several, are text.
     fn strays(&mut self) {
         match self.stray.as_slice() {
             [] => {}
-            [word] if is_slot_word(word) => {
+            [word] if self.misplaced || !word.contains(char::is_alphabetic) => {
                 self.notes.add(note::HEADER_WORD);
                 self.header.unknown.clone_from(word);
             }
@@ -293,11 +325,4 @@ impl<'n> Reader<'n> {
 /// Words with their offsets.
 fn split(text: &str) -> impl Iterator<Item = (usize, &str)> {
     text.split_whitespace().map(move |word| (word.as_ptr() as usize - text.as_ptr() as usize, word))
-}
-
-/// A word that means nothing but stands alone where a content type belongs: an identifier or punctuation.
-fn is_slot_word(word: &str) -> bool {
-    let is_identifier = word.starts_with(|c: char| c.is_ascii_alphabetic())
-        && word.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.' | '/' | '+'));
-    is_identifier || !word.contains(char::is_alphabetic)
 }

@@ -19,10 +19,11 @@ impl Reader<'_> {
         let end = word.text[skip..].find(['{', '[']).map_or(word.text.len(), |at| skip + at);
         self.name(&word.text[skip..end]);
         self.slot = Slot::Free;
+        self.in_text = false;
         end
     }
 
-    fn name(&mut self, name: &str) {
+    pub(super) fn name(&mut self, name: &str) {
         let mut clean = name;
         while let Some(rest) = clean.strip_prefix("to=") {
             clean = rest;
@@ -87,7 +88,7 @@ impl Reader<'_> {
         }
         self.author(true);
         if !is_tool {
-            self.stray.push(word.text.to_owned());
+            self.misplaced(word.text);
         }
         word.text.len()
     }
@@ -169,7 +170,7 @@ impl Reader<'_> {
             return 0;
         }
         self.notes.add(note::UNKNOWN_CHANNEL);
-        self.stray.push(word.text.to_owned());
+        self.misplaced(word.text);
         word.text.len()
     }
 
@@ -179,10 +180,12 @@ impl Reader<'_> {
         if rest.text.is_empty() {
             return n;
         }
-        // Another channel here is as marked as the first.
-        let marked = std::mem::take(&mut self.marked);
-        let taken = self.glued(rest, &lower[n..]);
-        self.marked = marked;
+        let marks = rest.text.len() - rest.text.trim_start_matches(is_mark).len();
+        let behind = rest.skip(marks);
+        let taken = match self.glued(rest, &lower[n..]) {
+            0 if lower[n + marks..].starts_with("to=") => marks + self.to(behind),
+            taken => taken,
+        };
         if taken > 0 {
             self.notes.add(note::GLUED_WORDS);
             return n + taken;
@@ -201,7 +204,7 @@ impl Reader<'_> {
         self.notes.add(note::MISSPELT_CHANNEL);
         self.header.exact = false;
         if word.after.is_some_and(|after| after.trim().is_empty()) {
-            self.stray.push(word.text.to_owned());
+            self.misplaced(word.text);
             return word.text.len();
         }
         0
@@ -228,15 +231,19 @@ impl Reader<'_> {
         }
         self.slot = Slot::Free;
         self.typed(lower);
-        self.stray.push(word.text.to_owned());
+        self.misplaced(word.text);
         word.text.len()
     }
 
     pub(super) fn free(&mut self, word: Word<'_>, lower: &str) -> usize {
         let named = lower.trim_start_matches('=');
-        if named.len() > words::NAMESPACE.len() && named.starts_with(words::NAMESPACE) {
+        let is_plain = word.is_open() && !self.marked && !self.explicit;
+        if named.len() > words::NAMESPACE.len() && named.starts_with(words::NAMESPACE) && !is_plain {
             self.notes.add(note::RECIPIENT_WITHOUT_TO);
             return self.recipient(word, 0);
+        }
+        if self.in_text {
+            return 0;
         }
         if words::is_content_type(lower) {
             if !word.is_followed_by_json() {
@@ -286,9 +293,6 @@ impl Reader<'_> {
 /// Length of punctuation and repeated channel names at the start of a word's rest: `?commentary?`. All of the rest if
 /// that is punctuation alone.
 fn junk(rest: &str) -> usize {
-    let is_mark = |c: char| {
-        c.is_ascii_punctuation() && !matches!(c, '{' | '[' | '"' | '_' | '*' | '#' | '`' | '(' | '<')
-    };
     let marks = |text: &str| text.len() - text.trim_start_matches(is_mark).len();
     let mut taken = 0;
     loop {
@@ -300,4 +304,9 @@ fn junk(rest: &str) -> usize {
         let Some((_, n)) = Channel::prefix(&tail[skipped..].to_ascii_lowercase()) else { return taken };
         taken += skipped + n;
     }
+}
+
+/// Punctuation that begins no text.
+fn is_mark(c: char) -> bool {
+    c.is_ascii_punctuation() && !matches!(c, '{' | '[' | '"' | '_' | '*' | '#' | '`' | '(' | '<')
 }
