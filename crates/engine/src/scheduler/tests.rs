@@ -1,0 +1,280 @@
+use std::sync::Arc;
+
+use ctxserve_backend::KvPlan;
+use futures_util::{FutureExt, StreamExt};
+use proptest::prelude::*;
+
+use super::*;
+use crate::queue::Occupancy;
+use crate::shared::Submission;
+use crate::testing::{Answer, PagedEchoRunner, VOCAB, expected, request, spec};
+use crate::{EventStream, Runner};
+
+/// One request of a scenario; steps count scheduler steps.
+#[derive(Clone, Debug)]
+struct Job {
+    arrives: usize,
+    prompt: usize,
+    max_tokens: usize,
+    min_tokens: usize,
+    cancelled: Option<usize>,
+}
+
+#[derive(Clone, Debug)]
+struct Scenario {
+    page_size: usize,
+    window: Option<usize>,
+    max_num_seqs: usize,
+    max_batched_tokens: usize,
+    max_model_len: usize,
+    /// Pages beyond what one sequence needs: 0 is the greatest pressure.
+    spare: usize,
+    jobs: Vec<Job>,
+}
+
+fn scenarios() -> impl Strategy<Value = Scenario> {
+    let job = (0_usize..40, 1_usize..60, 1_usize..30, 0_usize..6, prop::option::weighted(0.3, 0_usize..80));
+    let job = job.prop_map(|(arrives, prompt, max_tokens, min_tokens, cancelled)| Job {
+        arrives,
+        prompt,
+        max_tokens,
+        min_tokens,
+        cancelled: cancelled.map(|after| arrives + after),
+    });
+    let sizes =
+        (1_usize..7, prop::option::of(1_usize..14), 1_usize..7, 1_usize..30, 2_usize..64, 0_usize..30);
+    (sizes, prop::collection::vec(job, 1..14)).prop_map(|(sizes, mut jobs)| {
+        let (page_size, window, max_num_seqs, max_batched_tokens, max_model_len, spare) = sizes;
+        jobs.sort_by_key(|job| job.arrives);
+        jobs.iter_mut().for_each(|job| job.prompt = job.prompt.min(max_model_len - 1));
+        Scenario { page_size, window, max_num_seqs, max_batched_tokens, max_model_len, spare, jobs }
+    })
+}
+
+/// A scheduler and a runner in lock step, without a thread.
+struct Bench {
+    scenario: Scenario,
+    scheduler: Scheduler,
+    runner: PagedEchoRunner,
+    occupancy: Arc<Occupancy>,
+    /// By key; `None` once cancelled.
+    streams: Vec<Option<EventStream>>,
+    answers: Vec<Answer>,
+    steps: usize,
+}
+
+impl Bench {
+    fn new(scenario: &Scenario) -> Self {
+        let spec = spec(scenario.page_size, scenario.window);
+        let (len, chunk) = (scenario.max_model_len, scenario.max_batched_tokens);
+        let pages = |g| spec.pages_for(g, len, chunk.min(len)) + scenario.spare;
+        let plan = KvPlan { pages: (0..spec.groups.len()).map(pages).collect(), spec: spec.clone() };
+        let mut runner = PagedEchoRunner::new(spec, len);
+        runner.allocate(&plan).unwrap();
+        let limits = Limits { max_num_seqs: scenario.max_num_seqs, max_batched_tokens: chunk, vocab: VOCAB };
+        Self {
+            scenario: scenario.clone(),
+            scheduler: Scheduler::new(limits, KvPools::new(&plan)),
+            runner,
+            occupancy: Arc::default(),
+            streams: Vec::new(),
+            answers: Vec::new(),
+            steps: 0,
+        }
+    }
+
+    fn request(&self, key: usize) -> ctxserve_core::GenerateRequest {
+        let job = &self.scenario.jobs[key];
+        let prompt: Vec<_> = (0..job.prompt).map(|at| ((key * 31 + at * 7) % VOCAB) as u32).collect();
+        let mut request = request(key as u64, &prompt, job.max_tokens);
+        request.sampling.min_tokens = job.min_tokens;
+        request
+    }
+
+    fn submit(&mut self, key: usize) {
+        let (events, stream) = EventStream::channel();
+        let request = self.request(key);
+        let ticket = self.occupancy.enter(request.prompt.len());
+        let limit = request.max_tokens.min(self.scenario.max_model_len - request.prompt.len());
+        let submission = Submission { key: key as u64, request, limit, events, ticket };
+        self.scheduler.push(Sequence::new(submission, self.scheduler.pools().lease(), 0, VOCAB));
+        self.streams.push(Some(stream));
+        self.answers.push(Answer::default());
+    }
+
+    /// The invariants that hold between steps.
+    fn check(&self) {
+        let Scheduler { running, waiting, pools, .. } = &self.scheduler;
+        assert_eq!(self.scheduler.check(), Ok(()));
+        let keys: Vec<_> = running.iter().chain(waiting).map(Sequence::key).collect();
+        assert!(keys.is_sorted_by(|a, b| a < b), "out of order: {keys:?}");
+        for group in 0..pools.used().len() {
+            let held: usize = running.iter().map(|sequence| sequence.kv().held(group)).sum();
+            assert_eq!(held, pools.used()[group], "a page outside the running sequences");
+            for sequence in running {
+                let most = pools.spec().pages_for(group, sequence.len(), 1);
+                assert!(sequence.kv().held(group) <= most, "more than the window is held");
+            }
+        }
+    }
+
+    fn step(&mut self) {
+        let oldest = self.scheduler.running.iter().chain(&self.scheduler.waiting).map(Sequence::key).min();
+        let step = self.scheduler.schedule();
+        assert_eq!(self.scheduler.check(), Ok(()));
+        let batch = self.scheduler.batch(&step);
+        assert!(batch.tokens.len() <= self.scenario.max_batched_tokens, "over the token budget");
+        assert!(batch.sequences.len() <= self.scenario.max_num_seqs, "over the sequence limit");
+        let served = batch.sequences.iter().any(|slice| Some(slice.key) == oldest);
+        assert!(served, "the oldest sequence, {oldest:?}, has no row");
+        let outcomes = self.runner.step(&batch).unwrap();
+        self.scheduler.commit(step, outcomes).into_iter().for_each(Ending::send);
+        self.steps += 1;
+    }
+
+    fn read(&mut self) {
+        for (stream, answer) in self.streams.iter_mut().zip(&mut self.answers) {
+            let Some(stream) = stream else { continue };
+            while let Some(Some(event)) = stream.next().now_or_never() {
+                answer.take(event);
+            }
+        }
+    }
+
+    /// Plays the scenario to its end.
+    fn play(&mut self) {
+        // Steps to compute everything one row at a time, with every preemption that the ages allow.
+        let most = 200_000;
+        let mut now = 0;
+        loop {
+            for key in 0..self.scenario.jobs.len() {
+                if self.scenario.jobs[key].arrives == now {
+                    self.submit(key);
+                }
+                if self.scenario.jobs[key].cancelled == Some(now) {
+                    self.streams[key] = None;
+                }
+            }
+            self.scheduler.drop_cancelled();
+            self.check();
+            if !self.scheduler.is_idle() {
+                self.step();
+                self.read();
+                self.check();
+            } else if self.streams.len() == self.scenario.jobs.len() {
+                return;
+            }
+            now += 1;
+            assert!(now < most, "no end in sight");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// Random arrivals, cancellations, lengths, windows, chunk sizes and page pressure: every step keeps its
+    /// budgets and serves the oldest, no page is lost, nobody is starved, and every answer that was not cancelled
+    /// is the one of the sequence alone.
+    #[test]
+    fn everyone_is_answered_as_if_alone(scenario in scenarios()) {
+        let mut bench = Bench::new(&scenario);
+        bench.play();
+        prop_assert!(bench.scheduler.pools.used().iter().all(|&used| used == 0));
+        prop_assert_eq!((bench.occupancy.sequences(), bench.occupancy.queued_tokens()), (0, 0));
+        let spec = spec(scenario.page_size, scenario.window);
+        for key in 0..scenario.jobs.len() {
+            let whole = expected(&spec, &bench.request(key), scenario.max_model_len);
+            let answer = &bench.answers[key];
+            if bench.streams[key].is_some() {
+                prop_assert_eq!(answer, &whole, "sequence {}", key);
+            } else {
+                prop_assert!(whole.tokens.starts_with(&answer.tokens), "sequence {} before its end", key);
+            }
+        }
+    }
+}
+
+fn job(arrives: usize, prompt: usize, max_tokens: usize) -> Job {
+    Job { arrives, prompt, max_tokens, min_tokens: max_tokens, cancelled: None }
+}
+
+#[test]
+fn page_pressure_preempts_the_youngest_and_repeats_nothing() {
+    let scenario = Scenario {
+        page_size: 4,
+        window: None,
+        max_num_seqs: 4,
+        max_batched_tokens: 16,
+        max_model_len: 40,
+        spare: 2,
+        jobs: (0..4).map(|_| job(0, 6, 30)).collect(),
+    };
+    let mut bench = Bench::new(&scenario);
+    bench.play();
+    let counters = bench.scheduler.counters();
+    assert!(counters.preemptions > 0, "the pool was meant to be too small");
+    assert_eq!(counters.prompt_tokens, 4 * 6, "a preempted prompt is counted once");
+    assert_eq!(counters.generation_tokens, 4 * 30);
+    for answer in &bench.answers {
+        assert_eq!((answer.admitted, answer.tokens.len()), (1, 30));
+    }
+}
+
+#[test]
+fn decode_rows_flow_beside_a_long_prompt() {
+    let scenario = Scenario {
+        page_size: 4,
+        window: Some(8),
+        max_num_seqs: 3,
+        max_batched_tokens: 8,
+        max_model_len: 200,
+        spare: 100,
+        jobs: vec![job(0, 2, 60), job(0, 2, 60), job(2, 150, 1)],
+    };
+    let mut bench = Bench::new(&scenario);
+    bench.submit(0);
+    bench.submit(1);
+    bench.step();
+    bench.submit(2);
+    // 150 prompt tokens beside two decode rows: chunks of 6.
+    for step in 0..150 / 6 {
+        let plan = bench.scheduler.schedule();
+        let batch = bench.scheduler.batch(&plan);
+        let rows: Vec<_> = batch.sequences.iter().map(|slice| (slice.key, slice.rows.len())).collect();
+        assert_eq!(rows, [(0, 1), (1, 1), (2, 6)], "step {step}");
+        let sampled: Vec<_> = batch.sequences.iter().map(|slice| slice.sample.is_some()).collect();
+        assert_eq!(sampled, [true, true, step == 24], "only a prompt's last chunk is sampled");
+        let outcomes = bench.runner.step(&batch).unwrap();
+        bench.scheduler.commit(plan, outcomes).into_iter().for_each(Ending::send);
+        bench.check();
+    }
+    bench.read();
+    assert_eq!(bench.answers[2].tokens.len(), 1);
+    assert_eq!(bench.answers[0].tokens.len(), 26);
+}
+
+#[test]
+fn a_newcomer_waits_until_its_whole_prompt_fits() {
+    let scenario = Scenario {
+        page_size: 4,
+        window: None,
+        max_num_seqs: 4,
+        max_batched_tokens: 8,
+        max_model_len: 40,
+        spare: 0,
+        jobs: vec![job(0, 30, 2), job(0, 20, 2), job(0, 1, 2)],
+    };
+    let mut bench = Bench::new(&scenario);
+    (0..3).for_each(|key| bench.submit(key));
+    for _ in 0..4 {
+        bench.step();
+        assert_eq!(bench.scheduler.running(), 1, "the second prompt cannot fit, the third may not overtake");
+    }
+    while !bench.scheduler.is_idle() {
+        bench.step();
+        bench.read();
+    }
+    assert_eq!(bench.scheduler.counters().preemptions, 0);
+    assert!(bench.answers.iter().all(|answer| answer.tokens.len() == 2));
+}

@@ -1,0 +1,4 @@
+//! The engine with real models on the CPU: scheduling, paging and preemption change no token.
+
+#[cfg(test)]
+mod model;
