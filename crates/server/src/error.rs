@@ -144,10 +144,15 @@ impl ApiError {
     }
 }
 
+/// The `code` of an error response, for the log.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ErrorCode(pub(crate) &'static str);
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let content_type = [(axum::http::header::CONTENT_TYPE, "application/json")];
         let mut response = (self.status, content_type, self.to_json()).into_response();
+        response.extensions_mut().insert(ErrorCode(self.code.unwrap_or("none")));
         if let Some(after) = self.retry_after {
             let seconds = after.as_secs().max(1);
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));

@@ -40,6 +40,19 @@ pub(crate) enum Ended {
     Error,
 }
 
+/// Durations of one request, seconds.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Spans {
+    /// Arrival to end.
+    pub(crate) total: f64,
+    /// Admission to first token.
+    pub(crate) prefill: Option<f64>,
+    /// First token to last.
+    pub(crate) decode: Option<f64>,
+    /// Tokens of a choice after its first, on average.
+    pub(crate) decoded: usize,
+}
+
 /// Handles of every metric. One per server: nothing is global.
 pub(crate) struct Metrics {
     recorder: PrometheusRecorder,
@@ -62,8 +75,12 @@ pub(crate) struct Metrics {
     first_token: Histogram,
     between: Histogram,
     between_fine: Histogram,
+    per_token: Histogram,
     end_to_end: Histogram,
     queue: Histogram,
+    prefill: Histogram,
+    decode: Histogram,
+    inference: Histogram,
     request_prompt: Histogram,
     request_generation: Histogram,
     request_max_tokens: Histogram,
@@ -80,12 +97,16 @@ impl Metrics {
         engine: &EngineHandle,
     ) -> Result<Self, metrics_exporter_prometheus::BuildError> {
         let tokens = one_two_five(engine.info().max_model_len);
-        let buckets: [(&str, &[f64]); 9] = [
+        let buckets: [(&str, &[f64]); 13] = [
             ("vllm:time_to_first_token_seconds", &FIRST_TOKEN),
             ("vllm:inter_token_latency_seconds", &BETWEEN),
             ("ctxserve:inter_token_latency_seconds", &BETWEEN_FINE),
             ("vllm:e2e_request_latency_seconds", &REQUEST),
             ("vllm:request_queue_time_seconds", &REQUEST),
+            ("vllm:request_prefill_time_seconds", &REQUEST),
+            ("vllm:request_decode_time_seconds", &REQUEST),
+            ("vllm:request_inference_time_seconds", &REQUEST),
+            ("vllm:request_time_per_output_token_seconds", &BETWEEN),
             ("vllm:request_prompt_tokens", &tokens),
             ("vllm:request_generation_tokens", &tokens),
             ("vllm:request_params_max_tokens", &tokens),
@@ -121,8 +142,12 @@ impl Metrics {
             first_token: register.histogram("vllm:time_to_first_token_seconds"),
             between: register.histogram("vllm:inter_token_latency_seconds"),
             between_fine: register.histogram("ctxserve:inter_token_latency_seconds"),
+            per_token: register.histogram("vllm:request_time_per_output_token_seconds"),
             end_to_end: register.histogram("vllm:e2e_request_latency_seconds"),
             queue: register.histogram("vllm:request_queue_time_seconds"),
+            prefill: register.histogram("vllm:request_prefill_time_seconds"),
+            decode: register.histogram("vllm:request_decode_time_seconds"),
+            inference: register.histogram("vllm:request_inference_time_seconds"),
             request_prompt: register.histogram("vllm:request_prompt_tokens"),
             request_generation: register.histogram("vllm:request_generation_tokens"),
             request_max_tokens: register.histogram("vllm:request_params_max_tokens"),
@@ -208,9 +233,24 @@ impl Metrics {
         self.observe(&self.between_fine, seconds);
     }
 
-    pub(crate) fn request_end(&self, seconds: f64, generated: usize) {
-        self.observe(&self.end_to_end, seconds);
+    /// A request is over. Spans are present as far as it came.
+    pub(crate) fn request_end(&self, spans: &Spans, generated: usize) {
+        self.observe(&self.end_to_end, spans.total);
         self.observe(&self.request_generation, count(generated));
+        let observed = [(&self.prefill, spans.prefill), (&self.decode, spans.decode)];
+        for (histogram, value) in observed {
+            if let Some(value) = value {
+                self.observe(histogram, value);
+            }
+        }
+        if let (Some(prefill), Some(decode)) = (spans.prefill, spans.decode) {
+            self.observe(&self.inference, prefill + decode);
+        }
+        if let Some(decode) = spans.decode
+            && spans.decoded > 0
+        {
+            self.observe(&self.per_token, decode / count(spans.decoded));
+        }
     }
 
     fn observe(&self, histogram: &Histogram, value: f64) {

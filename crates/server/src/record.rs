@@ -6,7 +6,7 @@ use std::time::Instant;
 use ctxserve_core::RequestId;
 
 use crate::generate::choice::{ChoiceEnd, ChoiceUsage};
-use crate::metrics::Ended;
+use crate::metrics::{Ended, Spans};
 use crate::state::ServerState;
 
 /// What is known when a request is accepted.
@@ -117,7 +117,15 @@ impl Drop for Record {
             metrics.ended(how);
         }
         let total = self.accepted.arrived.elapsed();
-        metrics.request_end(total.as_secs_f64(), self.usage.generated);
+        let last_token = self.last_token.iter().flatten().max();
+        let span = |from: Option<&Instant>, to: Option<&Instant>| Some((*to? - *from?).as_secs_f64());
+        let spans = Spans {
+            total: total.as_secs_f64(),
+            prefill: span(self.admitted.as_ref(), self.first_token.as_ref()),
+            decode: span(self.first_token.as_ref(), last_token),
+            decoded: (self.usage.generated / self.accepted.choices.max(1)).saturating_sub(1),
+        };
+        metrics.request_end(&spans, self.usage.generated);
         metrics.cached_tokens.increment(self.usage.cached as u64);
         let since = |from: Instant, to: Option<Instant>| to.map(|to| (to - from).as_secs_f64() * 1e3);
         let a = &self.accepted;

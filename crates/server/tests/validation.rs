@@ -186,7 +186,7 @@ fn chat() -> Vec<(&'static str, Value, u16, Option<&'static str>)> {
         ("tools", tool(json!("")), 400, Some("tools[0].function.name")),
         ("tools", tool(json!("a b")), 400, Some("tools[0].function.name")),
         ("tools", tool(json!("a<|end|>")), 400, Some("tools[0].function.name")),
-        ("tools", tool(json!("x".repeat(129))), 400, Some("tools[0].function.name")),
+        ("tools", tool(json!("x".repeat(65))), 400, Some("tools[0].function.name")),
         ("tools", tool(json!(4)), 400, Some("tools[0].function.name")),
         ("tools", json!([{"type": "web_search"}]), 400, Some("tools[0].type")),
         ("tools", json!([{"type": "function"}]), 400, Some("tools[0].function")),

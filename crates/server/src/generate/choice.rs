@@ -70,6 +70,8 @@ pub(crate) struct Choice {
     /// A token that may be the one that stopped the sequence; the next event tells.
     pending: Option<TokenEvent>,
     usage: ChoiceUsage,
+    /// Every id, kept for the log of a recovery when that is on.
+    ids: Option<Vec<TokenId>>,
 }
 
 /// Why the rest of an answer is not read.
@@ -85,7 +87,8 @@ impl Choice {
         stop_strings: Arc<[String]>,
     ) -> Self {
         let align = Alignment::default();
-        Self { parser, options, stop_strings, align, pending: None, usage: ChoiceUsage::default() }
+        let ids = tracing::enabled!(tracing::Level::DEBUG).then(Vec::new);
+        Self { parser, options, stop_strings, align, pending: None, usage: ChoiceUsage::default(), ids }
     }
 
     /// Counts so far.
@@ -96,6 +99,9 @@ impl Choice {
     /// Takes a sampled token. When the step has an end, the sequence is of no more use.
     pub(crate) fn token(&mut self, token: TokenEvent) -> Step {
         self.usage.generated += 1;
+        if let Some(ids) = &mut self.ids {
+            ids.push(token.id);
+        }
         let mut step = Step { token_ids: vec![token.id], ..Step::default() };
         let stops = self.options.rules.stops_on(token.id);
         let earlier = self.pending.take();
@@ -142,7 +148,7 @@ impl Choice {
                 Some(cut) => self.end_by(&cut, outcome, &mut step),
                 None => {
                     self.release_held(&mut step);
-                    step.end = Some(ended(outcome, stop_reason));
+                    step.end = Some(self.ended(outcome, stop_reason));
                 }
             }
         }
@@ -216,10 +222,15 @@ impl Choice {
                 None
             }
         };
-        step.end = Some(ended(outcome, stop_reason));
+        step.end = Some(self.ended(outcome, stop_reason));
     }
-}
 
-fn ended(outcome: Outcome, stop_reason: Option<StopReason>) -> ChoiceEnd {
-    ChoiceEnd { finish_reason: outcome.finish.as_str(), stop_reason, recoveries: outcome.recoveries }
+    fn ended(&self, outcome: Outcome, stop_reason: Option<StopReason>) -> ChoiceEnd {
+        if let Some(ids) = &self.ids
+            && !outcome.recoveries.is_empty()
+        {
+            tracing::debug!(recoveries = ?outcome.recoveries, ids = ?ids, "the parser recovered");
+        }
+        ChoiceEnd { finish_reason: outcome.finish.as_str(), stop_reason, recoveries: outcome.recoveries }
+    }
 }

@@ -2,13 +2,13 @@
 
 use std::time::Instant;
 
-use axum::extract::{Request, State};
+use axum::extract::{MatchedPath, Request, State};
 use axum::http::header::AUTHORIZATION;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
-use crate::error::ApiError;
+use crate::error::{ApiError, ErrorCode};
 use crate::state::ServerState;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -25,6 +25,8 @@ pub(crate) struct Caller {
 /// Names the request, checks its key, counts its response.
 pub(crate) async fn guard(State(state): State<ServerState>, mut request: Request, next: Next) -> Response {
     let http_id = client_id(request.headers()).unwrap_or_else(|| state.random_name("req-"));
+    // The pattern that matched, never the client's path.
+    let route = request.extensions().get::<MatchedPath>().cloned();
     let mut response = match check_key(&state, &request) {
         Ok(()) => {
             let caller = Caller { http_id: http_id.clone(), arrived: Instant::now() };
@@ -33,7 +35,12 @@ pub(crate) async fn guard(State(state): State<ServerState>, mut request: Request
         }
         Err(error) => error.into_response(),
     };
-    state.metrics().response(response.status().as_u16());
+    let status = response.status().as_u16();
+    state.metrics().response(status);
+    if let Some(ErrorCode(code)) = response.extensions().get() {
+        let route = route.as_ref().map_or("other", MatchedPath::as_str);
+        tracing::info!(http_id, route, status, code, "refused");
+    }
     if let Ok(value) = HeaderValue::from_str(&http_id) {
         response.headers_mut().insert(REQUEST_ID, value);
     }

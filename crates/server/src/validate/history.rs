@@ -56,7 +56,10 @@ fn turn(index: usize, message: WireMessage, earlier: &[Message]) -> Result<Messa
     Ok(match role {
         "system" => Message::System(needed(content)?),
         "developer" => Message::Developer(needed(content)?),
-        "user" => Message::User { name: name.map(|name| author(&name)), content: needed(content)? },
+        "user" => Message::User {
+            name: name.filter(|name| !name.is_empty()).map(|name| author(&name)),
+            content: needed(content)?,
+        },
         "assistant" => {
             let mut tool_calls = Vec::new();
             for (number, call) in message.tool_calls.into_iter().flatten().enumerate() {
@@ -143,8 +146,10 @@ fn called(call: WireFunctionCall) -> Option<(String, String)> {
     Some((header_word(&name), arguments))
 }
 
+/// An author's name, with what would end a header word replaced.
 fn author(name: &str) -> String {
-    header_word(&name.chars().take(MAX_NAME).collect::<String>())
+    let unsafe_char = |c: char| c.is_whitespace() || c.is_control() || "<>|\\/".contains(c);
+    name.chars().take(MAX_NAME).map(|c| if unsafe_char(c) { '_' } else { c }).collect()
 }
 
 fn header_word(text: &str) -> String {

@@ -8,8 +8,8 @@ use crate::error::ApiError;
 use crate::state::ServerState;
 use crate::wire::chat_request::WireTool;
 
-/// Longest function name. Names land in message headers.
-pub(crate) const MAX_NAME: usize = 128;
+/// Longest function name, OpenAI's. Names land in message headers.
+pub(crate) const MAX_NAME: usize = 64;
 
 /// Whether calls of the model are delivered as calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
