@@ -173,7 +173,7 @@ def test_the_card_s_flags_serve_the_demo():
         (["--model", "replay:/no/such/file"], ["/no/such/file"], 1),
         (["--config", "/no/such/file"], ["/no/such/file"], 2),
         (["--host", "no.such.host.invalid"], ["no.such.host.invalid"], 1),
-        (["--max-model-len", "10M"], ["max_model_len"], 1),
+        (["--max-model-len", "10M"], ["--max-model-len", "positions"], 1),
         (["--chat-format", "hermes"], ["hermes"], 1),
         (["--override-generation-config", '{"temprature": 1}'], ["temprature"], 1),
         (["--kv-cache-memory-bytes", "1KiB", "--max-model-len", "4096"], ["KV cache"], 1),

@@ -18,7 +18,7 @@ mod signals;
 pub mod source;
 
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use cli::Invocation;
@@ -55,14 +55,47 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// One line with the whole chain of causes, no backtrace.
-#[expect(clippy::print_stderr, reason = "the log may not have been started")]
+/// One line, no backtrace.
 fn fail(error: &anyhow::Error, code: u8) -> ExitCode {
-    eprintln!("error: {error:#}");
+    // The log may not have been started, or be silenced.
+    let _ = writeln!(io::stderr(), "error: {}", chain(error));
     ExitCode::from(code)
+}
+
+/// The chain of causes, without those that the error before has quoted already.
+fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text.push_str(if text.is_empty() { "" } else { ": " });
+            text.push_str(&cause);
+        }
+    }
+    text
 }
 
 /// The reader of our output went away, as `head` does.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_says_everything_once() {
+        let inner = io::Error::other("no such file");
+        let error = anyhow::Error::new(inner).context("x.json: no such file").context("the tokenizer");
+        assert_eq!(chain(&error), "the tokenizer: x.json: no such file");
+    }
+
+    #[test]
+    fn exit_codes() {
+        let code = |line: &str| format!("{:?}", run(line.split(' ').map(OsString::from)));
+        assert_eq!(code("ctxserve --version"), format!("{:?}", ExitCode::SUCCESS));
+        assert_eq!(code("ctxserve --nonsense"), format!("{:?}", ExitCode::from(2)));
+        assert_eq!(code("ctxserve --enable-lora"), format!("{:?}", ExitCode::from(2)));
+        assert_eq!(code("ctxserve parse /no/such/file"), format!("{:?}", ExitCode::from(1)));
+    }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs;
 
+use anyhow::bail;
 use ctxserve_backend::KvSpec;
 
 use crate::cli::options::EngineOptions;
@@ -21,10 +22,13 @@ pub struct KvBudget {
     pub shortened_from: Option<usize>,
 }
 
-/// Decides the KV cache's size and the longest sequence. What the user asked for is passed on as it is, for the
-/// engine to refuse if it does not fit; what a profile or the model promises is cut to what fits.
+/// Decides the KV cache's size and the longest sequence, before any weight is read. A length that a profile or the
+/// model promises is cut to what fits.
 ///
 /// `chunk` is the most tokens of one step, `free` the bytes left beside the weights, if known.
+///
+/// # Errors
+/// A length that the user asked for and that the model or the memory does not have.
 pub fn budget(
     spec: &KvSpec,
     max_context: usize,
@@ -32,7 +36,7 @@ pub fn budget(
     engine: &EngineOptions,
     kv_bytes: Option<usize>,
     free: Option<usize>,
-) -> KvBudget {
+) -> anyhow::Result<KvBudget> {
     let wanted = match engine.max_model_len {
         Some(length) if engine.strict_len => length,
         length => length.map_or(max_context, |length| length.min(max_context)),
@@ -42,15 +46,26 @@ pub fn budget(
         let most = free.map_or(COMFORTABLE, |free| free / 2);
         needed.max(COMFORTABLE).min(most)
     });
-    if needed <= bytes || engine.strict_len {
-        return KvBudget { bytes, max_model_len: wanted, shortened_from: None };
+    if engine.strict_len && wanted > max_context {
+        bail!("--max-model-len {wanted} exceeds the model's {max_context} positions");
+    }
+    if needed <= bytes {
+        return Ok(KvBudget { bytes, max_model_len: wanted, shortened_from: None });
     }
     let (mut fits, mut over) = (1, wanted);
     while over - fits > 1 {
         let middle = fits + (over - fits) / 2;
         if bytes_of_one(spec, middle, chunk) <= bytes { fits = middle } else { over = middle }
     }
-    KvBudget { bytes, max_model_len: fits, shortened_from: Some(wanted) }
+    if engine.strict_len {
+        bail!(
+            "--max-model-len {wanted} needs a KV cache of {}, and it has {}, enough for {fits} tokens; see \
+             --kv-cache-memory-bytes and --kv-cache-dtype",
+            Bytes(needed),
+            Bytes(bytes)
+        );
+    }
+    Ok(KvBudget { bytes, max_model_len: fits, shortened_from: Some(wanted) })
 }
 
 /// Bytes that one sequence of this length needs.
@@ -119,26 +134,30 @@ mod tests {
     #[test]
     fn there_is_room_for_the_longest_sequence_if_memory_allows() {
         let most = 4 << 20;
-        let found = budget(&spec(), most, 512, &engine(None, false), None, Some(16 << 30));
+        let found = budget(&spec(), most, 512, &engine(None, false), None, Some(16 << 30)).unwrap();
         assert_eq!(found, KvBudget { bytes: 4 << 30, max_model_len: most, shortened_from: None });
-        let found = budget(&spec(), 4096, 512, &engine(None, false), None, Some(16 << 30));
+        let found = budget(&spec(), 4096, 512, &engine(None, false), None, Some(16 << 30)).unwrap();
         assert_eq!((found.bytes, found.max_model_len), (COMFORTABLE, 4096));
     }
 
     #[test]
     fn a_promise_is_cut_and_a_demand_is_not() {
-        let soft = budget(&spec(), 1 << 20, 512, &engine(Some(100_000), false), Some(10 << 20), None);
+        let soft =
+            budget(&spec(), 1 << 20, 512, &engine(Some(100_000), false), Some(10 << 20), None).unwrap();
         assert_eq!(soft.shortened_from, Some(100_000));
         assert_eq!(soft.max_model_len, 10 << 10);
         let strict = budget(&spec(), 1 << 20, 512, &engine(Some(100_000), true), Some(10 << 20), None);
-        assert_eq!(strict.max_model_len, 100_000);
-        let longer_than_the_model = budget(&spec(), 1000, 512, &engine(Some(5000), true), None, None);
-        assert_eq!(longer_than_the_model.max_model_len, 5000);
+        let error = strict.unwrap_err().to_string();
+        assert!(error.contains("KV cache") && error.contains("10240 tokens"), "{error}");
+        let longer = budget(&spec(), 1000, 512, &engine(Some(5000), true), None, None);
+        assert!(longer.unwrap_err().to_string().contains("1000 positions"));
+        let cut_to_the_model = budget(&spec(), 1000, 512, &engine(Some(5000), false), None, None).unwrap();
+        assert_eq!(cut_to_the_model.max_model_len, 1000);
     }
 
     #[test]
     fn half_of_the_free_memory_is_left_alone() {
-        let found = budget(&spec(), 1 << 30, 512, &engine(None, false), None, Some(1 << 30));
+        let found = budget(&spec(), 1 << 30, 512, &engine(None, false), None, Some(1 << 30)).unwrap();
         assert_eq!(found.bytes, 1 << 29);
         assert!(found.max_model_len <= 1 << 19 && found.shortened_from.is_some());
     }

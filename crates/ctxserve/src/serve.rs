@@ -70,10 +70,10 @@ pub fn serve(mut values: Values) -> anyhow::Result<()> {
     ServeOptions::check_parsers(&values, format.name())?;
     describe(&model, info.as_ref(), format.name());
 
-    let engine_config = engine_config(&options, info.as_ref(), plan.chunk);
+    let engine_config = engine_config(&options, info.as_ref(), plan.chunk)?;
     let config = server_config(&options, &model, info.as_ref(), &*format)?;
     let engine = start_engine(model.body, &options, load_options, engine_config)?;
-    tracing::info!("{}", engine.info().kv);
+    engine.info().kv.to_string().lines().for_each(|line| tracing::info!("{line}"));
     if info.is_some() {
         warm_up(&engine, &*format).context("the first token")?;
     }
@@ -110,7 +110,11 @@ fn describe(model: &Model, info: Option<&ModelInfo>, format: &str) {
 }
 
 /// The engine's limits, with a KV cache that fits into memory beside the weights.
-fn engine_config(options: &ServeOptions, info: Option<&ModelInfo>, chunk: usize) -> EngineConfig {
+fn engine_config(
+    options: &ServeOptions,
+    info: Option<&ModelInfo>,
+    chunk: usize,
+) -> anyhow::Result<EngineConfig> {
     let engine = &options.engine;
     let (mut kv_bytes, mut max_model_len) = (options.device.kv_bytes, engine.max_model_len);
     if let Some(info) = info {
@@ -121,7 +125,7 @@ fn engine_config(options: &ServeOptions, info: Option<&ModelInfo>, chunk: usize)
             }
             free.saturating_sub(weights)
         });
-        let budget = budget(&info.kv, info.max_context, chunk, engine, kv_bytes, free);
+        let budget = budget(&info.kv, info.max_context, chunk, engine, kv_bytes, free)?;
         if let Some(full) = budget.shortened_from {
             tracing::warn!(
                 "sequences are limited to {} tokens instead of {full}: the KV cache has {}; see \
@@ -132,14 +136,14 @@ fn engine_config(options: &ServeOptions, info: Option<&ModelInfo>, chunk: usize)
         }
         (kv_bytes, max_model_len) = (Some(budget.bytes), Some(budget.max_model_len));
     }
-    EngineConfig {
+    Ok(EngineConfig {
         max_num_seqs: engine.max_num_seqs,
         max_batched_tokens: chunk,
         max_model_len,
         kv_bytes,
         max_queued_requests: engine.max_queued_requests,
         max_queued_tokens: engine.max_queued_tokens,
-    }
+    })
 }
 
 fn server_config(
