@@ -7,6 +7,8 @@ use std::fmt;
 pub enum Isa {
     /// Loops in Rust, vectorised by the compiler for the baseline of the target.
     Portable,
+    /// AArch64, where it is part of the baseline.
+    Neon,
     /// x86-64 with AVX2 and FMA.
     Avx2,
     /// x86-64 with AVX-512 F, BW, VL and VNNI, and all of AVX2.
@@ -35,14 +37,14 @@ impl Isa {
                 return &[Self::Portable, Self::Avx2];
             }
         }
-        &[Self::Portable]
+        if cfg!(target_arch = "aarch64") { &[Self::Portable, Self::Neon] } else { &[Self::Portable] }
     }
 }
 
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Portable if cfg!(target_arch = "aarch64") => "NEON",
+            Self::Neon => "NEON",
             Self::Portable => "portable",
             Self::Avx2 => "AVX2",
             Self::Avx512 => "AVX-512 VNNI",

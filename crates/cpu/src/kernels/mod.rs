@@ -8,6 +8,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod lanes;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 pub(crate) use lanes::{PageShape, add_values, page_scores, softmax, swiglu};
@@ -61,7 +63,7 @@ pub(crate) fn panels(
         Tokens::F32(x) => {
             for (index, out) in out.chunks_mut(stride).enumerate() {
                 let mut panel = weights.panel(first + index);
-                if x.len() >= DECODE_ONCE && matches!(panel, Panel::Mxfp4(..)) {
+                if isa != Isa::Neon && x.len() >= DECODE_ONCE && matches!(panel, Panel::Mxfp4(..)) {
                     scratch.resize(x[0].len(), Line([0; PANEL]));
                     decode(isa, panel, scratch);
                     panel = Panel::F32(scratch);
@@ -86,6 +88,9 @@ fn f32_panel(isa: Isa, panel: Panel<'_>, x: &[&[f32]], out: &mut [f32]) {
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => unsafe { avx512::f32_panel(panel, x, out) },
+        // SAFETY: NEON is part of AArch64.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => unsafe { neon::f32_panel(panel, x, out) },
         _ => portable::f32_panel(panel, x, out),
     }
 }
@@ -101,7 +106,7 @@ fn f32_pair(isa: Isa, panels: [Panel<'_>; 2], x: &[f32], out: &mut [f32]) {
         Isa::Avx512 => unsafe { avx512::f32_pair(panels, x, out) },
         _ => {
             for (panel, out) in panels.into_iter().zip(out.chunks_mut(PANEL)) {
-                portable::f32_panel(panel, &[x], out);
+                f32_panel(isa, panel, &[x], out);
             }
         }
     }
@@ -116,6 +121,9 @@ fn int8_panel(isa: Isa, panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) {
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => unsafe { avx512::int8_panel(panel, x, out) },
+        // SAFETY: NEON is part of AArch64.
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => unsafe { neon::int8_panel(panel, x, out) },
         _ => portable::int8_panel(panel, x, out),
     }
 }

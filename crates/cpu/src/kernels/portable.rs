@@ -74,6 +74,7 @@ pub(super) fn int8_panel(panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) 
     for (x, out) in x.iter().zip(out.chunks_exact_mut(PANEL)) {
         let mut sum = [0.0; PANEL];
         for (block, (codes, &x_scale)) in x.codes.chunks_exact(BLOCK).zip(x.scales).enumerate() {
+            debug_assert_eq!(codes.iter().map(|&code| i32::from(code)).sum::<i32>(), x.sums[block]);
             let mut dot = [0_i32; PANEL];
             let w_scale: Lanes = match panel {
                 Panel::Mxfp4(lines, scales) => {

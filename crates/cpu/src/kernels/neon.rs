@@ -1,0 +1,230 @@
+//! NEON, which every AArch64 has: a panel is four vectors of four rows. Products of int8 go through widening
+//! multiplies, which need no extension either.
+
+use std::arch::aarch64::*;
+use std::array::from_fn;
+
+use half::bf16;
+
+use crate::packed::{BLOCK, Line, PANEL, Panel};
+use crate::quantised::QuantRow;
+
+/// The 16 rows of a panel.
+type Rows = [float32x4_t; 4];
+/// Lines and E8M0 scales of a panel.
+type Fp4<'a> = (&'a [Line], &'a [[u8; PANEL]]);
+
+/// E2M1 codes doubled.
+const DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// Runs `$kernel` over register blocks of at most four tokens.
+macro_rules! token_blocks {
+    ($kernel:ident($panel:expr), $x:expr, $out:expr) => {
+        for (x, out) in $x.chunks(4).zip($out.chunks_mut(4 * PANEL)) {
+            match *x {
+                [a] => store(&$kernel($panel, [a]), out),
+                [a, b] => store(&$kernel($panel, [a, b]), out),
+                [a, b, c] => store(&$kernel($panel, [a, b, c]), out),
+                [a, b, c, d] => store(&$kernel($panel, [a, b, c, d]), out),
+                _ => {}
+            }
+        }
+    };
+}
+
+/// One panel times tokens, exact.
+#[target_feature(enable = "neon")]
+pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], out: &mut [f32]) {
+    match panel {
+        Panel::F32(lines) => token_blocks!(float(lines), x, out),
+        Panel::Bf16(lines) => token_blocks!(half_float(lines), x, out),
+        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4((lines, scales)), x, out),
+        Panel::Int8(..) => out.fill(f32::NAN),
+    }
+}
+
+/// One panel times quantised tokens.
+#[target_feature(enable = "neon")]
+pub(super) fn int8_panel(panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) {
+    match panel {
+        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4_int8((lines, scales)), x, out),
+        Panel::Int8(lines, scales) => token_blocks!(int8((lines, scales)), x, out),
+        Panel::F32(_) | Panel::Bf16(_) => out.fill(f32::NAN),
+    }
+}
+
+#[target_feature(enable = "neon")]
+fn store<const T: usize>(sums: &[Rows; T], out: &mut [f32]) {
+    for (sum, out) in sums.iter().flatten().zip(out.chunks_exact_mut(4)) {
+        // SAFETY: `out` is a chunk of 4 floats.
+        unsafe { vst1q_f32(out.as_mut_ptr(), *sum) };
+    }
+}
+
+#[target_feature(enable = "neon")]
+fn load(line: &Line) -> [uint32x4_t; 4] {
+    // SAFETY: a line is 16 dwords, read four at a time.
+    from_fn(|part| unsafe { vld1q_u32(line.0.as_ptr().add(4 * part)) })
+}
+
+#[target_feature(enable = "neon")]
+fn zero<const T: usize>() -> [Rows; T] {
+    [[vdupq_n_f32(0.0); 4]; T]
+}
+
+#[target_feature(enable = "neon")]
+fn add<const T: usize>(sums: &mut [Rows; T], w: Rows, x: &[&[f32]; T], k: usize) {
+    for (sum, x) in sums.iter_mut().zip(x) {
+        for (sum, w) in sum.iter_mut().zip(w) {
+            *sum = vfmaq_n_f32(*sum, w, x[k]);
+        }
+    }
+}
+
+#[target_feature(enable = "neon")]
+fn float<const T: usize>(lines: &[Line], x: [&[f32]; T]) -> [Rows; T] {
+    let mut sums = zero();
+    for (k, line) in lines.iter().enumerate() {
+        add(&mut sums, load(line).map(|w| vreinterpretq_f32_u32(w)), &x, k);
+    }
+    sums
+}
+
+#[target_feature(enable = "neon")]
+fn half_float<const T: usize>(lines: &[Line], x: [&[f32]; T]) -> [Rows; T] {
+    let mut sums = zero();
+    let upper = vdupq_n_u32(0xffff_0000);
+    for (at, line) in lines.iter().enumerate() {
+        let pairs = load(line);
+        add(&mut sums, pairs.map(|w| vreinterpretq_f32_u32(vshlq_n_u32::<16>(w))), &x, 2 * at);
+        add(&mut sums, pairs.map(|w| vreinterpretq_f32_u32(vandq_u32(w, upper))), &x, 2 * at + 1);
+    }
+    sums
+}
+
+/// `2^(scale - 127 - down)` per row; powers below `2^(1 - 127)` become zero.
+#[target_feature(enable = "neon")]
+fn powers(scales: &[u8; PANEL], down: u8) -> Rows {
+    from_fn(|part| {
+        let of = |lane: usize| u32::from(scales[4 * part + lane].saturating_sub(down)) << 23;
+        let bits: [u32; 4] = from_fn(of);
+        // SAFETY: 16 bytes are read from an array of 4 dwords.
+        vreinterpretq_f32_u32(unsafe { vld1q_u32(bits.as_ptr()) })
+    })
+}
+
+#[target_feature(enable = "neon")]
+fn table() -> int8x16_t {
+    // SAFETY: 16 bytes are read from an array of 16.
+    unsafe { vld1q_s8(DOUBLED.as_ptr()) }
+}
+
+/// Table entries of the low and of the high nibbles of each byte.
+#[target_feature(enable = "neon")]
+fn nibbles(table: int8x16_t, codes: uint32x4_t) -> [int8x16_t; 2] {
+    let codes = vreinterpretq_u8_u32(codes);
+    [vandq_u8(codes, vdupq_n_u8(15)), vshrq_n_u8::<4>(codes)].map(|index| vqtbl1q_s8(table, index))
+}
+
+/// Doubled codes are read from the top byte of a dword: one halving and 24 doublings too many.
+const DOWN: u8 = 25;
+
+#[target_feature(enable = "neon")]
+fn mxfp4<const T: usize>((lines, scales): Fp4<'_>, x: [&[f32]; T]) -> [Rows; T] {
+    let (table, mut sums) = (table(), zero());
+    let top = vdupq_n_s32(0xff00_0000_u32.cast_signed());
+    for (block, lines) in lines.chunks_exact(BLOCK / 8).enumerate() {
+        let scale = powers(&scales[block], DOWN);
+        for (at, line) in lines.iter().enumerate() {
+            let codes = load(line).map(|codes| nibbles(table, codes));
+            for k in 0..8 {
+                // Byte `k / 2` of each dword, of the low or the high nibbles, moved to the top.
+                let shift = vdupq_n_s32(24 - 8 * (k as i32 / 2));
+                let w = from_fn(|part| {
+                    let bytes = vshlq_s32(vreinterpretq_s32_s8(codes[part][k % 2]), shift);
+                    vmulq_f32(vcvtq_f32_s32(vandq_s32(bytes, top)), scale[part])
+                });
+                add(&mut sums, w, &x, block * BLOCK + 8 * at + k);
+            }
+        }
+    }
+    sums
+}
+
+/// Four codes of a token, repeated for two rows.
+#[target_feature(enable = "neon")]
+fn four(x: &QuantRow<'_>, dword: usize) -> int8x8_t {
+    let codes = &x.codes[4 * dword..4 * dword + 4];
+    let bits = i32::from_le_bytes(from_fn(|at| codes[at].to_le_bytes()[0]));
+    vreinterpret_s8_s32(vdup_n_s32(bits))
+}
+
+/// Adds a block's integer products, scaled by row and token.
+#[target_feature(enable = "neon")]
+fn scale_add(sum: &mut Rows, dots: [int32x4_t; 4], rows: Rows, token: f32) {
+    for part in 0..4 {
+        let scale = vmulq_n_f32(rows[part], token);
+        sum[part] = vfmaq_f32(sum[part], vcvtq_f32_s32(dots[part]), scale);
+    }
+}
+
+#[target_feature(enable = "neon")]
+fn mxfp4_int8<const T: usize>((lines, scales): Fp4<'_>, x: [QuantRow<'_>; T]) -> [Rows; T] {
+    let (table, mut sums) = (table(), zero());
+    for (block, lines) in lines.chunks_exact(BLOCK / 8).enumerate() {
+        let mut dots = [[vdupq_n_s32(0); 4]; T];
+        for part in 0..4 {
+            // Rows 0 and 1, rows 2 and 3 of the part; eight products of at most 12 * 127 fit an i16.
+            let mut wide = [[vdupq_n_s16(0); 2]; T];
+            for (at, line) in lines.iter().enumerate() {
+                for (parity, w) in nibbles(table, load(line)[part]).into_iter().enumerate() {
+                    for (wide, x) in wide.iter_mut().zip(&x) {
+                        let x = four(x, block * (BLOCK / 4) + 2 * at + parity);
+                        wide[0] = vmlal_s8(wide[0], vget_low_s8(w), x);
+                        wide[1] = vmlal_s8(wide[1], vget_high_s8(w), x);
+                    }
+                }
+            }
+            for (dots, wide) in dots.iter_mut().zip(wide) {
+                dots[part] = vpaddq_s32(vpaddlq_s16(wide[0]), vpaddlq_s16(wide[1]));
+            }
+        }
+        // Doubled codes: the scale is halved.
+        let rows = powers(&scales[block], 1);
+        for ((sum, dots), x) in sums.iter_mut().zip(dots).zip(&x) {
+            scale_add(sum, dots, rows, x.scales[block]);
+        }
+    }
+    sums
+}
+
+#[target_feature(enable = "neon")]
+fn int8<const T: usize>((lines, scales): (&[Line], &[[bf16; PANEL]]), x: [QuantRow<'_>; T]) -> [Rows; T] {
+    let mut sums = zero();
+    for (block, lines) in lines.chunks_exact(BLOCK / 4).enumerate() {
+        let mut dots = [[vdupq_n_s32(0); 4]; T];
+        for part in 0..4 {
+            let mut wide = [[vdupq_n_s32(0); 2]; T];
+            for (at, line) in lines.iter().enumerate() {
+                let w = vreinterpretq_s8_u32(load(line)[part]);
+                for (wide, x) in wide.iter_mut().zip(&x) {
+                    let x = four(x, block * (BLOCK / 4) + at);
+                    wide[0] = vpadalq_s16(wide[0], vmull_s8(vget_low_s8(w), x));
+                    wide[1] = vpadalq_s16(wide[1], vmull_s8(vget_high_s8(w), x));
+                }
+            }
+            for (dots, wide) in dots.iter_mut().zip(wide) {
+                dots[part] = vpaddq_s32(wide[0], wide[1]);
+            }
+        }
+        let rows = from_fn(|part| {
+            let values: [f32; 4] = from_fn(|lane| scales[block][4 * part + lane].to_f32());
+            // SAFETY: 16 bytes are read from an array of 4 floats.
+            unsafe { vld1q_f32(values.as_ptr()) }
+        });
+        for ((sum, dots), x) in sums.iter_mut().zip(dots).zip(&x) {
+            scale_add(sum, dots, rows, x.scales[block]);
+        }
+    }
+    sums
+}
