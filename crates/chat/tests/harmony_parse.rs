@@ -1,4 +1,5 @@
 //! The numbered cases of `cases/harmony.jsonl`, with the demo vocabulary and with gpt-oss's.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests, too")]
 
 #[path = "support/parse.rs"]
 mod support;
@@ -7,10 +8,10 @@ use std::sync::Arc;
 
 use ctxserve_chat::harmony::parse::RECOVERIES;
 use ctxserve_chat::testing::{demo_tokenizer, o200k_tokenizer};
-use ctxserve_chat::{End, Segment, Tokenizer, end_of, segments_to_ids};
+use ctxserve_chat::{End, ParserOptions, Segment, Tokenizer, end_of, segments_to_ids};
 use serde::Deserialize;
 
-use support::{Answer, answer, format};
+use support::{Answer, format, parse};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -37,7 +38,7 @@ fn run(tokenizer: &Arc<Tokenizer>) {
             Some(false) => End::Stop,
             None => end_of(&ids, format.stop_ids()),
         };
-        let got = answer(format.as_ref(), &ids, end);
+        let (_, got) = parse(format.as_ref(), &ids, end, ParserOptions::default());
         if got != case.expect {
             failures.push(format!("{}\n     got {got:?}\n    want {:?}", case.name, case.expect));
         }

@@ -1,4 +1,5 @@
 //! What holds of every token sequence.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers of tests, too")]
 
 #[path = "support/parse.rs"]
 mod support;
@@ -7,7 +8,7 @@ use std::sync::Arc;
 
 use ctxserve_chat::testing::demo_tokenizer;
 use ctxserve_chat::{
-    ChatFormat, Collector, Delta, End, ParserOptions, Place, Segment, Tokenizer, end_of, segments_to_ids,
+    Collector, Delta, End, ParserOptions, Place, Segment, Tokenizer, end_of, segments_to_ids,
 };
 use proptest::prelude::*;
 use serde_json::Value;

@@ -55,7 +55,3 @@ pub(crate) fn parse(
     };
     (deltas, answer)
 }
-
-pub(crate) fn answer(format: &dyn ChatFormat, ids: &[u32], end: End) -> Answer {
-    parse(format, ids, end, ParserOptions::default()).1
-}

@@ -51,6 +51,13 @@ impl<'a> Word<'a> {
         self.splits_at(n) || !self.text[n..].starts_with(char::is_lowercase)
     }
 
+    /// A word of text, and no misspelling, is glued to the first `n` bytes.
+    fn is_text_behind(self, n: usize) -> bool {
+        let rest = &self.text[n..];
+        rest.starts_with(char::is_uppercase)
+            || (rest.len() > 3 && rest.starts_with(char::is_alphabetic) && self.splits_at(n))
+    }
+
     /// Nothing but the end or JSON follows the word, which may thus be a content type.
     fn is_followed_by_json(self) -> bool {
         self.after.is_none_or(|after| {
@@ -231,7 +238,7 @@ impl<'n> Reader<'n> {
     }
 
     pub(super) fn end(mut self) -> Header {
-        if !self.marked && self.before.is_none() {
+        if self.before.is_none() {
             self.name_without_channel();
         }
         self.inherit();

@@ -64,7 +64,10 @@ impl Reader<'_> {
     pub(super) fn role(&mut self, word: Word<'_>, lower: &str) -> usize {
         self.slot = Slot::Free;
         if let Some(role) = words::role_prefix(lower) {
-            let n = role.len();
+            let mut n = role.len();
+            while let Some(again) = words::role_prefix(&lower[n..]) {
+                n += again.len();
+            }
             let rest = &lower[n..];
             let taken = if rest.is_empty() || rest.starts_with(':') { word.text.len() } else { 0 };
             let taken = if taken > 0 { taken } else { self.glued_to(word, lower, n) };
@@ -144,8 +147,16 @@ impl Reader<'_> {
     }
 
     pub(super) fn channel(&mut self, word: Word<'_>, lower: &str) -> usize {
-        if words::is_role(lower) {
-            return word.text.len();
+        if let Some(role) = words::role_prefix(lower) {
+            let n = role.len();
+            let taken = self.glued(word.skip(n), &lower[n..]);
+            if taken > 0 {
+                self.slot = Slot::Free;
+                self.notes.add(note::GLUED_ROLE);
+            }
+            if taken > 0 || n == lower.len() {
+                return n + taken;
+            }
         }
         if let Some((channel, n)) = Channel::prefix(lower) {
             self.set(channel, word.text[..n] == lower[..n]);
@@ -196,7 +207,7 @@ impl Reader<'_> {
             self.header.exact = false;
         }
         if !word.is_open() {
-            return word.text.len();
+            return if word.is_text_behind(n) { n } else { word.text.len() };
         }
         if junk > 0 || word.text_may_begin_at(n) {
             return n + junk;
@@ -220,7 +231,7 @@ impl Reader<'_> {
             let typed = lower[..n].to_owned();
             self.slot = Slot::Free;
             let taken = self.glued(word.skip(n), &lower[n..]);
-            if taken > 0 || (word.is_open() && word.text_may_begin_at(n)) {
+            if taken > 0 || begins_json(&lower[n..]) || (word.is_open() && word.text_may_begin_at(n)) {
                 self.typed(&typed);
                 return n + taken;
             }
