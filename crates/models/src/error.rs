@@ -31,9 +31,14 @@ pub enum LoadError {
         /// Every architecture of the registry.
         known: String,
     },
-    /// A value of the configuration is unusable.
-    #[error("config.json: {0}")]
-    Config(ConfigError),
+    /// A value of a configuration file is unusable.
+    #[error("{file}: {error}")]
+    Config {
+        /// `config.json` or `generation_config.json`.
+        file: &'static str,
+        /// The field and what is wrong with it.
+        error: ConfigError,
+    },
     /// An option of the server is unusable.
     #[error("load options: {0}")]
     Options(ConfigError),

@@ -63,8 +63,8 @@ mod tests {
     }
 
     fn close(got: f64, want: f64) -> bool {
-        // The published vectors have eight digits.
-        (got / want - 1.0).abs() < 2e-8
+        // The published vectors have eight digits, the last one cut rather than rounded.
+        (got / want - 1.0).abs() < 1e-7
     }
 
     #[test]

@@ -18,9 +18,6 @@ mod most {
     pub(super) const POSITIONS: usize = 1 << 27;
 }
 
-/// Widths are multiples of this: expert matrices come in blocks of 32 along both.
-const BLOCK: usize = 32;
-
 /// What a gpt-oss model is.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -66,13 +63,7 @@ impl Config {
     pub fn read(config: &Value) -> Result<Self, ConfigError> {
         let fields = Fields::root(config)?;
         let layers = fields.need_int("num_hidden_layers", 1..=most::LAYERS)?;
-        let width = |name| {
-            let width = fields.need_int(name, BLOCK..=most::WIDTH)?;
-            match width.is_multiple_of(BLOCK) {
-                true => Ok(width),
-                false => Err(fields.error(name, format!("must be a multiple of {BLOCK}, got {width}"))),
-            }
-        };
+        let width = |name| fields.need_int(name, 1..=most::WIDTH);
         let (hidden, inner) = (width("hidden_size")?, width("intermediate_size")?);
         let heads = fields.need_int("num_attention_heads", 1..=most::HEADS)?;
         let kv_heads = fields.need_int("num_key_value_heads", 1..=most::HEADS)?;

@@ -28,13 +28,13 @@ pub(crate) const FAMILY: Family =
 
 /// Reads the configuration and holds the tensor headers against it.
 fn check(checkpoint: &Checkpoint) -> Result<Config, LoadError> {
-    let config = Config::read(checkpoint.config()).map_err(LoadError::Config)?;
+    let config = Config::read(checkpoint.config())
+        .map_err(|error| LoadError::Config { file: "config.json", error })?;
     checkpoint.check(&weights::wants(&config))?;
     Ok(config)
 }
 
 fn info(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions) -> Result<ModelInfo, LoadError> {
-    let sources = [checkpoint.generation_config(), Some(checkpoint.config())];
     let Config { hidden, experts, top_k, max_context, .. } = *config;
     let (layers, format) = (config.layers(), checkpoint.format_name());
     Ok(ModelInfo {
@@ -47,7 +47,7 @@ fn info(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions) -> Resu
         max_context,
         layers,
         kv: config.kv_spec(options),
-        eos: eos::read(sources.into_iter().flatten(), config.vocab).map_err(LoadError::Config)?,
+        eos: eos::read(checkpoint, config.vocab)?,
         weight_bytes: checkpoint.total_bytes(),
     })
 }

@@ -1,0 +1,14 @@
+//! Everything that needs files, a backend or a whole configuration.
+
+#[cfg(test)]
+mod common;
+#[cfg(test)]
+mod config;
+#[cfg(test)]
+mod demo;
+#[cfg(test)]
+mod goldens;
+#[cfg(test)]
+mod ledger;
+#[cfg(test)]
+mod loading;
