@@ -126,6 +126,12 @@ fn engine_config(
             free.saturating_sub(weights)
         });
         let budget = budget(&info.kv, info.max_context, chunk, engine, kv_bytes, free)?;
+        let left = free.map_or_else(|| "an unknown amount".to_owned(), |free| Bytes(free).to_string());
+        tracing::info!(
+            "memory: weights {}, KV cache up to {}, {left} free beside the weights",
+            Bytes(weights),
+            Bytes(budget.bytes)
+        );
         if let Some(full) = budget.shortened_from {
             tracing::warn!(
                 "sequences are limited to {} tokens instead of {full}: the KV cache has {}; see \
