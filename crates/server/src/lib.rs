@@ -1,8 +1,25 @@
 //! The OpenAI HTTP API on axum.
 //!
-//! A request's way: [`http`] reads the body and checks the key, `wire` turns JSON into types, `validate` turns types
+//! A request's way: `http` reads the body and checks the key, `wire` turns JSON into types, `validate` turns types
 //! into token ids and parameters, `generate` follows the engine's events and makes pieces of an answer, `api` puts
 //! those into the shape of a route, whole or streamed. No other crate sees a wire type.
+//!
+//! Where OpenAI and vLLM leave room or we differ:
+//!
+//! - Unknown fields are ignored; fields that are known and not served (`wire::refused`) are a 400 that names them.
+//!   `tool_choice` takes `auto` and `none`; forcing a call, `response_format` and `strict` need constrained
+//!   decoding: the first two are refused, `strict` is accepted and not enforced, since clients send it unasked.
+//! - Calls are delivered whether or not `tools` were declared, unless `tool_choice` is `none`: then their text is
+//!   content. `parallel_tool_calls: false` ends an answer after its first call.
+//! - `max_tokens` beyond the context is cut to it; only a prompt that leaves no room is refused.
+//! - Choice `i` of a prompt draws from `seed + i`, so it equals a request of its own with that seed.
+//! - Stop strings see the text for the user alone, never reasoning or arguments. Of several matches the first to
+//!   end wins, then the longest.
+//! - Log-probabilities cover the tokens of the visible text in chat, every token up to the end of the text in
+//!   completions, whose `tokens` line up with `token_ids`. Text parts of a message are joined without a separator.
+//! - `chat_template_kwargs` takes `reasoning_effort` and `enable_thinking` (false is effort `none`), nothing else.
+//! - `/v1/completions` neither renders nor parses a chat: control tokens are skipped in its text unless
+//!   `skip_special_tokens` is false, and `token_ids` has them all.
 
 mod api;
 mod config;

@@ -1,7 +1,7 @@
 //! One line and one set of metrics a request, whatever becomes of it.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ctxserve_core::RequestId;
 
@@ -127,7 +127,7 @@ impl Drop for Record {
         };
         metrics.request_end(&spans, self.usage.generated);
         metrics.cached_tokens.increment(self.usage.cached as u64);
-        let since = |from: Instant, to: Option<Instant>| to.map(|to| (to - from).as_secs_f64() * 1e3);
+        let since = |from: Instant, to: Option<Instant>| to.map(|to| milliseconds(to - from));
         let a = &self.accepted;
         let recoveries: Vec<_> = self.recoveries.iter().copied().collect();
         tracing::info!(
@@ -144,11 +144,16 @@ impl Drop for Record {
             reasoning_tokens = self.usage.reasoning,
             queue_ms = since(self.queued, self.admitted),
             ttft_ms = since(a.arrived, self.first_token),
-            total_ms = total.as_secs_f64() * 1e3,
+            total_ms = milliseconds(total),
             finish,
             error = self.failed,
             recoveries = recoveries.join(","),
             "request"
         );
     }
+}
+
+/// Rounded to a microsecond, for people.
+fn milliseconds(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
 }

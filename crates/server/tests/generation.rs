@@ -170,7 +170,8 @@ async fn prompts_times_n_keep_their_order() {
 
 #[tokio::test]
 async fn legacy_logprobs_add_up_to_the_text() {
-    let server = Setup::new(&["día 🦀 ok<|return|>"]).start();
+    let script = "día<|end|> 🦀 ok<|return|>";
+    let server = Setup::new(&[script]).start();
     let one = server.complete(&json!({"prompt": "x", "logprobs": 1, "max_tokens": 100})).await.json();
     let choice = &one["choices"][0];
     let lists = &choice["logprobs"];
@@ -182,7 +183,9 @@ async fn legacy_logprobs_add_up_to_the_text() {
     let offsets: Vec<u64> =
         lists["text_offset"].as_array().unwrap().iter().map(|o| o.as_u64().unwrap()).collect();
     assert!(offsets.is_sorted());
-    assert!(offsets[count - 1] < choice["text"].as_str().unwrap().chars().count() as u64);
+    assert_eq!(count, server.tokenizer.encode_with_control(script).len(), "one entry a token");
+    assert_eq!(choice["text"], "día 🦀 ok");
+    assert_eq!(offsets[count - 1], 8, "the stop token stands after the text");
     let sampled = lists["tokens"][0].as_str().unwrap();
     assert!(lists["top_logprobs"][0].as_object().unwrap().contains_key(sampled));
 }

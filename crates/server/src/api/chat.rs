@@ -145,6 +145,7 @@ fn start(
         stop: StopMatcher::new(&options.stop, options.include_stop),
         rules: options.rules.clone(),
         silent_stops,
+        all_logprobs: false,
         one_call: prepared.one_call,
         hide_reasoning: prepared.hide_reasoning,
     };

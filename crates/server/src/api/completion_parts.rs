@@ -26,6 +26,8 @@ pub(crate) struct Head {
     /// Texts of the prompts, when they are repeated.
     pub(crate) echo: Option<Vec<String>>,
     pub(crate) logprobs: bool,
+    /// Control tokens are left out of the text.
+    pub(crate) skip_special: bool,
     /// Choices of each prompt.
     pub(crate) n: usize,
 }
@@ -46,7 +48,7 @@ pub(crate) struct Parts {
 
 impl Parts {
     pub(crate) fn new(head: &Head, index: usize) -> Self {
-        Self { index, logprobs: Legacy::new(head.echoed(index)) }
+        Self { index, logprobs: Legacy::new(head.echoed(index), head.skip_special) }
     }
 
     /// The choice before its first token: the echoed prompt, and the prompt's ids if wanted.

@@ -59,6 +59,7 @@ pub(crate) async fn completions(
         prompts: options.return_token_ids.then(|| prepared.prompts.clone()),
         echo: prepared.echo.clone(),
         logprobs: options.sampling.logprobs.is_some(),
+        skip_special: options.skip_special,
         n: options.n,
     };
     let count = options.n * prepared.prompts.len();
@@ -125,6 +126,7 @@ fn start(
         stop: StopMatcher::new(&options.stop, options.include_stop),
         rules: options.rules.clone(),
         silent_stops,
+        all_logprobs: true,
         one_call: false,
         hide_reasoning: false,
     };

@@ -28,12 +28,13 @@ fn candidate(tokenizer: &Tokenizer, token: TokenLogprob) -> Candidate {
 #[derive(Debug)]
 pub(crate) struct Legacy {
     offset: usize,
+    skip_special: bool,
 }
 
 impl Legacy {
-    /// `echoed` is what stands before the first generated token.
-    pub(crate) fn new(echoed: &str) -> Self {
-        Self { offset: echoed.chars().count() }
+    /// `echoed` is what stands before the first generated token; `skip_special`, that control tokens have no text.
+    pub(crate) fn new(echoed: &str, skip_special: bool) -> Self {
+        Self { offset: echoed.chars().count(), skip_special }
     }
 
     /// Appends entries in the order of their text.
@@ -53,8 +54,10 @@ impl Legacy {
             out.token_logprobs.push(entry.sampled.logprob);
             out.top_logprobs.push(top);
             out.text_offset.push(self.offset);
-            // A character belongs to the token that begins it.
-            self.offset += bytes.iter().filter(|&&byte| byte & 0xC0 != 0x80).count();
+            if !(self.skip_special && tokenizer.is_special(entry.sampled.id)) {
+                // A character belongs to the token that begins it.
+                self.offset += bytes.iter().filter(|&&byte| byte & 0xC0 != 0x80).count();
+            }
         }
     }
 }

@@ -20,6 +20,8 @@ pub(crate) struct ChoiceOptions {
     /// Of those, ids whose text is not part of the answer when they stop it. Control tokens that frame a
     /// message are not among them: the parser needs to see them.
     pub(crate) silent_stops: Vec<TokenId>,
+    /// Report log-probabilities of tokens without visible text too.
+    pub(crate) all_logprobs: bool,
     /// End after the first complete call.
     pub(crate) one_call: bool,
     /// Drop reasoning from the answer; it is still counted.
@@ -132,10 +134,12 @@ impl Choice {
             FinishReason::Fault(message) => return Err(ApiError::fault(message)),
         };
         let mut step = Step::default();
-        if let Some(last) = self.pending.take()
-            && (cause.is_none() || !self.options.silent_stops.contains(&last.id))
-        {
-            self.read(last, &mut step);
+        if let Some(last) = self.pending.take() {
+            if cause.is_none() || !self.options.silent_stops.contains(&last.id) {
+                self.read(last, &mut step);
+            } else if self.options.all_logprobs {
+                self.align.token(last.logprobs);
+            }
         }
         if step.end.is_none() {
             let stop_reason = match cause {
@@ -158,10 +162,11 @@ impl Choice {
     fn read(&mut self, token: TokenEvent, step: &mut Step) {
         let mut deltas = Vec::new();
         let place = self.parser.push(token.id, &mut deltas);
-        match place {
-            Place::Content => self.align.token(token.logprobs),
-            Place::Reasoning => self.usage.reasoning += 1,
-            Place::Markup | Place::Arguments => {}
+        if place == Place::Reasoning {
+            self.usage.reasoning += 1;
+        }
+        if place == Place::Content || self.options.all_logprobs {
+            self.align.token(token.logprobs);
         }
         if let Some(cut) = self.deliver(deltas, step) {
             let outcome = self.parser.finish(End::Stop, &mut Vec::new());
