@@ -121,6 +121,8 @@ impl<'n> Reader<'n> {
                 self.marked = true;
                 self.slot = Slot::Channel;
             }
+            // Between `to=` and the name it is part of a garbled name.
+            Item::Constrain if self.slot == Slot::Recipient => self.notes.add(note::NAME_CLEANED),
             Item::Constrain => {
                 self.constrained = true;
                 self.slot = Slot::Type;
