@@ -123,6 +123,8 @@ goldens! {
     unusual_plain: "unusual" as "unusual", CpuBackend::plain(), &CHUNKS;
     truncated_exact: "truncated" as "truncated", exact(), &CHUNKS;
     truncated_plain: "truncated" as "truncated", CpuBackend::plain(), &[64];
+    saved_exact: "saved" as "saved", exact(), &CHUNKS;
+    saved_plain: "saved" as "saved", CpuBackend::plain(), &[7];
     served_exact: "served" as "served", exact(), &CHUNKS;
     served_plain: "served" as "served", CpuBackend::plain(), &[64];
     long_exact: "long" as "long", exact(), &[129, 1000];
