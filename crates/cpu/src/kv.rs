@@ -151,10 +151,8 @@ impl CpuKv {
     }
 }
 
-/// Zeroed memory, or `None` when there is none: a pool's size comes from a flag.
-fn zeros<T: Clone + Default>(count: usize) -> Option<Vec<T>> {
-    let mut cells = Vec::new();
-    cells.try_reserve_exact(count).ok()?;
-    cells.resize(count, T::default());
-    Some(cells)
+/// Zeroed memory, or `None` when there is none: a pool's size comes from a flag. The system zeroes a page of it when
+/// it is first written, so that an idle pool costs nothing.
+fn zeros<T: bytemuck::Zeroable>(count: usize) -> Option<Vec<T>> {
+    bytemuck::allocation::try_zeroed_vec(count).ok()
 }
