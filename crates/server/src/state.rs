@@ -1,6 +1,7 @@
 //! What every route shares.
 
 use std::hash::{BuildHasher, RandomState};
+use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -9,10 +10,14 @@ use ctxserve_chat::{ChatFormat, Tokenizer};
 use ctxserve_core::{RequestId, TokenId};
 use ctxserve_engine::EngineHandle;
 use thiserror::Error;
+use tokio::sync::Semaphore;
 
 use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
+
+/// Requests that may be prepared at once, for each core.
+const PREPARED_PER_CORE: usize = 2;
 
 /// A server that cannot be set up.
 #[derive(Debug, Error)]
@@ -41,6 +46,8 @@ struct Inner {
     /// Unix seconds.
     started: u64,
     next_request: AtomicU64,
+    /// Bounds how many requests are parsed and rendered at once, and with it their memory and the cores they take.
+    preparing: Arc<Semaphore>,
     /// Keyed at random per process: names made from it cannot be guessed from earlier ones.
     random: RandomState,
 }
@@ -60,11 +67,13 @@ impl ServerState {
         let metrics = Metrics::new(model, &engine)?;
         let mut eos = config.eos.clone();
         eos.extend(format.stop_ids().iter().filter(|id| !config.eos.contains(id)));
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         let inner = Inner {
             eos: eos.into(),
             metrics,
             started: unix_seconds(),
             next_request: AtomicU64::new(0),
+            preparing: Arc::new(Semaphore::new(cores * PREPARED_PER_CORE)),
             random: RandomState::new(),
             config,
             engine,
@@ -82,6 +91,11 @@ impl ServerState {
     /// The engine behind the routes.
     pub fn engine(&self) -> &EngineHandle {
         &self.inner.engine
+    }
+
+    /// A place among the requests being prepared.
+    pub(crate) fn preparing(&self) -> Arc<Semaphore> {
+        Arc::clone(&self.inner.preparing)
     }
 
     pub(crate) fn tokenizer(&self) -> &Arc<Tokenizer> {

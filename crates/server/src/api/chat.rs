@@ -61,7 +61,7 @@ pub(crate) async fn chat(
 ) -> Result<Response, ApiError> {
     let body = read(&state, request).await?;
     let preparing = state.clone();
-    let prepared = blocking(move || prepare(&preparing, &body)).await?;
+    let prepared = blocking(&state, move || prepare(&preparing, &body)).await?;
     let options = &prepared.options;
     let head = Head {
         id: state.random_name("chatcmpl-"),

@@ -19,7 +19,8 @@ pub(crate) async fn tokenize(
     request: Request,
 ) -> Result<Response, ApiError> {
     let body = read(&state, request).await?;
-    blocking(move || json(&tokenized(&state, &body)?)).await
+    let working = state.clone();
+    blocking(&state, move || json(&tokenized(&working, &body)?)).await
 }
 
 fn tokenized(state: &ServerState, body: &[u8]) -> Result<TokenizeResponse, ApiError> {
@@ -70,7 +71,8 @@ pub(crate) async fn detokenize(
     request: Request,
 ) -> Result<Response, ApiError> {
     let body = read(&state, request).await?;
-    blocking(move || json(&detokenized(&state, &body)?)).await
+    let working = state.clone();
+    blocking(&state, move || json(&detokenized(&working, &body)?)).await
 }
 
 fn detokenized(state: &ServerState, body: &[u8]) -> Result<DetokenizeResponse, ApiError> {

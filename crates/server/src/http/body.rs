@@ -82,8 +82,16 @@ async fn collect(request: Request, declared: usize, limit: usize) -> Result<Byte
 /// # Errors
 /// What the work returns; 500 when it panics.
 pub(crate) async fn blocking<T: Send + 'static>(
+    state: &ServerState,
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
+    // The semaphore is never closed. The work keeps the place, also when its client has gone.
+    let place = state.preparing().acquire_owned().await.ok();
+    let work = move || {
+        let result = work();
+        drop(place);
+        result
+    };
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
         tracing::error!(%error, "a request's preparation did not finish");
         Err(ApiError::internal("The server failed on this request."))
