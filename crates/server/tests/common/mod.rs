@@ -9,7 +9,7 @@ use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Method, Request, StatusCode};
 use ctxserve_chat::{Tokenizer, demo_tokenizer_json, formats};
 use ctxserve_core::TokenId;
-use ctxserve_engine::{Engine, EngineConfig, EngineHandle, ScriptedRunner};
+use ctxserve_engine::{Engine, EngineConfig, EngineHandle, Runner, ScriptedRunner};
 use ctxserve_server::{PromptDate, ServerConfig, ServerState, router};
 use serde_json::Value;
 use tower::ServiceExt;
@@ -43,8 +43,15 @@ impl Setup {
 
     pub(crate) fn start(self) -> Server {
         let tokenizer = tokenizer();
-        let runner = ScriptedRunner::new(tokenizer.len(), self.context, self.lines).with_pace(self.pace);
-        let engine = Engine::start(Box::new(runner), self.engine).unwrap();
+        let (lines, context) = (self.lines.clone(), self.context);
+        let runner = ScriptedRunner::new(tokenizer.len(), context, lines).with_pace(self.pace);
+        self.start_with(Box::new(runner))
+    }
+
+    /// With another model in place of the script.
+    pub(crate) fn start_with(self, runner: Box<dyn Runner>) -> Server {
+        let tokenizer = tokenizer();
+        let engine = Engine::start(runner, self.engine).unwrap();
         let format = formats::open("harmony", Arc::clone(&tokenizer)).unwrap();
         let state = ServerState::new(engine.clone(), Arc::clone(&tokenizer), format, self.server).unwrap();
         Server { app: router(state.clone()), state, engine, tokenizer }

@@ -1,0 +1,84 @@
+//! A device that fails, and a model that produces garbage: what clients are told.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
+mod common;
+
+use common::{CONTEXT, Server, Setup, eventually, request, tokenizer};
+use ctxserve_backend::{Batch, DeviceError, KvPlan, SampleError, Sampled};
+use ctxserve_engine::{EngineState, Runner, RunnerInfo, ScriptedRunner};
+use ctxserve_server::serve;
+use serde_json::json;
+use tokio::net::TcpListener;
+
+const LINE: &str = "<|channel|>final<|message|>one two three four five<|return|>";
+
+/// Speaks `LINE` and goes wrong at one token of it.
+struct Broken {
+    script: ScriptedRunner,
+    at: u64,
+    device: bool,
+}
+
+impl Runner for Broken {
+    fn info(&self) -> &RunnerInfo {
+        self.script.info()
+    }
+
+    fn allocate(&mut self, plan: &KvPlan) -> Result<(), DeviceError> {
+        self.script.allocate(plan)
+    }
+
+    fn step(&mut self, batch: &Batch) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
+        let reached: Vec<bool> = batch.sample_rows().map(|row| row.step >= self.at).collect();
+        if self.device && reached.contains(&true) {
+            return Err(DeviceError::new("attention", "illegal address"));
+        }
+        let answers = self.script.step(batch)?.into_iter().zip(reached);
+        Ok(answers.map(|(answer, bad)| if bad { Err(SampleError::NonFinite) } else { answer }).collect())
+    }
+}
+
+fn broken(device: bool) -> Server {
+    let tokenizer = tokenizer();
+    let script = ScriptedRunner::new(tokenizer.len(), CONTEXT, vec![tokenizer.encode_with_control(LINE)]);
+    Setup::new(&[]).start_with(Box::new(Broken { script, at: 5, device }))
+}
+
+#[tokio::test]
+async fn garbage_fails_its_own_request_loudly() {
+    let server = broken(false);
+    let answer = server.chat(&request(json!({}))).await;
+    assert_eq!(answer.status, 500);
+    assert_eq!(answer.error()["type"], "server_error");
+    let frames = server.chat(&request(json!({"stream": true}))).await.frames();
+    assert_eq!(frames.last().unwrap()["error"]["code"], "internal_error");
+    assert!(frames.len() > 1, "what was sound has been streamed");
+    assert_eq!(server.get("/health").await.status, 200);
+    assert_eq!(server.chat(&request(json!({"max_tokens": 4}))).await.status, 200);
+    assert!(server.metrics().await.contains("finished_reason=\"error\"} 2"));
+}
+
+#[tokio::test]
+async fn a_device_fault_ends_streams_with_an_error_frame() {
+    let server = broken(true);
+    let frames = server.chat(&request(json!({"stream": true}))).await.frames();
+    let error = &frames.last().unwrap()["error"];
+    assert_eq!(error["code"], "engine_fault");
+    eventually(|| matches!(server.engine.snapshot().state, EngineState::Faulted(_))).await;
+    for answer in [server.get("/health").await, server.chat(&request(json!({}))).await] {
+        assert_eq!(answer.status, 503);
+        assert_eq!(answer.error()["code"], "engine_fault");
+    }
+}
+
+#[tokio::test]
+async fn a_device_fault_is_503_whole_and_ends_the_server() {
+    let server = broken(true);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let serving = serve(listener, server.state.clone(), std::future::pending());
+    let (end, answer) = tokio::join!(serving, async { server.chat(&request(json!({}))).await });
+    assert_eq!(answer.status, 503);
+    assert_eq!(answer.error()["code"], "engine_fault");
+    assert!(matches!(end.unwrap(), EngineState::Faulted(_)));
+}
