@@ -4,6 +4,8 @@
 //! or 8 (MXFP4) consecutive inputs of that row. A vector lane is thus a row, every output element is one chain of
 //! additions in the order of its inputs, and neither the number of tokens nor the split over threads can change it.
 
+use std::ops::Range;
+
 use ctxserve_backend::DeviceError;
 use ctxserve_core::{Elements, Encoding, MXFP4_BLOCK, Matrix};
 use half::bf16;
@@ -69,6 +71,29 @@ pub(crate) enum Panel<'a> {
     Bf16(&'a [Line]),
     Mxfp4(&'a [Line], &'a [[u8; PANEL]]),
     Int8(&'a [Line], &'a [[bf16; PANEL]]),
+}
+
+impl Panel<'_> {
+    /// Blocks of inputs.
+    pub(crate) fn blocks(&self) -> usize {
+        match self {
+            Self::F32(lines) => lines.len() / BLOCK,
+            Self::Bf16(lines) => lines.len() / (BLOCK / 2),
+            Self::Mxfp4(_, scales) => scales.len(),
+            Self::Int8(_, scales) => scales.len(),
+        }
+    }
+
+    /// Some of its blocks.
+    pub(crate) fn part(&self, blocks: Range<usize>) -> Self {
+        let lines = |per_block: usize| blocks.start * per_block..blocks.end * per_block;
+        match self {
+            Self::F32(all) => Self::F32(&all[lines(BLOCK)]),
+            Self::Bf16(all) => Self::Bf16(&all[lines(BLOCK / 2)]),
+            Self::Mxfp4(all, scales) => Self::Mxfp4(&all[lines(BLOCK / 8)], &scales[blocks]),
+            Self::Int8(all, scales) => Self::Int8(&all[lines(BLOCK / 4)], &scales[blocks]),
+        }
+    }
 }
 
 impl Packed {

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use candle_core::{D, Device, Result, Tensor};
+use candle_core::{D, Device, Tensor};
 use candle_nn::ops::{rms_norm, sigmoid, softmax_last_dim};
 use candle_nn::rotary_emb::rope;
 use ctxserve_backend::conformance::Random;
 use ctxserve_backend::{
-    AttentionInput, AttentionSpec, Backend, Batch, ExpertSpec, ExpertWeights, KvDtype, KvGroup, KvPlan,
-    KvSpec, Moe, PageTable, RopeTable, SampleRow, SequenceSlice,
+    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvDtype, KvGroup,
+    KvPlan, KvSpec, Moe, PageTable, RopeTable, SampleRow, SequenceSlice,
 };
 use ctxserve_core::{Elements, Matrix, SamplingParams};
 use ctxserve_cpu::CpuBackend;
@@ -72,13 +72,14 @@ fn ids() -> Vec<u32> {
 
 const MSCALE: f64 = 1.346_573_6;
 
-fn ours(w: &Weights) -> Vec<f32> {
+fn ours(w: &Weights) -> Result<Vec<f32>, DeviceError> {
     let mut b = CpuBackend::plain();
-    let matrix =
-        |rows: usize, cols: usize, v: &[f32]| Matrix::new(rows, cols, Elements::F32(v.to_vec())).unwrap();
+    let matrix = |rows: usize, cols: usize, v: &[f32]| {
+        Matrix::new(rows, cols, Elements::F32(v.to_vec())).ok_or_else(|| DeviceError::new("test", "shape"))
+    };
     let groups = vec![KvGroup { window: Some(WINDOW), layers: vec![0] }];
     let spec = KvSpec { page_size: 4, kv_heads: KV_HEADS, head_dim: DIM, groups, dtype: KvDtype::F32 };
-    let mut kv = b.allocate_kv(&KvPlan { spec, pages: vec![6] }).unwrap();
+    let mut kv = b.allocate_kv(&KvPlan { spec, pages: vec![6] })?;
     let sample = SampleRow {
         params: Arc::new(SamplingParams::greedy()),
         seed: 0,
@@ -101,35 +102,35 @@ fn ours(w: &Weights) -> Vec<f32> {
     let ExpertSpec { experts, inner, .. } = EXPERTS;
     let input = AttentionInput {
         norm: w.norms[0].clone(),
-        qkv: b.load_matrix(matrix(QKV, HIDDEN, &w.qkv.0), Some(w.qkv.1.clone())).unwrap(),
+        qkv: b.load_matrix(matrix(QKV, HIDDEN, &w.qkv.0)?, Some(w.qkv.1.clone()))?,
     };
     let weights = ExpertWeights {
-        gate_up: matrix(experts * 2 * inner, HIDDEN, &w.gate_up.0),
+        gate_up: matrix(experts * 2 * inner, HIDDEN, &w.gate_up.0)?,
         gate_up_bias: w.gate_up.1.clone(),
-        down: matrix(experts * HIDDEN, inner, &w.down.0),
+        down: matrix(experts * HIDDEN, inner, &w.down.0)?,
         down_bias: w.down.1.clone(),
     };
     let moe = Moe {
         norm: w.norms[1].clone(),
-        router: b.load_matrix(matrix(experts, HIDDEN, &w.router.0), Some(w.router.1.clone())).unwrap(),
-        experts: b.load_experts(weights, &EXPERTS).unwrap(),
+        router: b.load_matrix(matrix(experts, HIDDEN, &w.router.0)?, Some(w.router.1.clone()))?,
+        experts: b.load_experts(weights, &EXPERTS)?,
         spec: EXPERTS,
     };
-    let embedding = b.load_matrix(matrix(VOCAB, HIDDEN, &w.embedding), None).unwrap();
-    let output = b.load_matrix(matrix(HIDDEN, WIDTH, &w.output.0), Some(w.output.1.clone())).unwrap();
-    let head = b.load_matrix(matrix(VOCAB, HIDDEN, &w.head), None).unwrap();
+    let embedding = b.load_matrix(matrix(VOCAB, HIDDEN, &w.embedding)?, None)?;
+    let output = b.load_matrix(matrix(HIDDEN, WIDTH, &w.output.0)?, Some(w.output.1.clone()))?;
+    let head = b.load_matrix(matrix(VOCAB, HIDDEN, &w.head)?, None)?;
     let rope = RopeTable { inv_freq: w.inv_freq.clone(), mscale: MSCALE };
-    b.begin(&batch, &kv, VOCAB).unwrap();
-    let mut x = b.embed(&embedding, &batch).unwrap();
-    let q = b.attention_input(0, &input, &spec, &rope, &x, &mut kv, &batch).unwrap();
-    let heads = b.attention(0, &spec, Some(&w.sinks), &q, &kv, &batch).unwrap();
-    b.attention_output(&output, &heads, &mut x).unwrap();
-    b.experts(&moe, &mut x).unwrap();
-    let logits = b.logits(&w.norms[2], EPS, &head, &x, &batch).unwrap();
-    b.read_logits(&logits).unwrap()
+    b.begin(&batch, &kv, VOCAB)?;
+    let mut x = b.embed(&embedding, &batch)?;
+    let q = b.attention_input(0, &input, &spec, &rope, &x, &mut kv, &batch)?;
+    let heads = b.attention(0, &spec, Some(&w.sinks), &q, &kv, &batch)?;
+    b.attention_output(&output, &heads, &mut x)?;
+    b.experts(&moe, &mut x)?;
+    let logits = b.logits(&w.norms[2], EPS, &head, &x, &batch)?;
+    b.read_logits(&logits)
 }
 
-fn candle(w: &Weights) -> Result<Vec<f32>> {
+fn candle(w: &Weights) -> candle_core::Result<Vec<f32>> {
     let device = &Device::Cpu;
     let tensor = |v: &[f32], shape: &[usize]| Tensor::from_slice(v, shape, device);
     let linear = |x: &Tensor, weight: &[f32], bias: &[f32], out: usize, cols: usize| {
@@ -200,7 +201,7 @@ fn candle(w: &Weights) -> Result<Vec<f32>> {
 fn a_whole_layer_agrees_with_candle() {
     for seed in [1, 2, 3] {
         let weights = Weights::new(seed);
-        let (got, want) = (ours(&weights), candle(&weights).unwrap());
+        let (got, want) = (ours(&weights).unwrap(), candle(&weights).unwrap());
         assert_eq!(got.len(), want.len());
         let square = |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x * x)).sum::<f64>();
         let difference = square(&mut got.iter().zip(&want).map(|(g, w)| g - w));

@@ -18,8 +18,9 @@ fn row(params: SamplingParams) -> SampleRow {
     }
 }
 
+/// The picked id, or one that no vocabulary has.
 fn pick(logits: &[f32], row: &SampleRow) -> TokenId {
-    sample_row(logits, row).unwrap().id
+    sample_row(logits, row).map_or(TokenId::MAX, |sampled| sampled.id)
 }
 
 /// Logits without order or ties, of a spread like a model's.

@@ -6,6 +6,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
+use super::Row;
 use crate::packed::{BLOCK, Line, PANEL, Panel};
 use crate::quantised::QuantRow;
 
@@ -20,48 +21,63 @@ const DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -
 const SHIFTED: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 const OFFSET: i32 = 12;
 
-/// Runs `$kernel` over register blocks of at most `$most` tokens.
+/// Adds `$kernel`'s products to `$out` over register blocks of at most `$most` tokens, all about as large: a lone
+/// token at the end would cost as much as a full block.
 macro_rules! token_blocks {
-    ($kernel:ident($panel:expr), $x:expr, $out:expr, $most:literal: $($n:literal)+) => {
-        for (x, out) in $x.chunks($most).zip($out.chunks_mut($most * PANEL)) {
+    ($kernel:ident($panel:expr), $from:expr, $x:expr, $out:expr, $most:literal: $($n:literal)+) => {{
+        let size = $x.len().div_ceil($x.len().div_ceil($most).max(1)).max(1);
+        for (x, out) in $x.chunks(size).zip($out.chunks_mut(size * PANEL)) {
             match x.len() {
-                $($n => store(&$kernel([$panel], std::array::from_fn::<_, $n, _>(|t| x[t])), out),)+
+                $($n => {
+                    let rows = std::array::from_fn::<_, $n, _>(|t| x[t].skip($from));
+                    store(&$kernel([$panel], rows, restore(out)), out);
+                })+
                 _ => {}
             }
         }
-    };
+    }};
 }
 
-/// One panel times tokens, exact: 12 of 16 registers accumulate.
+/// Adds one panel times tokens, exact: 12 of 16 registers accumulate.
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], out: &mut [f32]) {
+pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], from: usize, out: &mut [f32]) {
     match panel {
-        Panel::F32(lines) => token_blocks!(float(lines), x, out, 6: 1 2 3 4 5 6),
-        Panel::Bf16(lines) => token_blocks!(half_float(lines), x, out, 6: 1 2 3 4 5 6),
-        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4((lines, scales)), x, out, 6: 1 2 3 4 5 6),
+        Panel::F32(lines) => token_blocks!(float(lines), from, x, out, 6: 1 2 3 4 5 6),
+        Panel::Bf16(lines) => token_blocks!(half_float(lines), from, x, out, 6: 1 2 3 4 5 6),
+        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4((lines, scales)), from, x, out, 6: 1 2 3 4 5 6),
         Panel::Int8(..) => out.fill(f32::NAN),
     }
 }
 
-/// Two panels times one token, exact.
+/// Adds two panels times one token, exact.
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn f32_pair(panels: [Panel<'_>; 2], x: &[f32], out: &mut [f32]) {
     match panels {
-        [Panel::F32(a), Panel::F32(b)] => store(&float([a, b], [x]), out),
-        [Panel::Bf16(a), Panel::Bf16(b)] => store(&half_float([a, b], [x]), out),
-        [Panel::Mxfp4(a, s), Panel::Mxfp4(b, r)] => store(&mxfp4([(a, s), (b, r)], [x]), out),
+        [Panel::F32(a), Panel::F32(b)] => store(&float([a, b], [x], restore(out)), out),
+        [Panel::Bf16(a), Panel::Bf16(b)] => store(&half_float([a, b], [x], restore(out)), out),
+        [Panel::Mxfp4(a, s), Panel::Mxfp4(b, r)] => store(&mxfp4([(a, s), (b, r)], [x], restore(out)), out),
         _ => out.fill(f32::NAN),
     }
 }
 
-/// One panel times quantised tokens.
+/// Adds one panel times quantised tokens.
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn int8_panel(panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) {
     match panel {
-        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4_int8((lines, scales)), x, out, 4: 1 2 3 4),
-        Panel::Int8(lines, scales) => token_blocks!(int8((lines, scales)), x, out, 4: 1 2 3 4),
+        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4_int8((lines, scales)), 0, x, out, 4: 1 2 3 4),
+        Panel::Int8(lines, scales) => token_blocks!(int8((lines, scales)), 0, x, out, 4: 1 2 3 4),
         Panel::F32(_) | Panel::Bf16(_) => out.fill(f32::NAN),
     }
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn restore<const G: usize, const T: usize>(out: &[f32]) -> [[Rows; T]; G] {
+    let mut sums = [[[_mm256_setzero_ps(); 2]; T]; G];
+    for (sum, out) in sums.iter_mut().flatten().zip(out.chunks_exact(PANEL)) {
+        // SAFETY: `out` is a chunk of 16 floats.
+        *sum = unsafe { [_mm256_loadu_ps(out.as_ptr()), _mm256_loadu_ps(out.as_ptr().add(8))] };
+    }
+    sums
 }
 
 #[target_feature(enable = "avx2,fma")]
@@ -105,9 +121,12 @@ fn add<const T: usize>(sums: &mut [Rows; T], w: Rows, x: &[&[f32]; T], k: usize)
 }
 
 #[target_feature(enable = "avx2,fma")]
-fn float<const G: usize, const T: usize>(panels: [&[Line]; G], x: [&[f32]; T]) -> [[Rows; T]; G] {
+fn float<const G: usize, const T: usize>(
+    panels: [&[Line]; G],
+    x: [&[f32]; T],
+    mut sums: [[Rows; T]; G],
+) -> [[Rows; T]; G] {
     let blocks = check(panels.map(<[_]>::len), BLOCK, x.iter().map(|x| x.len()));
-    let mut sums = [[[_mm256_setzero_ps(); 2]; T]; G];
     for k in 0..blocks * BLOCK {
         for g in 0..G {
             let w = load(&panels[g][k]).map(|w| _mm256_castsi256_ps(w));
@@ -118,9 +137,12 @@ fn float<const G: usize, const T: usize>(panels: [&[Line]; G], x: [&[f32]; T]) -
 }
 
 #[target_feature(enable = "avx2,fma")]
-fn half_float<const G: usize, const T: usize>(panels: [&[Line]; G], x: [&[f32]; T]) -> [[Rows; T]; G] {
+fn half_float<const G: usize, const T: usize>(
+    panels: [&[Line]; G],
+    x: [&[f32]; T],
+    mut sums: [[Rows; T]; G],
+) -> [[Rows; T]; G] {
     let blocks = check(panels.map(<[_]>::len), BLOCK / 2, x.iter().map(|x| x.len()));
-    let mut sums = [[[_mm256_setzero_ps(); 2]; T]; G];
     let upper = _mm256_set1_epi32(0xffff_0000_u32.cast_signed());
     for line in 0..blocks * (BLOCK / 2) {
         for g in 0..G {
@@ -177,9 +199,12 @@ fn byte_to_float<const LEFT: i32>(bytes: [__m256i; 2], scale: Rows) -> Rows {
 const DOWN: u8 = 25;
 
 #[target_feature(enable = "avx2,fma")]
-fn mxfp4<const G: usize, const T: usize>(panels: [Fp4<'_>; G], x: [&[f32]; T]) -> [[Rows; T]; G] {
+fn mxfp4<const G: usize, const T: usize>(
+    panels: [Fp4<'_>; G],
+    x: [&[f32]; T],
+    mut sums: [[Rows; T]; G],
+) -> [[Rows; T]; G] {
     let blocks = check(panels.map(|p| p.0.len()), BLOCK / 8, x.iter().map(|x| x.len()));
-    let mut sums = [[[_mm256_setzero_ps(); 2]; T]; G];
     let table = table(&DOUBLED);
     for block in 0..blocks {
         let scales: [Rows; G] = std::array::from_fn(|g| powers(&panels[g].1[block], DOWN));
@@ -252,9 +277,12 @@ fn scale_add(sum: &mut Rows, dots: [__m256i; 2], rows: Rows, token: f32) {
 }
 
 #[target_feature(enable = "avx2,fma")]
-fn mxfp4_int8<const T: usize>([(lines, scales)]: [Fp4<'_>; 1], x: [QuantRow<'_>; T]) -> [[Rows; T]; 1] {
+fn mxfp4_int8<const T: usize>(
+    [(lines, scales)]: [Fp4<'_>; 1],
+    x: [QuantRow<'_>; T],
+    [mut sums]: [[Rows; T]; 1],
+) -> [[Rows; T]; 1] {
     let blocks = check([lines.len()], BLOCK / 8, x.iter().map(|x| x.codes.len()));
-    let mut sums = [[_mm256_setzero_ps(); 2]; T];
     let (table, ones) = (table(&SHIFTED), _mm256_set1_epi16(1));
     for block in 0..blocks {
         let mut dots: [[__m256i; 2]; T] =
@@ -292,9 +320,9 @@ fn mxfp4_int8<const T: usize>([(lines, scales)]: [Fp4<'_>; 1], x: [QuantRow<'_>;
 fn int8<const T: usize>(
     [(lines, scales)]: [(&[Line], &[[bf16; PANEL]]); 1],
     x: [QuantRow<'_>; T],
+    [mut sums]: [[Rows; T]; 1],
 ) -> [[Rows; T]; 1] {
     let blocks = check([lines.len()], BLOCK / 4, x.iter().map(|x| x.codes.len()));
-    let mut sums = [[_mm256_setzero_ps(); 2]; T];
     let ones = _mm256_set1_epi16(1);
     for block in 0..blocks {
         let mut dots = [[_mm256_setzero_si256(); 2]; T];

@@ -6,6 +6,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
+use super::Row;
 use crate::packed::{BLOCK, Line, PANEL, Panel};
 use crate::quantised::QuantRow;
 
@@ -31,48 +32,67 @@ const DOWN: u8 = 25;
 const SHIFTED: [i8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 const OFFSET: i32 = 12;
 
-/// Runs `$kernel` over register blocks of at most `$most` tokens.
+/// Adds `$kernel`'s products to `$out` over register blocks of at most `$most` tokens, all about as large: a lone
+/// token at the end would cost as much as a full block.
 macro_rules! token_blocks {
-    ($kernel:ident($panel:expr), $x:expr, $out:expr, $most:literal: $($n:literal)+) => {
-        for (x, out) in $x.chunks($most).zip($out.chunks_mut($most * PANEL)) {
+    ($kernel:ident($panel:expr), $from:expr, $x:expr, $out:expr, $most:literal: $($n:literal)+) => {{
+        let size = $x.len().div_ceil($x.len().div_ceil($most).max(1)).max(1);
+        for (x, out) in $x.chunks(size).zip($out.chunks_mut(size * PANEL)) {
             match x.len() {
-                $($n => store(&$kernel([$panel], std::array::from_fn::<_, $n, _>(|t| x[t])), out),)+
+                $($n => {
+                    let rows = std::array::from_fn::<_, $n, _>(|t| x[t].skip($from));
+                    store(&$kernel([$panel], rows, restore(out)), out);
+                })+
                 _ => {}
             }
         }
-    };
+    }};
 }
 
-/// One panel times tokens, exact.
+/// Adds one panel times tokens, exact.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], out: &mut [f32]) {
+pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], from: usize, out: &mut [f32]) {
     match panel {
-        Panel::F32(lines) => token_blocks!(float(lines), x, out, 8: 1 2 3 4 5 6 7 8),
-        Panel::Bf16(lines) => token_blocks!(half_float(lines), x, out, 8: 1 2 3 4 5 6 7 8),
-        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4((lines, scales)), x, out, 8: 1 2 3 4 5 6 7 8),
+        Panel::F32(lines) => token_blocks!(float(lines), from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12),
+        Panel::Bf16(lines) => token_blocks!(half_float(lines), from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12),
+        Panel::Mxfp4(lines, scales) => {
+            token_blocks!(mxfp4((lines, scales)), from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12)
+        }
         Panel::Int8(..) => out.fill(f32::NAN),
     }
 }
 
-/// Two panels times one token, exact.
+/// Adds two panels times one token, exact.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
 pub(super) fn f32_pair(panels: [Panel<'_>; 2], x: &[f32], out: &mut [f32]) {
     match panels {
-        [Panel::F32(a), Panel::F32(b)] => store(&float([a, b], [x]), out),
-        [Panel::Bf16(a), Panel::Bf16(b)] => store(&half_float([a, b], [x]), out),
-        [Panel::Mxfp4(a, s), Panel::Mxfp4(b, r)] => store(&mxfp4([(a, s), (b, r)], [x]), out),
+        [Panel::F32(a), Panel::F32(b)] => store(&float([a, b], [x], restore(out)), out),
+        [Panel::Bf16(a), Panel::Bf16(b)] => store(&half_float([a, b], [x], restore(out)), out),
+        [Panel::Mxfp4(a, s), Panel::Mxfp4(b, r)] => store(&mxfp4([(a, s), (b, r)], [x], restore(out)), out),
         _ => out.fill(f32::NAN),
     }
 }
 
-/// One panel times quantised tokens.
+/// Adds one panel times quantised tokens.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
 pub(super) fn int8_panel(panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) {
     match panel {
-        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4_int8((lines, scales)), x, out, 6: 1 2 3 4 5 6),
-        Panel::Int8(lines, scales) => token_blocks!(int8((lines, scales)), x, out, 6: 1 2 3 4 5 6),
+        Panel::Mxfp4(lines, scales) => {
+            token_blocks!(mxfp4_int8((lines, scales)), 0, x, out, 8: 1 2 3 4 5 6 7 8)
+        }
+        Panel::Int8(lines, scales) => token_blocks!(int8((lines, scales)), 0, x, out, 8: 1 2 3 4 5 6 7 8),
         Panel::F32(_) | Panel::Bf16(_) => out.fill(f32::NAN),
     }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+fn restore<const G: usize, const T: usize>(out: &[f32]) -> [[__m512; T]; G] {
+    let mut sums = [[_mm512_setzero_ps(); T]; G];
+    for (sum, out) in sums.iter_mut().flatten().zip(out.chunks_exact(PANEL)) {
+        // SAFETY: `out` is a chunk of 16 floats.
+        *sum = unsafe { _mm512_loadu_ps(out.as_ptr()) };
+    }
+    sums
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
@@ -111,9 +131,12 @@ fn add<const T: usize>(sums: &mut [__m512; T], w: __m512, x: &[&[f32]; T], k: us
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-fn float<const G: usize, const T: usize>(panels: [&[Line]; G], x: [&[f32]; T]) -> [[__m512; T]; G] {
+fn float<const G: usize, const T: usize>(
+    panels: [&[Line]; G],
+    x: [&[f32]; T],
+    mut sums: [[__m512; T]; G],
+) -> [[__m512; T]; G] {
     let blocks = check(panels.map(<[_]>::len), BLOCK, x.iter().map(|x| x.len()));
-    let mut sums = [[_mm512_setzero_ps(); T]; G];
     for k in 0..blocks * BLOCK {
         for g in 0..G {
             add(&mut sums[g], _mm512_castsi512_ps(load(&panels[g][k])), &x, k);
@@ -123,9 +146,12 @@ fn float<const G: usize, const T: usize>(panels: [&[Line]; G], x: [&[f32]; T]) -
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-fn half_float<const G: usize, const T: usize>(panels: [&[Line]; G], x: [&[f32]; T]) -> [[__m512; T]; G] {
+fn half_float<const G: usize, const T: usize>(
+    panels: [&[Line]; G],
+    x: [&[f32]; T],
+    mut sums: [[__m512; T]; G],
+) -> [[__m512; T]; G] {
     let blocks = check(panels.map(<[_]>::len), BLOCK / 2, x.iter().map(|x| x.len()));
-    let mut sums = [[_mm512_setzero_ps(); T]; G];
     let upper = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
     for line in 0..blocks * (BLOCK / 2) {
         for g in 0..G {
@@ -148,9 +174,12 @@ fn powers(scales: &[u8; PANEL], down: u8) -> __m512 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-fn mxfp4<const G: usize, const T: usize>(panels: [Fp4<'_>; G], x: [&[f32]; T]) -> [[__m512; T]; G] {
+fn mxfp4<const G: usize, const T: usize>(
+    panels: [Fp4<'_>; G],
+    x: [&[f32]; T],
+    mut sums: [[__m512; T]; G],
+) -> [[__m512; T]; G] {
     let blocks = check(panels.map(|p| p.0.len()), BLOCK / 8, x.iter().map(|x| x.len()));
-    let mut sums = [[_mm512_setzero_ps(); T]; G];
     // SAFETY: 64 bytes are read from an array of 16 floats.
     let table = unsafe { _mm512_loadu_ps(SCALED.as_ptr()) };
     for block in 0..blocks {
@@ -187,9 +216,12 @@ fn scale_add(sum: &mut __m512, dots: __m512i, rows: __m512, token: f32) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-fn mxfp4_int8<const T: usize>([(lines, scales)]: [Fp4<'_>; 1], x: [QuantRow<'_>; T]) -> [[__m512; T]; 1] {
+fn mxfp4_int8<const T: usize>(
+    [(lines, scales)]: [Fp4<'_>; 1],
+    x: [QuantRow<'_>; T],
+    [mut sums]: [[__m512; T]; 1],
+) -> [[__m512; T]; 1] {
     let blocks = check([lines.len()], BLOCK / 8, x.iter().map(|x| x.codes.len()));
-    let mut sums = [_mm512_setzero_ps(); T];
     // SAFETY: 16 bytes are read from an array of 16.
     let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(SHIFTED.as_ptr().cast()) });
     let mask = _mm512_set1_epi8(15);
@@ -218,9 +250,9 @@ fn mxfp4_int8<const T: usize>([(lines, scales)]: [Fp4<'_>; 1], x: [QuantRow<'_>;
 fn int8<const T: usize>(
     [(lines, scales)]: [(&[Line], &[[bf16; PANEL]]); 1],
     x: [QuantRow<'_>; T],
+    [mut sums]: [[__m512; T]; 1],
 ) -> [[__m512; T]; 1] {
     let blocks = check([lines.len()], BLOCK / 4, x.iter().map(|x| x.codes.len()));
-    let mut sums = [_mm512_setzero_ps(); T];
     let sign = _mm512_set1_epi8(i8::MIN);
     for block in 0..blocks {
         // Flipping the sign bit adds 128 to a weight.

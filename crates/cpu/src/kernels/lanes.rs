@@ -72,7 +72,7 @@ fn exp<const FMA: bool>(x: f32) -> f32 {
     let clamped = x.clamp(-87.3, 88.3);
     let shifted = fma::<FMA>(clamped, std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
-    let r = fma::<FMA>(n, -0.693_145_75, clamped);
+    let r = fma::<FMA>(n, -22_713.0 / 32_768.0, clamped);
     let r = fma::<FMA>(n, -1.428_606_8e-6, r);
     let mut sum = 1.388_888_9e-3;
     for term in [8.333_333_3e-3, 4.166_666_6e-2, 0.166_666_67, 0.5, 1.0, 1.0] {

@@ -15,7 +15,7 @@ mod portable;
 pub(crate) use lanes::{PageShape, add_values, page_scores, softmax, swiglu};
 
 use crate::isa::Isa;
-use crate::packed::{Line, PANEL, Packed, Panel};
+use crate::packed::{BLOCK, Line, PANEL, Packed, Panel};
 use crate::quantised::QuantRow;
 
 /// The tokens of a product: exact, or quantised.
@@ -36,10 +36,33 @@ impl Tokens<'_> {
     }
 }
 
-/// From this many tokens on, a panel is decoded to f32 once instead of once per register block.
-const DECODE_ONCE: usize = 8;
+/// The inputs of one token.
+trait Row: Copy {
+    /// All but the first `from`, whole blocks.
+    fn skip(self, from: usize) -> Self;
+}
 
-/// Panels `first..` of `weights` times all tokens: `out` is `[panels][tokens][16]`. `scratch` is kept between calls.
+impl Row for &[f32] {
+    fn skip(self, from: usize) -> Self {
+        &self[from..]
+    }
+}
+
+impl Row for QuantRow<'_> {
+    fn skip(self, from: usize) -> Self {
+        let block = from / BLOCK;
+        Self { codes: &self.codes[block * BLOCK..], scales: &self.scales[block..], sums: &self.sums[block..] }
+    }
+}
+
+/// From this many tokens on, a panel is worked off in parts that stay in the first-level cache, and decoded to f32
+/// once instead of once per register block.
+const MANY: usize = 8;
+/// Blocks of such a part: 16 KiB of f32 weights.
+const PART: usize = 8;
+
+/// Adds panels `first..` of `weights` times all tokens to `out`, `[panels][tokens][16]`. `scratch` is kept between
+/// calls.
 pub(crate) fn panels(
     isa: Isa,
     weights: &Packed,
@@ -56,19 +79,26 @@ pub(crate) fn panels(
                 if out.len() == 2 * PANEL {
                     f32_pair(isa, [panel, weights.panel(first + 2 * pair + 1)], x, out);
                 } else {
-                    f32_panel(isa, panel, &[x], out);
+                    f32_panel(isa, panel, &[x], 0, out);
                 }
             }
         }
         Tokens::F32(x) => {
             for (index, out) in out.chunks_mut(stride).enumerate() {
-                let mut panel = weights.panel(first + index);
-                if isa != Isa::Neon && x.len() >= DECODE_ONCE && matches!(panel, Panel::Mxfp4(..)) {
-                    scratch.resize(x[0].len(), Line([0; PANEL]));
-                    decode(isa, panel, scratch);
-                    panel = Panel::F32(scratch);
+                let panel = weights.panel(first + index);
+                if x.len() < MANY {
+                    f32_panel(isa, panel, x, 0, out);
+                    continue;
                 }
-                f32_panel(isa, panel, x, out);
+                for block in (0..weights.blocks()).step_by(PART) {
+                    let mut part = panel.part(block..(block + PART).min(weights.blocks()));
+                    if isa != Isa::Neon && matches!(part, Panel::Mxfp4(..)) {
+                        scratch.resize(part.blocks() * BLOCK, Line([0; PANEL]));
+                        decode(isa, part, scratch);
+                        part = Panel::F32(scratch);
+                    }
+                    f32_panel(isa, part, x, block * BLOCK, out);
+                }
             }
         }
         Tokens::Int8(x) => {
@@ -79,23 +109,23 @@ pub(crate) fn panels(
     }
 }
 
-/// One panel times tokens `[tokens][16]`.
-fn f32_panel(isa: Isa, panel: Panel<'_>, x: &[&[f32]], out: &mut [f32]) {
+/// Adds one panel times tokens, whose inputs start at `from`, to `[tokens][16]`.
+fn f32_panel(isa: Isa, panel: Panel<'_>, x: &[&[f32]], from: usize, out: &mut [f32]) {
     match isa {
         // SAFETY: `Isa` is only made by detection of these features.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2::f32_panel(panel, x, out) },
+        Isa::Avx2 => unsafe { avx2::f32_panel(panel, x, from, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512::f32_panel(panel, x, out) },
+        Isa::Avx512 => unsafe { avx512::f32_panel(panel, x, from, out) },
         // SAFETY: NEON is part of AArch64.
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => unsafe { neon::f32_panel(panel, x, out) },
-        _ => portable::f32_panel(panel, x, out),
+        Isa::Neon => unsafe { neon::f32_panel(panel, x, from, out) },
+        _ => portable::f32_panel(panel, x, from, out),
     }
 }
 
-/// Two panels times one token `[2][16]`: twice as many chains in flight.
+/// Adds two panels times one token to `[2][16]`: twice as many chains in flight.
 fn f32_pair(isa: Isa, panels: [Panel<'_>; 2], x: &[f32], out: &mut [f32]) {
     match isa {
         // SAFETY: `Isa` is only made by detection of these features.
@@ -106,13 +136,13 @@ fn f32_pair(isa: Isa, panels: [Panel<'_>; 2], x: &[f32], out: &mut [f32]) {
         Isa::Avx512 => unsafe { avx512::f32_pair(panels, x, out) },
         _ => {
             for (panel, out) in panels.into_iter().zip(out.chunks_mut(PANEL)) {
-                f32_panel(isa, panel, &[x], out);
+                f32_panel(isa, panel, &[x], 0, out);
             }
         }
     }
 }
 
-/// One panel times quantised tokens `[tokens][16]`.
+/// Adds one panel times quantised tokens to `[tokens][16]`.
 fn int8_panel(isa: Isa, panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) {
     match isa {
         // SAFETY: `Isa` is only made by detection of these features.

@@ -6,6 +6,7 @@ use std::array::from_fn;
 
 use half::bf16;
 
+use super::Row;
 use crate::packed::{BLOCK, Line, PANEL, Panel};
 use crate::quantised::QuantRow;
 
@@ -17,38 +18,42 @@ type Fp4<'a> = (&'a [Line], &'a [[u8; PANEL]]);
 /// E2M1 codes doubled.
 const DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
-/// Runs `$kernel` over register blocks of at most four tokens.
+/// Adds `$kernel`'s products to `$out` over register blocks of at most four tokens.
 macro_rules! token_blocks {
-    ($kernel:ident($panel:expr), $x:expr, $out:expr) => {
+    ($kernel:ident($panel:expr), $from:expr, $x:expr, $out:expr) => {
         for (x, out) in $x.chunks(4).zip($out.chunks_mut(4 * PANEL)) {
             match *x {
-                [a] => store(&$kernel($panel, [a]), out),
-                [a, b] => store(&$kernel($panel, [a, b]), out),
-                [a, b, c] => store(&$kernel($panel, [a, b, c]), out),
-                [a, b, c, d] => store(&$kernel($panel, [a, b, c, d]), out),
+                [a] => store(&$kernel($panel, [a].map(|x| x.skip($from)), restore(out)), out),
+                [a, b] => store(&$kernel($panel, [a, b].map(|x| x.skip($from)), restore(out)), out),
+                [a, b, c] => store(&$kernel($panel, [a, b, c].map(|x| x.skip($from)), restore(out)), out),
+                [a, b, c, d] => {
+                    store(&$kernel($panel, [a, b, c, d].map(|x| x.skip($from)), restore(out)), out)
+                }
                 _ => {}
             }
         }
     };
 }
 
-/// One panel times tokens, exact.
+/// Adds one panel times tokens, exact.
 #[target_feature(enable = "neon")]
-pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], out: &mut [f32]) {
+pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], from: usize, out: &mut [f32]) {
     match panel {
-        Panel::F32(lines) => token_blocks!(float(lines), x, out),
-        Panel::Bf16(lines) => token_blocks!(half_float(lines), x, out),
-        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4((lines, scales)), x, out),
+        Panel::F32(lines) => token_blocks!(float(lines), from, x, out),
+        Panel::Bf16(lines) => token_blocks!(half_float(lines), from, x, out),
+        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4((lines, scales)), from, x, out),
         Panel::Int8(..) => out.fill(f32::NAN),
     }
 }
 
-/// One panel times quantised tokens.
+/// Adds one panel times quantised tokens.
 #[target_feature(enable = "neon")]
 pub(super) fn int8_panel(panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) {
     match panel {
-        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4_int8((lines, scales)), x, out),
-        Panel::Int8(lines, scales) => token_blocks!(int8((lines, scales)), x, out),
+        Panel::Mxfp4(lines, scales) => {
+            token_blocks!(mxfp4_int8((lines, scales)), 0, x, out)
+        }
+        Panel::Int8(lines, scales) => token_blocks!(int8((lines, scales)), 0, x, out),
         Panel::F32(_) | Panel::Bf16(_) => out.fill(f32::NAN),
     }
 }
@@ -68,8 +73,13 @@ fn load(line: &Line) -> [uint32x4_t; 4] {
 }
 
 #[target_feature(enable = "neon")]
-fn zero<const T: usize>() -> [Rows; T] {
-    [[vdupq_n_f32(0.0); 4]; T]
+fn restore<const T: usize>(out: &[f32]) -> [Rows; T] {
+    let mut sums = [[vdupq_n_f32(0.0); 4]; T];
+    for (sum, out) in sums.iter_mut().flatten().zip(out.chunks_exact(4)) {
+        // SAFETY: `out` is a chunk of 4 floats.
+        *sum = unsafe { vld1q_f32(out.as_ptr()) };
+    }
+    sums
 }
 
 #[target_feature(enable = "neon")]
@@ -82,8 +92,7 @@ fn add<const T: usize>(sums: &mut [Rows; T], w: Rows, x: &[&[f32]; T], k: usize)
 }
 
 #[target_feature(enable = "neon")]
-fn float<const T: usize>(lines: &[Line], x: [&[f32]; T]) -> [Rows; T] {
-    let mut sums = zero();
+fn float<const T: usize>(lines: &[Line], x: [&[f32]; T], mut sums: [Rows; T]) -> [Rows; T] {
     for (k, line) in lines.iter().enumerate() {
         add(&mut sums, load(line).map(|w| vreinterpretq_f32_u32(w)), &x, k);
     }
@@ -91,8 +100,7 @@ fn float<const T: usize>(lines: &[Line], x: [&[f32]; T]) -> [Rows; T] {
 }
 
 #[target_feature(enable = "neon")]
-fn half_float<const T: usize>(lines: &[Line], x: [&[f32]; T]) -> [Rows; T] {
-    let mut sums = zero();
+fn half_float<const T: usize>(lines: &[Line], x: [&[f32]; T], mut sums: [Rows; T]) -> [Rows; T] {
     let upper = vdupq_n_u32(0xffff_0000);
     for (at, line) in lines.iter().enumerate() {
         let pairs = load(line);
@@ -130,8 +138,8 @@ fn nibbles(table: int8x16_t, codes: uint32x4_t) -> [int8x16_t; 2] {
 const DOWN: u8 = 25;
 
 #[target_feature(enable = "neon")]
-fn mxfp4<const T: usize>((lines, scales): Fp4<'_>, x: [&[f32]; T]) -> [Rows; T] {
-    let (table, mut sums) = (table(), zero());
+fn mxfp4<const T: usize>((lines, scales): Fp4<'_>, x: [&[f32]; T], mut sums: [Rows; T]) -> [Rows; T] {
+    let table = table();
     let top = vdupq_n_s32(0xff00_0000_u32.cast_signed());
     for (block, lines) in lines.chunks_exact(BLOCK / 8).enumerate() {
         let scale = powers(&scales[block], DOWN);
@@ -169,8 +177,12 @@ fn scale_add(sum: &mut Rows, dots: [int32x4_t; 4], rows: Rows, token: f32) {
 }
 
 #[target_feature(enable = "neon")]
-fn mxfp4_int8<const T: usize>((lines, scales): Fp4<'_>, x: [QuantRow<'_>; T]) -> [Rows; T] {
-    let (table, mut sums) = (table(), zero());
+fn mxfp4_int8<const T: usize>(
+    (lines, scales): Fp4<'_>,
+    x: [QuantRow<'_>; T],
+    mut sums: [Rows; T],
+) -> [Rows; T] {
+    let table = table();
     for (block, lines) in lines.chunks_exact(BLOCK / 8).enumerate() {
         let mut dots = [[vdupq_n_s32(0); 4]; T];
         for part in 0..4 {
@@ -199,8 +211,11 @@ fn mxfp4_int8<const T: usize>((lines, scales): Fp4<'_>, x: [QuantRow<'_>; T]) ->
 }
 
 #[target_feature(enable = "neon")]
-fn int8<const T: usize>((lines, scales): (&[Line], &[[bf16; PANEL]]), x: [QuantRow<'_>; T]) -> [Rows; T] {
-    let mut sums = zero();
+fn int8<const T: usize>(
+    (lines, scales): (&[Line], &[[bf16; PANEL]]),
+    x: [QuantRow<'_>; T],
+    mut sums: [Rows; T],
+) -> [Rows; T] {
     for (block, lines) in lines.chunks_exact(BLOCK / 4).enumerate() {
         let mut dots = [[vdupq_n_s32(0); 4]; T];
         for part in 0..4 {

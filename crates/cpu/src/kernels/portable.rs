@@ -24,12 +24,15 @@ fn power(scale: u8) -> f32 {
     f32::from_bits(u32::from(scale) << 23)
 }
 
-pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], out: &mut [f32]) {
+/// Adds one panel times tokens, exact.
+pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], from: usize, out: &mut [f32]) {
     for (x, out) in x.iter().zip(out.chunks_exact_mut(PANEL)) {
+        let x = &x[from..];
         let mut sum = [0.0; PANEL];
+        sum.copy_from_slice(out);
         match panel {
             Panel::F32(lines) => {
-                for (line, &x) in lines.iter().zip(*x) {
+                for (line, &x) in lines.iter().zip(x) {
                     add(&mut sum, line.0.map(f32::from_bits), x);
                 }
             }
@@ -70,9 +73,11 @@ pub(super) fn decode(panel: Panel<'_>, out: &mut [Line]) {
 /// E2M1 codes doubled, as integers.
 const DOUBLED: [i32; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
+/// Adds one panel times quantised tokens.
 pub(super) fn int8_panel(panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) {
     for (x, out) in x.iter().zip(out.chunks_exact_mut(PANEL)) {
         let mut sum = [0.0; PANEL];
+        sum.copy_from_slice(out);
         for (block, (codes, &x_scale)) in x.codes.chunks_exact(BLOCK).zip(x.scales).enumerate() {
             debug_assert_eq!(codes.iter().map(|&code| i32::from(code)).sum::<i32>(), x.sums[block]);
             let mut dot = [0_i32; PANEL];

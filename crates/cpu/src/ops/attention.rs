@@ -38,7 +38,7 @@ pub(crate) fn attention(
     let cache = &kv.plan().spec;
     let fail = |what: String| DeviceError::new(OP, what);
     let place = cache.place(layer).ok_or_else(|| fail(format!("layer {layer} has no KV group")))?;
-    if spec.kv_heads == 0 || spec.heads % spec.kv_heads != 0 || cache.kv_heads != spec.kv_heads {
+    if spec.kv_heads == 0 || !spec.heads.is_multiple_of(spec.kv_heads) || cache.kv_heads != spec.kv_heads {
         return Err(fail("query heads are not a multiple of the cache's heads".to_owned()));
     }
     if cache.head_dim != spec.head_dim || cache.groups[place.0].window != spec.window {

@@ -60,7 +60,8 @@ pub(crate) fn check(
     kv: &CpuKv,
 ) -> Result<(usize, usize), DeviceError> {
     let cache = &kv.plan().spec;
-    if cache.kv_heads != spec.kv_heads || cache.head_dim != spec.head_dim || spec.head_dim % 2 != 0 {
+    if cache.kv_heads != spec.kv_heads || cache.head_dim != spec.head_dim || !spec.head_dim.is_multiple_of(2)
+    {
         return Err(DeviceError::new(OP, "the layer and the KV cache differ in shape"));
     }
     if rope.inv_freq.len() != spec.head_dim / 2 {
