@@ -145,6 +145,18 @@ fn files_are_short() {
 }
 
 #[test]
+fn the_architecture_page_names_what_exists() {
+    let text = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
+    let mut paths = 0;
+    for name in text.split('`').skip(1).step_by(2).filter(|name| name.contains('/') && !name.contains(' ')) {
+        let found = root().join(name).exists() || root().join("crates").join(name).exists();
+        assert!(found, "ARCHITECTURE.md names {name}, which does not exist");
+        paths += 1;
+    }
+    assert!(paths > 20, "only {paths} paths were found in ARCHITECTURE.md");
+}
+
+#[test]
 fn the_architecture_page_draws_the_same_graph() {
     let text = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
     for (name, allowed) in GRAPH {
