@@ -56,7 +56,7 @@ pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], from: usize, out: &mut [
         Panel::F32(lines) => token_blocks!(float(lines), from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12),
         Panel::Bf16(lines) => token_blocks!(half_float(lines), from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12),
         Panel::Mxfp4(lines, scales) => {
-            token_blocks!(mxfp4((lines, scales)), from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12)
+            token_blocks!(mxfp4((lines, scales)), from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12);
         }
         Panel::Int8(..) => out.fill(f32::NAN),
     }
@@ -78,7 +78,7 @@ pub(super) fn f32_pair(panels: [Panel<'_>; 2], x: &[f32], out: &mut [f32]) {
 pub(super) fn int8_panel(panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) {
     match panel {
         Panel::Mxfp4(lines, scales) => {
-            token_blocks!(mxfp4_int8((lines, scales)), 0, x, out, 8: 1 2 3 4 5 6 7 8)
+            token_blocks!(mxfp4_int8((lines, scales)), 0, x, out, 8: 1 2 3 4 5 6 7 8);
         }
         Panel::Int8(lines, scales) => token_blocks!(int8((lines, scales)), 0, x, out, 8: 1 2 3 4 5 6 7 8),
         Panel::F32(_) | Panel::Bf16(_) => out.fill(f32::NAN),

@@ -74,8 +74,8 @@ fn exp<const FMA: bool>(x: f32) -> f32 {
     let n = shifted - ROUND;
     let r = fma::<FMA>(n, -22_713.0 / 32_768.0, clamped);
     let r = fma::<FMA>(n, -1.428_606_8e-6, r);
-    let mut sum = 1.388_888_9e-3;
-    for term in [8.333_333_3e-3, 4.166_666_6e-2, 0.166_666_67, 0.5, 1.0, 1.0] {
+    let mut sum = 1.0 / 720.0;
+    for term in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         sum = fma::<FMA>(sum, r, term);
     }
     let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
