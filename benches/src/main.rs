@@ -69,20 +69,23 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let threads = args.threads.or_else(|| std::thread::available_parallelism().ok());
     let cores = threads.map_or(1, NonZeroUsize::get);
-    let bandwidth = probe::read_bandwidth(cores);
     let asked = args.isa.map(Isa::from).filter(|isa| Isa::available().contains(isa));
     let (isa, commit) = (asked.unwrap_or_else(Isa::detect), commit());
     let mut out = std::io::stdout().lock();
+    writeln!(out, "{}, {cores} threads, {isa}, commit {commit}", device(),)?;
     writeln!(
         out,
-        "{}, {cores} threads, {isa}, commit {commit}; read bandwidth {:.1} GB/s",
-        device(),
-        bandwidth / 1e9
-    )?;
-    writeln!(
-        out,
-        "{:<8} {:>6} {:>12} {:>14} {:>10} {:>12} {:>8} {:>9}",
-        "", "layers", "decode t/s", "decode ms", "GB/token", "share of bw", "prefill", "load s"
+        "{:<6} {:>6} {:>10} {:>9} {:>8} {:>9} {:>6} {:>11} {:>6} {:>7}",
+        "",
+        "layers",
+        "decode t/s",
+        "ms/token",
+        "GB/token",
+        "read GB/s",
+        "share",
+        "prefill t/s",
+        "load s",
+        "RSS GiB"
     )?;
     for (name, precision) in [("exact", Precision::Exact), ("int8", Precision::Int8)] {
         let skipped = if precision == Precision::Exact { Which::Int8 } else { Which::Exact };
@@ -94,19 +97,24 @@ fn main() -> Result<()> {
         let started = Instant::now();
         let mut model = Model::new(backend, args.layers, args.prompt + args.decode)?;
         let load = started.elapsed().as_secs_f64();
+        // Probed on both sides of the measurement: a neighbour on the machine may slow either.
+        let before = probe::read_bandwidth(cores);
         let timings = model.measure(args.prompt, args.decode)?;
+        let bandwidth = probe::read_bandwidth(cores).max(before);
         let bytes = model::bytes_per_token(precision);
         let (decode, prefill) = (timings.decode(args.layers), timings.prefill(args.layers));
         let share = bytes / decode / bandwidth;
         let prefill_speed = args.prompt as f64 / prefill;
         writeln!(
             out,
-            "{name:<8} {:>6} {:>12.2} {:>14.1} {:>10.2} {:>11.0}% {prefill_speed:>8.1} {load:>9.1}",
+            "{name:<6} {:>6} {:>10.2} {:>9.1} {:>8.2} {:>9.1} {:>5.0}% {prefill_speed:>11.1} {load:>6.1} {:>7.1}",
             args.layers,
             1.0 / decode,
             decode * 1e3,
             bytes / 1e9,
+            bandwidth / 1e9,
             share * 100.0,
+            probe::resident_bytes() as f64 / (1_u64 << 30) as f64,
         )?;
         let record = json!({
             "bench": "cpu-gpt-oss-20b", "device": device(), "cores": cores, "isa": isa.to_string(),
