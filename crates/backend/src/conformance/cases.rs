@@ -228,11 +228,14 @@ impl<'a> Suite<'a> {
             }
         }
         let (got, want) = (ours.sample(&batch)?, theirs.sample(&batch)?);
+        batch.sequences.iter_mut().for_each(|slice| slice.sample = None);
+        let none = ours.sample(&batch)?;
         let nan = matches!(got.get(5), Some(Err(SampleError::NonFinite)));
         let mut push = |name: &str, wrong: usize| {
             let error = if wrong == 0 { 0.0 } else { f64::INFINITY };
             self.cases.push(Case { name: name.to_owned(), error, limit: 0.0 });
         };
+        push("sampling, a step inside prompts has nothing to sample", none.len());
         push("sampling, a NaN row fails", usize::from(!nan));
         push("sampling, only that row fails", got.iter().filter(|row| row.is_err()).count().abs_diff(1));
         // Quantised logits may pick otherwise.
