@@ -6,11 +6,10 @@ use anyhow::bail;
 use ctxserve_backend::{Backend, KvDtype};
 use ctxserve_checkpoint::Checkpoint;
 use ctxserve_cpu::{CpuBackend, CpuOptions, Precision};
-use ctxserve_engine::{ModelRunner, Runner};
+use ctxserve_engine::{Bytes, ModelRunner, Runner};
 use ctxserve_models::{LoadOptions, LoadProgress, load};
 
 use crate::cli::options::{Device, DeviceOptions, KvChoice};
-use crate::memory::Bytes;
 
 /// Most tokens of one step on the CPU: longer prefill chunks are no faster and cost memory.
 const CPU_MAX_CHUNK: usize = 2048;

@@ -1,10 +1,10 @@
 //! How much memory there is, and how much of it the KV cache gets.
 
-use std::fmt;
 use std::fs;
 
 use anyhow::bail;
 use ctxserve_backend::KvSpec;
+use ctxserve_engine::Bytes;
 
 use crate::cli::options::EngineOptions;
 
@@ -93,20 +93,6 @@ pub fn free_bytes() -> Option<usize> {
 fn mem_available(meminfo: &str) -> Option<usize> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()?.checked_mul(1024)
-}
-
-/// Bytes for people.
-#[derive(Clone, Copy, Debug)]
-pub struct Bytes(pub usize);
-
-impl fmt::Display for Bytes {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let units = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
-        match units.iter().find(|(_, shift)| self.0 >> shift > 0) {
-            Some((unit, shift)) => write!(f, "{:.1} {unit}", self.0 as f64 / f64::from(1_u32 << shift)),
-            None => write!(f, "{} B", self.0),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use ctxserve_chat::{ChatFormat, Conversation, Message};
 use ctxserve_core::{Event, FinishReason, GenerateRequest, RequestId, SamplingParams, StopRules};
-use ctxserve_engine::{Engine, EngineConfig, EngineHandle, EngineState, Runner};
+use ctxserve_engine::{Bytes, Engine, EngineConfig, EngineHandle, EngineState, Runner};
 use ctxserve_models::{LoadOptions, ModelInfo, inspect};
 use ctxserve_server::{ServerConfig, ServerState};
 
@@ -15,7 +15,7 @@ use crate::cli::options::{HttpOptions, LogOptions, ServeOptions};
 use crate::cli::values::{Values, from_file};
 use crate::device;
 use crate::logging;
-use crate::memory::{Bytes, budget, free_bytes};
+use crate::memory::{budget, free_bytes};
 use crate::model::{Body, Model};
 use crate::profile;
 use crate::sampling;

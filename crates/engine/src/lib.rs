@@ -26,5 +26,5 @@ pub use model_runner::ModelRunner;
 pub use runner::{Runner, RunnerInfo};
 pub use scripted::ScriptedRunner;
 pub use shared::{EngineState, Snapshot};
-pub use sizing::{GroupReport, KvReport};
+pub use sizing::{Bytes, GroupReport, KvReport};
 pub use stream::{EventStream, SubmitError};

@@ -195,8 +195,9 @@ impl fmt::Display for KvReport {
     }
 }
 
-/// Bytes in binary units.
-struct Bytes(usize);
+/// A number of bytes that prints in binary units.
+#[derive(Clone, Copy, Debug)]
+pub struct Bytes(pub usize);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
