@@ -107,6 +107,17 @@ impl Checkpoint {
         self.store.total_bytes()
     }
 
+    /// Bytes that these tensors take as they are stored.
+    ///
+    /// # Errors
+    /// The first that is not stored so.
+    pub fn stored_bytes(&self, wants: &[Want]) -> Result<u64, CheckpointError> {
+        wants.iter().try_fold(0, |sum, want| {
+            let parts = check::resolve(&self.store, self.format, want)?;
+            Ok(parts.iter().fold(sum, |sum, part| sum + part.bytes() as u64))
+        })
+    }
+
     /// The bytes of `tokenizer.json`; `None` when there is none, or no directory.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 //! tensors it wants, hands them to a [`Backend`](ctxserve_backend::Backend) layer by layer, and then runs
 //! each step as that backend's coarse ops. Nothing here knows a device or a quantisation format.
 
+mod costs;
 pub mod demo;
 mod eos;
 mod error;
@@ -14,6 +15,7 @@ mod registry;
 mod rope;
 mod weights;
 
+pub use costs::{Costs, expected_experts};
 pub use error::{ConfigError, LoadError};
 pub use model::{LoadOptions, LoadProgress, Model, ModelInfo};
 pub use registry::{architectures, inspect, load};

@@ -3,7 +3,7 @@
 use ctxserve_backend::{Backend, Batch, DeviceError, KvDtype, KvSpec};
 use ctxserve_core::TokenId;
 
-use crate::ConfigError;
+use crate::{ConfigError, Costs};
 
 /// A model whose weights a backend holds.
 pub trait Model<B: Backend>: Send {
@@ -38,6 +38,8 @@ pub struct ModelInfo {
     pub eos: Vec<TokenId>,
     /// Bytes of weights as the checkpoint stores them.
     pub weight_bytes: u64,
+    /// The weights by how a step uses them.
+    pub costs: Costs,
 }
 
 /// What the server decides about a model before loading it.

@@ -49,6 +49,7 @@ fn info(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions) -> Resu
         kv: config.kv_spec(options),
         eos: eos::read(checkpoint, config.vocab)?,
         weight_bytes: checkpoint.total_bytes(),
+        costs: weights::costs(config, checkpoint)?,
     })
 }
 

@@ -5,11 +5,12 @@ use ctxserve_checkpoint::{Checkpoint, Shape, Want};
 
 use super::Config;
 use crate::weights::Loader;
-use crate::{LoadError, LoadProgress};
+use crate::{Costs, LoadError, LoadProgress};
 
 const EMBEDDING: &str = "model.embed_tokens";
 const FINAL_NORM: &str = "model.norm.weight";
 const HEAD: &str = "lm_head";
+const BLOCKS: &str = "model.layers.";
 
 /// The weights of one block.
 pub(super) struct Block<B: Backend> {
@@ -33,7 +34,7 @@ pub(super) struct Weights<B: Backend> {
 }
 
 fn in_block(layer: usize, name: &str) -> String {
-    format!("model.layers.{layer}.{name}")
+    format!("{BLOCKS}{layer}.{name}")
 }
 
 /// The rows of an attention's projections of the residual stream: q, then k, then v.
@@ -78,6 +79,30 @@ pub(super) fn wants(config: &Config) -> Vec<Want> {
         want(format!("{HEAD}.weight"), Shape::Matrix { rows: vocab, cols: hidden });
     }
     wants
+}
+
+/// The weights by how a step uses them.
+pub(super) fn costs(config: &Config, checkpoint: &Checkpoint) -> Result<Costs, LoadError> {
+    let (experts, mut shared): (Vec<Want>, Vec<Want>) =
+        wants(config).into_iter().partition(|want| want.name.contains(".mlp.experts."));
+    let parameters = |want: &Want| match want.shape {
+        Shape::Matrix { rows, cols } => rows * cols,
+        Shape::Vector { .. } | Shape::Experts { .. } => 0,
+    };
+    let in_blocks = shared.iter().filter(|want| want.name.starts_with(BLOCKS));
+    let shared_parameters: usize = in_blocks.map(parameters).sum();
+    shared.retain(|want| config.tied || !want.name.starts_with(EMBEDDING));
+    let stacks = (config.experts * config.layers()) as u64;
+    Ok(Costs {
+        shared_bytes: checkpoint.stored_bytes(&shared)?,
+        expert_bytes: checkpoint.stored_bytes(&experts)? / stacks,
+        experts: config.experts,
+        top_k: config.top_k,
+        shared_parameters: shared_parameters as u64,
+        expert_parameters: (3 * config.inner * config.hidden) as u64,
+        head_parameters: (config.vocab * config.hidden) as u64,
+        query_width: config.q_width(),
+    })
 }
 
 /// Loads everything, one block at a time.
