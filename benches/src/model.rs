@@ -129,11 +129,11 @@ impl Model {
         let head = b.load_matrix(random.bf16(VOCAB, HIDDEN)?, None)?;
         let loaded = (0..layers).map(|_| Layer::new(b, &mut random)).collect::<Result<_>>()?;
         let groups = vec![
-            KvGroup { window: Some(WINDOW), layers: (0..layers).step_by(2).collect() },
-            KvGroup { window: None, layers: (1..layers).step_by(2).collect() },
+            KvGroup { window: Some(WINDOW), layers: (0..layers).step_by(2).collect(), dtype: KvDtype::F32 },
+            KvGroup { window: None, layers: (1..layers).step_by(2).collect(), dtype: KvDtype::F32 },
         ];
         let (kv_heads, head_dim) = (KV_HEADS, HEAD_DIM);
-        let spec = KvSpec { page_size: PAGE, kv_heads, head_dim, groups, dtype: KvDtype::F32 };
+        let spec = KvSpec { page_size: PAGE, kv_heads, head_dim, groups };
         let kv = b.allocate_kv(&KvPlan { spec, pages: vec![context.div_ceil(PAGE); 2] })?;
         let frequency = |i: usize| 150_000_f64.powf(-(i as f64) / 32.0);
         let rope = RopeTable { inv_freq: (0..32).map(frequency).collect(), mscale: 1.346_573_6 };
@@ -163,15 +163,9 @@ impl Model {
                 key: 0,
                 rows: 0..tokens.len(),
                 start,
-                tables: vec![PageTable { first: 0, pages }; 2],
-                sample: Some(SampleRow {
-                    params: Arc::new(SamplingParams::greedy()),
-                    seed: 0,
-                    step: 0,
-                    banned: Vec::new(),
-                    prompt: Arc::from([]),
-                    generated: Vec::new(),
-                }),
+                feed: None,
+                tables: Arc::new(vec![PageTable { first: 0, pages }; 2]),
+                sample: Some(SampleRow::new(Arc::new(SamplingParams::greedy()))),
             }],
         };
         let (b, mut step) = (&mut self.backend, Step::default());
@@ -197,7 +191,10 @@ impl Model {
             timed(&mut step.experts, || b.experts(&layer.moe, &mut x))?;
         }
         let logits = timed(&mut step.logits, || b.logits(&self.norm, 1e-5, &self.head, &x, &batch))?;
-        let sampled = timed(&mut step.sample, || b.sample(&logits, &batch))?;
+        let sampled = timed(&mut step.sample, || {
+            let pending = b.sample(&logits, &batch)?;
+            b.collect(pending)
+        })?;
         let sampled = sampled.into_iter().next().context("no row was sampled")??;
         Ok((step, sampled.id))
     }

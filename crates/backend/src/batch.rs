@@ -15,14 +15,22 @@ pub struct SampleRow {
     pub params: Arc<SamplingParams>,
     /// Seed of the sequence's random stream, resolved: never drawn by the backend.
     pub seed: u64,
-    /// Which draw of that stream this is: tokens generated so far.
+    /// Which draw of that stream this is: tokens generated so far, those still in flight included.
     pub step: u64,
     /// Ids that must not be picked (stop ids before `min_tokens`).
-    pub banned: Vec<TokenId>,
+    pub banned: Arc<[TokenId]>,
     /// Prompt and generated ids, for penalties; empty when the parameters have none.
     pub prompt: Arc<[TokenId]>,
     /// See `prompt`.
-    pub generated: Vec<TokenId>,
+    pub generated: Arc<Vec<TokenId>>,
+}
+
+impl SampleRow {
+    /// The first draw with these parameters, seed 0, nothing banned and no history.
+    pub fn new(params: Arc<SamplingParams>) -> Self {
+        let (banned, prompt, generated) = (Arc::default(), Arc::default(), Arc::default());
+        Self { params, seed: 0, step: 0, banned, prompt, generated }
+    }
 }
 
 /// Consecutive tokens of one sequence within a batch: a decode token, or a prefill chunk.
@@ -34,8 +42,13 @@ pub struct SequenceSlice {
     pub rows: Range<usize>,
     /// Position of its first row; positions `0..start` are in the KV cache already.
     pub start: usize,
-    /// One table per KV group, covering every position that the rows see or write.
-    pub tables: Vec<PageTable>,
+    /// `Some(i)` when the input id is the one that sampling row `i` (in the order of [`Batch::sample_rows`]) of the
+    /// step sampled last has picked, or will pick: it is on the device and the host may not know it yet. The slice
+    /// has one row then, whose entry in [`Batch::tokens`] is a placeholder, 0.
+    pub feed: Option<usize>,
+    /// One table per KV group, covering every position that the rows see or write. From step to step a sequence's
+    /// tables change at their ends only, until `start` is 0 again: then it has lost its pages and starts over.
+    pub tables: Arc<Vec<PageTable>>,
     /// Present when the last row's logits are wanted; absent inside a prompt.
     pub sample: Option<SampleRow>,
 }
@@ -70,8 +83,15 @@ impl Batch {
         self.sequences.iter().filter_map(|s| s.sample.as_ref())
     }
 
-    /// Checks what device code relies on: gapless rows, ids inside the vocabulary, pages for every position
-    /// seen or written, page ids inside their pools.
+    /// Empties it for the next step; its memory is kept.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.sequences.clear();
+    }
+
+    /// Checks what device code relies on: gapless rows, ids inside the vocabulary, one row where a slice is fed,
+    /// pages for every position seen or written, page ids inside their pools. Whether a feed names a row of the
+    /// step before is for those to check who know that step: see [`Batch::check_feeds`].
     ///
     /// # Errors
     /// The first rule that a sequence breaks.
@@ -85,6 +105,9 @@ impl Batch {
             next = slice.rows.end;
             if self.tokens[slice.rows.clone()].iter().any(|&id| id as usize >= vocab) {
                 return fail("a token id is outside the vocabulary");
+            }
+            if slice.feed.is_some() && slice.rows.len() != 1 {
+                return fail("a fed slice has more than one row");
             }
             if slice.tables.len() != spec.groups.len() || pages.len() != spec.groups.len() {
                 return fail("a page table is missing");
@@ -105,6 +128,19 @@ impl Batch {
             return Err(BatchError { sequence: self.sequences.len(), what: "tokens without a sequence" });
         }
         Ok(())
+    }
+
+    /// Checks that every feed names one of the `sampled` sampling rows of the step before.
+    ///
+    /// # Errors
+    /// The first that does not.
+    pub fn check_feeds(&self, sampled: usize) -> Result<(), BatchError> {
+        match self.sequences.iter().position(|slice| slice.feed.is_some_and(|row| row >= sampled)) {
+            Some(sequence) => {
+                Err(BatchError { sequence, what: "it is fed by a row that the last step did not sample" })
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -129,4 +165,45 @@ pub enum SampleError {
     /// Bans left nothing to pick.
     #[error("every token of the vocabulary is banned")]
     NothingLeft,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{KvDtype, KvGroup};
+
+    fn spec() -> KvSpec {
+        let groups = vec![KvGroup { window: None, layers: vec![0], dtype: KvDtype::F32 }];
+        KvSpec { page_size: 4, kv_heads: 1, head_dim: 1, groups }
+    }
+
+    /// Two sequences of `rows` rows each from position 0 on, the second fed by row `feed`.
+    fn batch(rows: usize, feed: usize) -> Batch {
+        let slice = |at: usize| SequenceSlice {
+            key: at as u64,
+            rows: at * rows..(at + 1) * rows,
+            start: 0,
+            feed: (at == 1).then_some(feed),
+            tables: Arc::new(vec![PageTable { first: 0, pages: vec![at as u32] }]),
+            sample: Some(SampleRow::new(Arc::default())),
+        };
+        Batch { tokens: vec![0; 2 * rows], sequences: vec![slice(0), slice(1)] }
+    }
+
+    #[test]
+    fn a_fed_slice_is_one_row_of_the_step_before() {
+        let check = |batch: Batch| batch.check(&spec(), &[2], 8);
+        assert_eq!(check(batch(1, 0)), Ok(()));
+        let what = "a fed slice has more than one row";
+        assert_eq!(check(batch(2, 0)), Err(BatchError { sequence: 1, what }));
+        assert_eq!(batch(1, 2).check_feeds(3), Ok(()));
+        assert_eq!(batch(1, 3).check_feeds(3).map_err(|error| error.sequence), Err(1));
+    }
+
+    #[test]
+    fn a_cleared_batch_is_an_empty_one() {
+        let mut batch = batch(1, 0);
+        batch.clear();
+        assert!(batch.tokens.is_empty() && batch.sequences.is_empty());
+    }
 }

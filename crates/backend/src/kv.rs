@@ -10,7 +10,7 @@ pub enum KvDtype {
     F32,
     /// 2 bytes.
     Bf16,
-    /// 1 byte, with scales.
+    /// 1 byte, and one float32 scale per position, head, and key or value.
     Fp8E4m3,
 }
 
@@ -23,6 +23,13 @@ impl KvDtype {
             Self::Fp8E4m3 => 1,
         }
     }
+
+    /// Bytes of one head's key, or value, at one position: `head_dim` elements, and with fp8 the float32 by which
+    /// they are scaled.
+    pub fn row_bytes(self, head_dim: usize) -> usize {
+        let scale = if self == Self::Fp8E4m3 { size_of::<f32>() } else { 0 };
+        head_dim * self.bytes() + scale
+    }
 }
 
 /// Layers that attend alike and so share page tables: position `p` of a sequence lives in logical page
@@ -34,6 +41,8 @@ pub struct KvGroup {
     pub window: Option<usize>,
     /// Indices of the model's layers in this group, ascending.
     pub layers: Vec<usize>,
+    /// Storage.
+    pub dtype: KvDtype,
 }
 
 /// The KV cache a model needs.
@@ -47,15 +56,13 @@ pub struct KvSpec {
     pub head_dim: usize,
     /// Groups; every layer is in exactly one.
     pub groups: Vec<KvGroup>,
-    /// Storage.
-    pub dtype: KvDtype,
 }
 
 impl KvSpec {
-    /// Bytes of one page of `group` over all its layers, keys and values.
+    /// Bytes of one page of `group` over all its layers: keys, values and their scales.
     pub fn page_bytes(&self, group: usize) -> usize {
-        let layer = 2 * self.page_size * self.kv_heads * self.head_dim * self.dtype.bytes();
-        layer * self.groups[group].layers.len()
+        let group = &self.groups[group];
+        2 * self.page_size * self.kv_heads * group.dtype.row_bytes(self.head_dim) * group.layers.len()
     }
 
     /// Pages of `group` that one sequence can hold at once when `context` positions are stored and a step
@@ -121,14 +128,17 @@ mod tests {
     use super::*;
 
     fn spec(window: Option<usize>) -> KvSpec {
-        let groups = vec![KvGroup { window, layers: vec![0, 2] }, KvGroup { window: None, layers: vec![1] }];
-        KvSpec { page_size: 16, kv_heads: 2, head_dim: 8, groups, dtype: KvDtype::Bf16 }
+        let groups = vec![
+            KvGroup { window, layers: vec![0, 2], dtype: KvDtype::Bf16 },
+            KvGroup { window: None, layers: vec![1], dtype: KvDtype::Fp8E4m3 },
+        ];
+        KvSpec { page_size: 16, kv_heads: 2, head_dim: 8, groups }
     }
 
     #[test]
-    fn a_page_counts_all_layers_of_its_group() {
+    fn a_page_counts_the_layers_and_scales_of_its_group() {
         assert_eq!(spec(None).page_bytes(0), 2 * 2 * 16 * 2 * 8 * 2);
-        assert_eq!(spec(None).page_bytes(1), 2 * 16 * 2 * 8 * 2);
+        assert_eq!(spec(None).page_bytes(1), 2 * 16 * 2 * (8 + 4));
     }
 
     #[test]

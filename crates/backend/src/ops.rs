@@ -120,9 +120,18 @@ pub trait Backend: Send + 'static {
     type Heads;
     /// `[logit rows, vocab]`.
     type Logits;
+    /// A step that is under way: what [`Backend::collect`] waits for. Dropping one uncollected is harmless.
+    type Pending: Send;
 
     /// One line for logs: device, instruction set or compute capability, threads.
     fn describe(&self) -> String;
+
+    /// How many steps may be under way at once, at least 1: started by [`Backend::begin`] and not yet collected. Steps
+    /// take effect one after the other in the order they were started, so pages that a later step reuses are free
+    /// for it when it runs. A backend that says 1 is never given a [`crate::SequenceSlice::feed`].
+    fn steps_in_flight(&self) -> usize {
+        1
+    }
 
     /// Whether matrices of this encoding are taken as they are.
     fn accepts(&self, encoding: Encoding) -> bool;
@@ -155,7 +164,8 @@ pub trait Backend: Send + 'static {
     /// Out of memory.
     fn allocate_kv(&mut self, plan: &KvPlan) -> Result<Self::Kv, DeviceError>;
 
-    /// Starts a step: checks the batch against the pools and uploads it. Later ops of the step get the same batch.
+    /// Starts a step: checks the batch against the pools and uploads it. Later ops of the step get the same batch,
+    /// which is gone after the last of them. A step that was started and never sampled is abandoned.
     ///
     /// # Errors
     /// A batch that breaks [`Batch::check`], or a device fault.
@@ -228,15 +238,20 @@ pub trait Backend: Send + 'static {
         batch: &Batch,
     ) -> Result<Self::Logits, DeviceError>;
 
-    /// Picks one token per logit row. A row can fail without harm to the others.
+    /// Starts picking one token per logit row, and with that ends the step: the last op of every step, also of one
+    /// that samples nothing. What a row picks stays on the device for the feeds of the next step; a row that
+    /// cannot pick leaves some id of the vocabulary there, and whatever is computed from it is thrown away.
     ///
     /// # Errors
     /// A device fault.
-    fn sample(
-        &mut self,
-        logits: &Self::Logits,
-        batch: &Batch,
-    ) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError>;
+    fn sample(&mut self, logits: &Self::Logits, batch: &Batch) -> Result<Self::Pending, DeviceError>;
+
+    /// Waits until a step has ended, and answers one outcome per sampling row of its batch. A row can fail without
+    /// harm to the others. Steps are collected in the order they were started.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn collect(&mut self, pending: Self::Pending) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError>;
 
     /// Copies logits `[logit rows, vocab]` to the host, for tests and self-checks.
     ///

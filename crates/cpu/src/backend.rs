@@ -97,6 +97,7 @@ impl Backend for CpuBackend {
     type Hidden = Rows;
     type Heads = Rows;
     type Logits = Rows;
+    type Pending = Vec<Result<Sampled, SampleError>>;
 
     fn describe(&self) -> String {
         match &self.fast {
@@ -137,6 +138,12 @@ impl Backend for CpuBackend {
     }
 
     fn begin(&mut self, batch: &Batch, kv: &CpuKv, vocab: usize) -> Result<(), DeviceError> {
+        if batch.sequences.iter().any(|slice| slice.feed.is_some()) {
+            return Err(DeviceError::new(
+                "begin",
+                "the CPU runs one step at a time and feeds none to the next",
+            ));
+        }
         let plan = kv.plan();
         batch.check(&plan.spec, &plan.pages, vocab).map_err(|e| DeviceError::new("begin", e.to_string()))
     }
@@ -194,12 +201,12 @@ impl Backend for CpuBackend {
         ops::logits(self, norm, norm_eps, head, x, batch)
     }
 
-    fn sample(
-        &mut self,
-        logits: &Rows,
-        batch: &Batch,
-    ) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
+    fn sample(&mut self, logits: &Rows, batch: &Batch) -> Result<Self::Pending, DeviceError> {
         ops::sample(self, logits, batch)
+    }
+
+    fn collect(&mut self, pending: Self::Pending) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
+        Ok(pending)
     }
 
     fn read_logits(&mut self, logits: &Rows) -> Result<Vec<f32>, DeviceError> {

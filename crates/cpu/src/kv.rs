@@ -57,7 +57,7 @@ impl CpuKv {
             let count =
                 page.and_then(|n| n.checked_mul(pages)).and_then(|n| n.checked_mul(group.layers.len()));
             let Some(count) = count else { return fail("the pool's size overflows") };
-            let pool = match spec.dtype {
+            let pool = match group.dtype {
                 KvDtype::F32 => zeros(count).map(Pool::F32),
                 KvDtype::Bf16 => zeros(count).map(Pool::Bf16),
                 KvDtype::Fp8E4m3 => return fail("the CPU stores KV as f32 or bf16, not fp8"),

@@ -77,19 +77,12 @@ fn ours(w: &Weights) -> Result<Vec<f32>, DeviceError> {
     let matrix = |rows: usize, cols: usize, v: &[f32]| {
         Matrix::new(rows, cols, Elements::F32(v.to_vec())).ok_or_else(|| DeviceError::new("test", "shape"))
     };
-    let groups = vec![KvGroup { window: Some(WINDOW), layers: vec![0] }];
-    let spec = KvSpec { page_size: 4, kv_heads: KV_HEADS, head_dim: DIM, groups, dtype: KvDtype::F32 };
+    let groups = vec![KvGroup { window: Some(WINDOW), layers: vec![0], dtype: KvDtype::F32 }];
+    let spec = KvSpec { page_size: 4, kv_heads: KV_HEADS, head_dim: DIM, groups };
     let mut kv = b.allocate_kv(&KvPlan { spec, pages: vec![6] })?;
-    let sample = SampleRow {
-        params: Arc::new(SamplingParams::greedy()),
-        seed: 0,
-        step: 0,
-        banned: Vec::new(),
-        prompt: Arc::from([]),
-        generated: Vec::new(),
-    };
-    let tables = vec![PageTable { first: 0, pages: vec![3, 0, 5, 1, 2, 4] }];
-    let slice = SequenceSlice { key: 0, rows: 0..TOKENS, start: 0, tables, sample: Some(sample) };
+    let sample = SampleRow::new(Arc::new(SamplingParams::greedy()));
+    let tables = Arc::new(vec![PageTable { first: 0, pages: vec![3, 0, 5, 1, 2, 4] }]);
+    let slice = SequenceSlice { key: 0, rows: 0..TOKENS, start: 0, feed: None, tables, sample: Some(sample) };
     let batch = Batch { tokens: ids(), sequences: vec![slice] };
     let spec = AttentionSpec {
         heads: HEADS,

@@ -8,14 +8,7 @@ use ctxserve_core::{SamplingParams, TokenId};
 use ctxserve_cpu::{sample_row, uniform};
 
 fn row(params: SamplingParams) -> SampleRow {
-    SampleRow {
-        params: Arc::new(params),
-        seed: 42,
-        step: 0,
-        banned: Vec::new(),
-        prompt: Arc::from([]),
-        generated: Vec::new(),
-    }
+    SampleRow { seed: 42, ..SampleRow::new(Arc::new(params)) }
 }
 
 /// The picked id, or one that no vocabulary has.
@@ -178,7 +171,7 @@ fn penalties_count_output_once_per_token_or_once_at_all() {
     let adjusted = |params: SamplingParams, prompt: &[TokenId], generated: &[TokenId]| -> Vec<f64> {
         let mut row = row(params);
         row.prompt = Arc::from(prompt);
-        row.generated = generated.to_vec();
+        row.generated = Arc::new(generated.to_vec());
         let read = *sample_row(&[2.0, 1.0, -1.0], &row).unwrap().logprobs.unwrap();
         let of = |id| f64::from(read.top.iter().find(|c| c.id == id).unwrap().logprob);
         // Differences of log-probabilities are differences of logits.
@@ -202,7 +195,7 @@ fn penalties_count_output_once_per_token_or_once_at_all() {
 #[test]
 fn log_probabilities_are_stable_sorted_and_finite() {
     let mut row = row(SamplingParams { logprobs: Some(4), ..SamplingParams::greedy() });
-    row.banned = vec![4];
+    row.banned = Arc::from([4]);
     let logits = [1e4, 1e4, 9.999e3, -1e4, 2e4];
     let read = sample_row(&logits, &row).unwrap();
     let logprobs = read.logprobs.unwrap();
@@ -238,14 +231,14 @@ fn garbage_and_bans_are_errors_of_the_row() {
         assert_eq!(sample_row(&bad, &row), Err(SampleError::NonFinite));
     }
     assert_eq!(sample_row(&[], &row), Err(SampleError::NonFinite));
-    row.banned = vec![1, 7];
+    row.banned = Arc::from([1, 7]);
     for step in 0..50 {
         row.step = step;
         assert_eq!(pick(&[0.0, 50.0], &row), 0);
     }
     row.params = Arc::new(SamplingParams { logit_bias: vec![(1, 100.0)], ..SamplingParams::greedy() });
     assert_eq!(pick(&[0.0, 50.0], &row), 0);
-    row.banned = vec![0, 1];
+    row.banned = Arc::from([0, 1]);
     assert_eq!(sample_row(&[0.0, 50.0], &row), Err(SampleError::NothingLeft));
 }
 

@@ -102,8 +102,8 @@ mod tests {
 
     /// One token costs 1 KiB.
     fn spec() -> KvSpec {
-        let groups = vec![KvGroup { window: None, layers: vec![0] }];
-        KvSpec { page_size: 16, kv_heads: 2, head_dim: 64, groups, dtype: KvDtype::F32 }
+        let groups = vec![KvGroup { window: None, layers: vec![0], dtype: KvDtype::F32 }];
+        KvSpec { page_size: 16, kv_heads: 2, head_dim: 64, groups }
     }
 
     fn engine(max_model_len: Option<usize>, strict_len: bool) -> EngineOptions {

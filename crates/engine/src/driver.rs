@@ -66,7 +66,8 @@ impl Driver {
             }
             self.tell(Vec::new());
             let batch = self.scheduler.batch(&step);
-            let outcomes = self.runner.step(&batch).map_err(|error| error.to_string())?;
+            self.runner.launch(&batch).map_err(|error| error.to_string())?;
+            let outcomes = self.runner.collect().map_err(|error| error.to_string())?;
             self.commit(step, outcomes, batch.sample_rows().count())?;
         }
         Ok(())

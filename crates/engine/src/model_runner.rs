@@ -1,5 +1,7 @@
 //! A loaded model as a [`Runner`]: the one place where backend and family types are erased.
 
+use std::collections::VecDeque;
+
 use ctxserve_backend::{Backend, Batch, DeviceError, KvPlan, SampleError, Sampled};
 use ctxserve_models::Model;
 
@@ -11,6 +13,10 @@ pub struct ModelRunner<B: Backend> {
     model: Box<dyn Model<B>>,
     kv: Option<B::Kv>,
     info: RunnerInfo,
+    /// Steps in flight, oldest first.
+    pending: VecDeque<B::Pending>,
+    /// Sampling rows of the step launched last.
+    sampled: usize,
 }
 
 impl<B: Backend> ModelRunner<B> {
@@ -23,7 +29,7 @@ impl<B: Backend> ModelRunner<B> {
             kv: facts.kv.clone(),
             description: format!("{} on {}", facts.description, backend.describe()),
         };
-        Self { backend, model, kv: None, info }
+        Self { backend, model, kv: None, info, pending: VecDeque::new(), sampled: 0 }
     }
 }
 
@@ -37,14 +43,25 @@ impl<B: Backend> Runner for ModelRunner<B> {
         Ok(())
     }
 
-    fn step(&mut self, batch: &Batch) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
+    fn steps_in_flight(&self) -> usize {
+        self.backend.steps_in_flight().max(1)
+    }
+
+    fn launch(&mut self, batch: &Batch) -> Result<(), DeviceError> {
+        let fail = |what: String| DeviceError::new("launch", what);
+        batch.check_feeds(self.sampled).map_err(|error| fail(error.to_string()))?;
         let Some(kv) = &mut self.kv else {
-            return Err(DeviceError::new("step", "the KV cache was never allocated"));
+            return Err(fail("the KV cache was never allocated".to_owned()));
         };
         let logits = self.model.forward(&mut self.backend, kv, batch)?;
-        if batch.sample_rows().next().is_none() {
-            return Ok(Vec::new());
-        }
-        self.backend.sample(&logits, batch)
+        self.pending.push_back(self.backend.sample(&logits, batch)?);
+        self.sampled = batch.sample_rows().count();
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
+        let oldest = self.pending.pop_front();
+        let oldest = oldest.ok_or_else(|| DeviceError::new("collect", "no step is in flight"))?;
+        self.backend.collect(oldest)
     }
 }

@@ -248,10 +248,10 @@ mod tests {
 
     fn plan(window: usize, pages: [usize; 2]) -> KvPlan {
         let groups = vec![
-            KvGroup { window: Some(window), layers: vec![0] },
-            KvGroup { window: None, layers: vec![1] },
+            KvGroup { window: Some(window), layers: vec![0], dtype: KvDtype::F32 },
+            KvGroup { window: None, layers: vec![1], dtype: KvDtype::F32 },
         ];
-        let spec = KvSpec { page_size: 4, kv_heads: 1, head_dim: 1, groups, dtype: KvDtype::F32 };
+        let spec = KvSpec { page_size: 4, kv_heads: 1, head_dim: 1, groups };
         KvPlan { spec, pages: pages.to_vec() }
     }
 

@@ -17,7 +17,7 @@ pub struct RunnerInfo {
 
 /// A model on a device, or something that plays one.
 ///
-/// The engine calls `allocate` once and then `step` from one thread. [`ctxserve_backend::SequenceSlice::key`] counts
+/// The engine calls `allocate` once, and then `launch` and `collect` from one thread. [`ctxserve_backend::SequenceSlice::key`] counts
 /// accepted sequences from 0 in the order of submission and is never used twice.
 pub trait Runner: Send {
     /// Static facts.
@@ -29,9 +29,22 @@ pub trait Runner: Send {
     /// Out of memory.
     fn allocate(&mut self, plan: &KvPlan) -> Result<(), DeviceError>;
 
-    /// Computes a batch. Answers one outcome per sampling row, in the order of [`Batch::sample_rows`].
+    /// How many steps may be launched before the oldest of them is collected, at least 1. With 1 the engine never
+    /// launches a step whose input it does not know: no [`ctxserve_backend::SequenceSlice::feed`].
+    fn steps_in_flight(&self) -> usize {
+        1
+    }
+
+    /// Starts a step and does not wait for it. Steps take effect in the order they are launched.
+    ///
+    /// # Errors
+    /// A device fault, which ends the engine.
+    fn launch(&mut self, batch: &Batch) -> Result<(), DeviceError>;
+
+    /// Waits for the oldest step in flight. Answers one outcome per sampling row of its batch, in the order of
+    /// [`Batch::sample_rows`].
     ///
     /// # Errors
     /// A device fault, which ends the engine. What concerns one sequence is an outcome of its row instead.
-    fn step(&mut self, batch: &Batch) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError>;
+    fn collect(&mut self) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError>;
 }

@@ -1,10 +1,11 @@
 //! A runner that speaks from a script: end-to-end tests of odd model behaviour, without a model.
 
+use std::collections::VecDeque;
 use std::thread;
 use std::time::Duration;
 
 use ctxserve_backend::{
-    Batch, DeviceError, KvDtype, KvGroup, KvPlan, KvSpec, SampleError, SampleRow, Sampled,
+    Batch, DeviceError, KvDtype, KvGroup, KvPlan, KvSpec, SampleError, SampleRow, Sampled, SequenceSlice,
 };
 use ctxserve_core::{TokenId, TokenLogprob, TokenLogprobs};
 
@@ -17,15 +18,29 @@ pub struct ScriptedRunner {
     info: RunnerInfo,
     lines: Vec<Vec<TokenId>>,
     pace: Duration,
+    depth: usize,
+    /// Answers of the steps in flight, oldest first.
+    in_flight: VecDeque<Vec<Result<Sampled, SampleError>>>,
+    /// Sequence and draw of each sampling row of the step launched last.
+    last: Vec<(u64, u64)>,
 }
 
 impl ScriptedRunner {
     /// A runner with logits of width `vocab_size` and `max_context` positions. Without lines every answer is empty.
     pub fn new(vocab_size: usize, max_context: usize, lines: Vec<Vec<TokenId>>) -> Self {
-        let groups = vec![KvGroup { window: None, layers: vec![0] }];
-        let kv = KvSpec { page_size: 16, kv_heads: 1, head_dim: 1, groups, dtype: KvDtype::Bf16 };
+        let groups = vec![KvGroup { window: None, layers: vec![0], dtype: KvDtype::Bf16 }];
+        let kv = KvSpec { page_size: 16, kv_heads: 1, head_dim: 1, groups };
         let description = format!("script of {} answers", lines.len());
-        Self { info: RunnerInfo { vocab_size, max_context, kv, description }, lines, pace: Duration::ZERO }
+        let info = RunnerInfo { vocab_size, max_context, kv, description };
+        let (in_flight, last) = (VecDeque::new(), Vec::new());
+        Self { info, lines, pace: Duration::ZERO, depth: 1, in_flight, last }
+    }
+
+    /// Plays a device that takes `depth` steps, at least 1, before the oldest is collected.
+    #[must_use]
+    pub fn with_steps_in_flight(mut self, depth: usize) -> Self {
+        self.depth = depth.max(1);
+        self
     }
 
     /// Makes every step take at least `pace`, so that a test can act while an answer is under way.
@@ -33,6 +48,16 @@ impl ScriptedRunner {
     pub fn with_pace(mut self, pace: Duration) -> Self {
         self.pace = pace;
         self
+    }
+
+    /// A fed row must continue the very sequence whose next token the row before it draws.
+    fn check_feed(&self, slice: &SequenceSlice) -> Result<(), DeviceError> {
+        let Some(row) = slice.feed else { return Ok(()) };
+        let draws = slice.sample.as_ref().map(|sample| (slice.key, sample.step));
+        match self.last.get(row) {
+            Some(&(key, step)) if draws == Some((key, step + 1)) && slice.rows.len() == 1 => Ok(()),
+            found => Err(DeviceError::new("feed", format!("{draws:?} is fed by {found:?}"))),
+        }
     }
 
     fn answer(&self, key: u64, row: &SampleRow) -> Result<Sampled, SampleError> {
@@ -59,11 +84,27 @@ impl Runner for ScriptedRunner {
         Ok(())
     }
 
-    fn step(&mut self, batch: &Batch) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
+    fn steps_in_flight(&self) -> usize {
+        self.depth
+    }
+
+    fn launch(&mut self, batch: &Batch) -> Result<(), DeviceError> {
+        if self.in_flight.len() >= self.depth {
+            return Err(DeviceError::new("launch", format!("{} steps are in flight", self.depth)));
+        }
+        batch.sequences.iter().try_for_each(|slice| self.check_feed(slice))?;
+        let sampling = || batch.sequences.iter().filter_map(|s| Some((s.key, s.sample.as_ref()?)));
+        let answers = sampling().map(|(key, row)| self.answer(key, row)).collect();
+        self.last = sampling().map(|(key, row)| (key, row.step)).collect();
+        self.in_flight.push_back(answers);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
         if !self.pace.is_zero() {
             thread::sleep(self.pace);
         }
-        let answers = batch.sequences.iter().filter_map(|s| Some(self.answer(s.key, s.sample.as_ref()?)));
-        Ok(answers.collect())
+        let oldest = self.in_flight.pop_front();
+        oldest.ok_or_else(|| DeviceError::new("collect", "no step is in flight"))
     }
 }

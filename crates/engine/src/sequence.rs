@@ -18,7 +18,7 @@ pub(crate) struct Sequence {
     key: u64,
     id: RequestId,
     prompt: Arc<[TokenId]>,
-    generated: Vec<TokenId>,
+    generated: Arc<Vec<TokenId>>,
     /// Positions whose keys and values are in the cache: `0..computed`.
     computed: usize,
     kv: KvLease,
@@ -26,7 +26,7 @@ pub(crate) struct Sequence {
     seed: u64,
     stop: StopRules,
     /// Ids that may not be sampled before `min_tokens`.
-    banned: Vec<TokenId>,
+    banned: Arc<[TokenId]>,
     /// Most tokens to generate.
     limit: usize,
     /// Why it ended, once it has.
@@ -45,13 +45,13 @@ impl Sequence {
         let banned = if request.sampling.min_tokens > 0 {
             stop.all().filter(|&id| (id as usize) < vocab).collect()
         } else {
-            Vec::new()
+            Arc::default()
         };
         Self {
             key,
             id: request.id,
             prompt: request.prompt,
-            generated: Vec::new(),
+            generated: Arc::default(),
             computed: 0,
             kv,
             seed: request.sampling.seed.unwrap_or(seed),
@@ -120,13 +120,14 @@ impl Sequence {
     /// Appends its next `rows` input ids to `tokens` and describes them.
     pub(crate) fn slice(&self, rows: usize, tokens: &mut Vec<TokenId>) -> SequenceSlice {
         let first = tokens.len();
-        let known = self.prompt.iter().chain(&self.generated);
+        let known = self.prompt.iter().chain(self.generated.iter());
         tokens.extend(known.skip(self.computed).take(rows));
         SequenceSlice {
             key: self.key,
             rows: first..tokens.len(),
             start: self.computed,
-            tables: self.kv.tables(),
+            feed: None,
+            tables: Arc::new(self.kv.tables()),
             sample: (rows == self.remaining()).then(|| self.sample_row()),
         }
     }
@@ -137,9 +138,9 @@ impl Sequence {
             params: Arc::clone(&self.sampling),
             seed: self.seed,
             step: self.generated.len() as u64,
-            banned: if self.may_stop() { Vec::new() } else { self.banned.clone() },
+            banned: if self.may_stop() { Arc::default() } else { Arc::clone(&self.banned) },
             prompt: if history { Arc::clone(&self.prompt) } else { Arc::default() },
-            generated: if history { self.generated.clone() } else { Vec::new() },
+            generated: if history { Arc::clone(&self.generated) } else { Arc::default() },
         }
     }
 
@@ -173,7 +174,7 @@ impl Sequence {
             }
         };
         self.end = self.cause(id).map(FinishReason::Stop);
-        self.generated.push(id);
+        Arc::make_mut(&mut self.generated).push(id);
         if self.end.is_none() && self.generated.len() >= self.limit {
             self.end = Some(FinishReason::Length);
         }

@@ -121,6 +121,8 @@ pub struct GroupReport {
     pub pages: usize,
     /// Bytes of its pool.
     pub bytes: usize,
+    /// Storage of its keys and values.
+    pub dtype: KvDtype,
 }
 
 /// The KV cache as planned, for logs and metrics. Weights are not counted.
@@ -128,8 +130,6 @@ pub struct GroupReport {
 pub struct KvReport {
     /// The groups, in the model's order.
     pub groups: Vec<GroupReport>,
-    /// Storage of keys and values.
-    pub dtype: KvDtype,
     /// Positions per page.
     pub page_size: usize,
     /// Bytes of all pools.
@@ -152,13 +152,13 @@ impl KvReport {
             layers: spec.groups[g].layers.len(),
             pages,
             bytes: pages.saturating_mul(spec.page_bytes(g)),
+            dtype: spec.groups[g].dtype,
         };
         let groups: Vec<_> = plan.pages.iter().enumerate().map(group).collect();
         let full = groups.iter().find(|group| group.window.is_none());
         let held = |(g, &pages): (usize, &usize)| pages / spec.pages_for(g, len, 1).max(1);
         let longest_sequences = plan.pages.iter().enumerate().map(held).min().unwrap_or(0).min(max_num_seqs);
         Self {
-            dtype: spec.dtype,
             page_size: spec.page_size,
             bytes: groups.iter().map(|group| group.bytes).fold(0, usize::saturating_add),
             tokens: full.map(|group| group.pages.saturating_mul(spec.page_size)),
@@ -172,18 +172,19 @@ impl KvReport {
 
 impl fmt::Display for KvReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let dtype = match self.dtype {
-            KvDtype::F32 => "float32",
-            KvDtype::Bf16 => "bfloat16",
-            KvDtype::Fp8E4m3 => "fp8 e4m3",
-        };
-        writeln!(f, "KV cache {} in {dtype}, pages of {} tokens", Bytes(self.bytes), self.page_size)?;
+        writeln!(f, "KV cache {}, pages of {} tokens", Bytes(self.bytes), self.page_size)?;
         for group in &self.groups {
             match group.window {
                 Some(window) => write!(f, "  window of {window}")?,
                 None => write!(f, "  full attention")?,
             }
-            writeln!(f, ", {} layers: {} pages, {}", group.layers, group.pages, Bytes(group.bytes))?;
+            let dtype = match group.dtype {
+                KvDtype::F32 => "float32",
+                KvDtype::Bf16 => "bfloat16",
+                KvDtype::Fp8E4m3 => "fp8 e4m3",
+            };
+            let (layers, pages, bytes) = (group.layers, group.pages, Bytes(group.bytes));
+            writeln!(f, ", {layers} layers in {dtype}: {pages} pages, {bytes}")?;
         }
         if let Some(tokens) = self.tokens {
             write!(f, "  room for {tokens} tokens; ")?;
@@ -218,10 +219,10 @@ mod tests {
     /// gpt-oss-20b: 12 layers with a window of 128, 12 with full attention.
     fn spec() -> KvSpec {
         let groups = vec![
-            KvGroup { window: Some(128), layers: (0..24).step_by(2).collect() },
-            KvGroup { window: None, layers: (1..24).step_by(2).collect() },
+            KvGroup { window: Some(128), layers: (0..24).step_by(2).collect(), dtype: KvDtype::Bf16 },
+            KvGroup { window: None, layers: (1..24).step_by(2).collect(), dtype: KvDtype::Bf16 },
         ];
-        KvSpec { page_size: 16, kv_heads: 8, head_dim: 64, groups, dtype: KvDtype::Bf16 }
+        KvSpec { page_size: 16, kv_heads: 8, head_dim: 64, groups }
     }
 
     fn config(kv_bytes: Option<usize>, max_model_len: Option<usize>) -> EngineConfig {
@@ -313,12 +314,14 @@ mod tests {
 
     #[test]
     fn the_report_reads_well() {
-        let sizing = size(&spec(), 131_072, &config(Some(4 << 30), Some(32_768))).unwrap();
+        let mut spec = spec();
+        spec.groups[1].dtype = KvDtype::Fp8E4m3;
+        let sizing = size(&spec, 131_072, &config(Some(4 << 30), Some(32_768))).unwrap();
         let report = KvReport::new(&sizing, 32).to_string();
         let lines: Vec<_> = report.lines().collect();
-        assert!(lines[0].starts_with("KV cache 4.0 GiB in bfloat16, pages of 16 tokens"), "{report}");
-        assert!(lines[1].starts_with("  window of 128, 12 layers: "), "{report}");
-        assert!(lines[2].starts_with("  full attention, 12 layers: "), "{report}");
+        assert!(lines[0].starts_with("KV cache 4.0 GiB, pages of 16 tokens"), "{report}");
+        assert!(lines[1].starts_with("  window of 128, 12 layers in bfloat16: "), "{report}");
+        assert!(lines[2].starts_with("  full attention, 12 layers in fp8 e4m3: "), "{report}");
         assert!(lines[3].contains("sequences of 32768 tokens at once"), "{report}");
     }
 }

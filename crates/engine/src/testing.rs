@@ -1,6 +1,6 @@
 //! Runners and helpers for this crate's tests.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
@@ -18,11 +18,11 @@ pub(crate) const EOS: TokenId = 0;
 
 /// A layout with one full group and, with a window, one windowed group before it.
 pub(crate) fn spec(page_size: usize, window: Option<usize>) -> KvSpec {
-    let mut groups = vec![KvGroup { window: None, layers: vec![1] }];
+    let mut groups = vec![KvGroup { window: None, layers: vec![1], dtype: KvDtype::F32 }];
     if window.is_some() {
-        groups.insert(0, KvGroup { window, layers: vec![0] });
+        groups.insert(0, KvGroup { window, layers: vec![0], dtype: KvDtype::F32 });
     }
-    KvSpec { page_size, kv_heads: 1, head_dim: 1, groups, dtype: KvDtype::F32 }
+    KvSpec { page_size, kv_heads: 1, head_dim: 1, groups }
 }
 
 pub(crate) fn request(id: u64, prompt: &[TokenId], max_tokens: usize) -> GenerateRequest {
@@ -80,18 +80,37 @@ pub(crate) fn expected(spec: &KvSpec, request: &GenerateRequest, max_model_len: 
 
 /// Keeps every token in the page and slot that the page table names, and hashes what it reads back through the table
 /// into the next token. A wrong table, an early release or a shared page shows as a foreign or missing entry.
+///
+/// It computes a step when it is launched and hands the outcomes over when it is collected: like a device whose steps
+/// run one after the other, behind the host's back.
 #[derive(Debug)]
 pub(crate) struct PagedEchoRunner {
     info: RunnerInfo,
     pages: Vec<usize>,
     /// Per group and slot: the sequence, position and token written last.
     slots: Vec<Vec<Option<(u64, usize, TokenId)>>>,
+    depth: usize,
+    /// Outcomes of the steps in flight, oldest first.
+    in_flight: VecDeque<Vec<Result<Sampled, SampleError>>>,
+    /// What the sampling rows of the step launched last picked, and for whom.
+    last: Vec<(u64, TokenId)>,
 }
 
 impl PagedEchoRunner {
-    pub(crate) fn new(spec: KvSpec, max_context: usize) -> Self {
+    /// One that takes `depth` steps before the oldest is collected.
+    pub(crate) fn new(spec: KvSpec, max_context: usize, depth: usize) -> Self {
         let info = RunnerInfo { vocab_size: VOCAB, max_context, kv: spec, description: "echo".to_owned() };
-        Self { info, pages: Vec::new(), slots: Vec::new() }
+        let (in_flight, last) = (VecDeque::new(), Vec::new());
+        Self { info, pages: Vec::new(), slots: Vec::new(), depth, in_flight, last }
+    }
+
+    /// The input ids of a slice: the batch's own, or what the row that feeds it picked.
+    fn inputs(&self, slice: &SequenceSlice, batch: &Batch) -> Result<Vec<TokenId>, DeviceError> {
+        let Some(row) = slice.feed else { return Ok(batch.tokens[slice.rows.clone()].to_vec()) };
+        match self.last.get(row) {
+            Some(&(key, id)) if key == slice.key => Ok(vec![id]),
+            found => Err(DeviceError::new("feed", format!("{} is fed by {found:?}", slice.key))),
+        }
     }
 
     fn slot(&self, slice: &SequenceSlice, group: usize, position: usize) -> Result<usize, DeviceError> {
@@ -131,28 +150,43 @@ impl Runner for PagedEchoRunner {
         Ok(())
     }
 
-    fn step(&mut self, batch: &Batch) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
+    fn steps_in_flight(&self) -> usize {
+        self.depth
+    }
+
+    fn launch(&mut self, batch: &Batch) -> Result<(), DeviceError> {
+        if self.in_flight.len() >= self.depth {
+            return Err(DeviceError::new("launch", format!("{} steps are in flight", self.depth)));
+        }
         batch
             .check(&self.info.kv, &self.pages, VOCAB)
             .map_err(|error| DeviceError::new("check", error.to_string()))?;
         // As on a device: all writes, then all reads.
         for slice in &batch.sequences {
-            for (offset, &token) in batch.tokens[slice.rows.clone()].iter().enumerate() {
+            for (offset, token) in self.inputs(slice, batch)?.into_iter().enumerate() {
                 for group in 0..self.slots.len() {
                     let slot = self.slot(slice, group, slice.start + offset)?;
                     self.slots[group][slot] = Some((slice.key, slice.start + offset, token));
                 }
             }
         }
-        let mut sampled = Vec::new();
+        let mut picked = Vec::new();
         for slice in &batch.sequences {
             self.read(slice, slice.start)?;
             let hash = self.read(slice, slice.start + slice.rows.len() - 1)?;
             if let Some(row) = &slice.sample {
-                sampled.push(Ok(Sampled { id: hash.token(&row.banned), logprobs: None }));
+                picked.push((slice.key, hash.token(&row.banned)));
             }
         }
-        Ok(sampled)
+        let outcomes = picked.iter().map(|&(_, id)| Ok(Sampled { id, logprobs: None })).collect();
+        self.in_flight.push_back(outcomes);
+        self.last = picked;
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
+        let oldest = self.in_flight.pop_front();
+        oldest.ok_or_else(|| DeviceError::new("collect", "no step is in flight"))
     }
 }
 
@@ -165,12 +199,14 @@ pub(crate) type Twist = Box<
         + Send,
 >;
 
-/// A runner that takes a step only when the test permits it, records what was asked, and can be made to misbehave.
+/// A runner that ends a step only when the test permits it, records what was asked, and can be made to misbehave.
 pub(crate) struct GatedRunner {
     inner: PagedEchoRunner,
     permits: Receiver<()>,
     log: Arc<Mutex<Vec<BTreeMap<u64, usize>>>>,
     twist: Option<Twist>,
+    /// Batches of the steps in flight, oldest first.
+    batches: VecDeque<Batch>,
 }
 
 /// The test's side of a [`GatedRunner`]. Dropping it opens the gate for good.
@@ -201,7 +237,7 @@ impl GatedRunner {
         let (permits, receiver) = channel();
         let log = Arc::<Mutex<Vec<_>>>::default();
         let gate = Gate { permits, log: Arc::clone(&log) };
-        (gate, Box::new(Self { inner, permits: receiver, log, twist }))
+        (gate, Box::new(Self { inner, permits: receiver, log, twist, batches: VecDeque::new() }))
     }
 }
 
@@ -214,13 +250,23 @@ impl Runner for GatedRunner {
         self.inner.allocate(plan)
     }
 
-    fn step(&mut self, batch: &Batch) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
+    fn steps_in_flight(&self) -> usize {
+        self.inner.steps_in_flight()
+    }
+
+    fn launch(&mut self, batch: &Batch) -> Result<(), DeviceError> {
         let rows = batch.sequences.iter().map(|slice| (slice.key, slice.rows.len())).collect();
         self.log.lock().unwrap().push(rows);
+        self.batches.push_back(batch.clone());
+        self.inner.launch(batch)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
         let _ = self.permits.recv();
-        let answer = self.inner.step(batch)?;
+        let answer = self.inner.collect()?;
+        let batch = self.batches.pop_front().unwrap_or_default();
         match &mut self.twist {
-            Some(twist) => twist(batch, answer),
+            Some(twist) => twist(&batch, answer),
             None => Ok(answer),
         }
     }

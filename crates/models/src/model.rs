@@ -47,7 +47,7 @@ pub struct ModelInfo {
 pub struct LoadOptions {
     /// Positions per KV page, at least 1.
     pub page_size: usize,
-    /// How keys and values are stored.
+    /// How keys and values are stored; a family may keep more bits where fewer would save little.
     pub kv_dtype: KvDtype,
 }
 

@@ -18,6 +18,8 @@ struct Broken {
     script: ScriptedRunner,
     at: u64,
     device: bool,
+    /// Of the step in flight: which sampling rows have reached `at`.
+    reached: Vec<bool>,
 }
 
 impl Runner for Broken {
@@ -29,12 +31,16 @@ impl Runner for Broken {
         self.script.allocate(plan)
     }
 
-    fn step(&mut self, batch: &Batch) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
-        let reached: Vec<bool> = batch.sample_rows().map(|row| row.step >= self.at).collect();
-        if self.device && reached.contains(&true) {
+    fn launch(&mut self, batch: &Batch) -> Result<(), DeviceError> {
+        self.reached = batch.sample_rows().map(|row| row.step >= self.at).collect();
+        if self.device && self.reached.contains(&true) {
             return Err(DeviceError::new("attention", "illegal address"));
         }
-        let answers = self.script.step(batch)?.into_iter().zip(reached);
+        self.script.launch(batch)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
+        let answers = self.script.collect()?.into_iter().zip(std::mem::take(&mut self.reached));
         Ok(answers.map(|(answer, bad)| if bad { Err(SampleError::NonFinite) } else { answer }).collect())
     }
 }
@@ -42,7 +48,7 @@ impl Runner for Broken {
 fn broken(device: bool) -> Server {
     let tokenizer = tokenizer();
     let script = ScriptedRunner::new(tokenizer.len(), CONTEXT, vec![tokenizer.encode_with_control(LINE)]);
-    Setup::new(&[]).start_with(Box::new(Broken { script, at: 5, device }))
+    Setup::new(&[]).start_with(Box::new(Broken { script, at: 5, device, reached: Vec::new() }))
 }
 
 #[tokio::test]

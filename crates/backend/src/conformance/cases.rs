@@ -8,7 +8,7 @@ use super::fixture::{Fixture, POISON, Shape, Stage};
 use super::random::Random;
 use super::schedule::{Pages, Sequence, singles, step};
 use super::{Case, Claims};
-use crate::{Backend, DeviceError, KvDtype, SampleError};
+use crate::{Backend, DeviceError, KvDtype, PageTable, SampleError};
 
 /// Row counts: all small ones, register blocks' edges, and more than any block.
 const ROWS: [usize; 19] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 33, 64];
@@ -222,9 +222,9 @@ impl<'a> Suite<'a> {
             if let Some(sample) = &mut slice.sample {
                 (sample.seed, sample.step) = (self.random.bits(), row as u64);
                 sample.params = Arc::new(params(row));
-                sample.banned = if row % 4 == 3 { (0..40).collect() } else { Vec::new() };
+                sample.banned = if row % 4 == 3 { (0..40).collect() } else { Arc::default() };
                 sample.prompt = Arc::from([1, 2, 3, 3]);
-                sample.generated = vec![7, 7, 9];
+                sample.generated = Arc::new(vec![7, 7, 9]);
             }
         }
         let (got, want) = (ours.sample(&batch)?, theirs.sample(&batch)?);
@@ -271,7 +271,7 @@ fn poison<B: Backend>(loaded: &mut super::fixture::Loaded<B>) -> Result<(), Devi
     batch.sequences.truncate(count);
     for (page, slice) in batch.sequences.iter_mut().enumerate() {
         slice.rows = page * size..(page + 1) * size;
-        slice.tables.iter_mut().for_each(|table| table.pages = vec![page as u32]);
+        slice.tables = Arc::new(vec![PageTable { first: 0, pages: vec![page as u32] }; groups]);
     }
     loaded.write(&batch)?;
     Ok(())

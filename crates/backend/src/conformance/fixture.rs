@@ -69,11 +69,11 @@ impl Shape {
     /// Two groups, so that pool offsets matter: the layer under test is layer 1, second of the first group.
     pub(super) fn plan(&self) -> KvPlan {
         let groups = vec![
-            KvGroup { window: self.window, layers: vec![0, 1] },
-            KvGroup { window: None, layers: vec![2] },
+            KvGroup { window: self.window, layers: vec![0, 1], dtype: self.kv },
+            KvGroup { window: None, layers: vec![2], dtype: self.kv },
         ];
-        let Self { page_size, kv_heads, head_dim, kv, .. } = *self;
-        let spec = KvSpec { page_size, kv_heads, head_dim, groups, dtype: kv };
+        let Self { page_size, kv_heads, head_dim, .. } = *self;
+        let spec = KvSpec { page_size, kv_heads, head_dim, groups };
         // Enough for every schedule.
         KvPlan { spec, pages: vec![192_usize.div_ceil(page_size) + 8; 2] }
     }
@@ -262,6 +262,7 @@ impl<B: Backend> Loaded<B> {
         b.begin(batch, &self.kv, VOCAB)?;
         let x = b.embed(&self.embedding, batch)?;
         let logits = b.logits(&self.ones, 1e-12, &self.copy_hidden, &x, batch)?;
-        b.sample(&logits, batch)
+        let pending = b.sample(&logits, batch)?;
+        b.collect(pending)
     }
 }

@@ -64,31 +64,27 @@ pub(super) fn step(
         sequence.advance(count, plan, pages);
         let rows = batch.tokens.len()..batch.tokens.len() + count;
         batch.tokens.extend_from_slice(&sequence.tokens[start..start + count]);
-        let (key, tables) = (index as u64, sequence.tables.clone());
-        batch.sequences.push(SequenceSlice { key, rows, start, tables, sample: Some(greedy()) });
+        let (key, tables) = (index as u64, Arc::new(sequence.tables.clone()));
+        let sample = Some(greedy());
+        batch.sequences.push(SequenceSlice { key, rows, start, feed: None, tables, sample });
     }
     batch
 }
 
 /// A batch of single rows at position 0, to read every row of a residual stream.
 pub(super) fn singles(tokens: Vec<TokenId>, groups: usize) -> Batch {
+    let tables = Arc::new(vec![PageTable { first: 0, pages: vec![0] }; groups]);
     let sequences = (0..tokens.len()).map(|row| SequenceSlice {
         key: row as u64,
         rows: row..row + 1,
         start: 0,
-        tables: vec![PageTable { first: 0, pages: vec![0] }; groups],
+        feed: None,
+        tables: Arc::clone(&tables),
         sample: Some(greedy()),
     });
     Batch { sequences: sequences.collect(), tokens }
 }
 
 fn greedy() -> SampleRow {
-    SampleRow {
-        params: Arc::new(SamplingParams::greedy()),
-        seed: 0,
-        step: 0,
-        banned: Vec::new(),
-        prompt: Arc::from([]),
-        generated: Vec::new(),
-    }
+    SampleRow::new(Arc::new(SamplingParams::greedy()))
 }

@@ -73,7 +73,7 @@ fn adjust<'a>(logits: &'a [f32], row: &SampleRow) -> Cow<'a, [f32]> {
         penalise(&mut logits, params, row);
     }
     // Last, so that nothing lifts a banned token again.
-    for &id in &row.banned {
+    for &id in row.banned.iter() {
         if let Some(z) = logits.get_mut(id as usize) {
             *z = f32::NEG_INFINITY;
         }
@@ -83,7 +83,7 @@ fn adjust<'a>(logits: &'a [f32], row: &SampleRow) -> Cow<'a, [f32]> {
 
 /// Repetition over prompt and output, then frequency and presence over the output.
 fn penalise(logits: &mut [f32], params: &SamplingParams, row: &SampleRow) {
-    let mut generated = row.generated.clone();
+    let mut generated = row.generated.to_vec();
     generated.sort_unstable();
     if params.repetition_penalty != 1.0 {
         let mut seen: Vec<_> = row.prompt.iter().chain(&generated).copied().collect();

@@ -18,7 +18,7 @@ fn config() -> EngineConfig {
 }
 
 fn echo() -> PagedEchoRunner {
-    PagedEchoRunner::new(spec(4, Some(10)), CONTEXT)
+    PagedEchoRunner::new(spec(4, Some(10)), CONTEXT, 1)
 }
 
 fn gated(config: EngineConfig, twist: Option<Twist>) -> (Gate, EngineHandle) {

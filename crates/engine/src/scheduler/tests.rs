@@ -69,7 +69,7 @@ impl Bench {
         let (len, chunk) = (scenario.max_model_len, scenario.max_batched_tokens);
         let pages = |g| spec.pages_for(g, len, chunk.min(len)) + scenario.spare;
         let plan = KvPlan { pages: (0..spec.groups.len()).map(pages).collect(), spec: spec.clone() };
-        let mut runner = PagedEchoRunner::new(spec, len);
+        let mut runner = PagedEchoRunner::new(spec, len, 1);
         runner.allocate(&plan).unwrap();
         let limits = Limits { max_num_seqs: scenario.max_num_seqs, max_batched_tokens: chunk, vocab: VOCAB };
         Self {
@@ -127,7 +127,8 @@ impl Bench {
         assert!(batch.sequences.len() <= self.scenario.max_num_seqs, "over the sequence limit");
         let served = batch.sequences.iter().any(|slice| Some(slice.key) == oldest);
         assert!(served, "the oldest sequence, {oldest:?}, has no row");
-        let outcomes = self.runner.step(&batch).unwrap();
+        self.runner.launch(&batch).unwrap();
+        let outcomes = self.runner.collect().unwrap();
         self.scheduler.commit(step, outcomes).into_iter().for_each(Ending::send);
         self.steps += 1;
     }
@@ -245,7 +246,8 @@ fn decode_rows_flow_beside_a_long_prompt() {
         assert_eq!(rows, [(0, 1), (1, 1), (2, 6)], "step {step}");
         let sampled: Vec<_> = batch.sequences.iter().map(|slice| slice.sample.is_some()).collect();
         assert_eq!(sampled, [true, true, step == 24], "only a prompt's last chunk is sampled");
-        let outcomes = bench.runner.step(&batch).unwrap();
+        bench.runner.launch(&batch).unwrap();
+        let outcomes = bench.runner.collect().unwrap();
         bench.scheduler.commit(plan, outcomes).into_iter().for_each(Ending::send);
         bench.check();
     }

@@ -1,6 +1,6 @@
 //! `config.json` of gpt-oss, which nobody vouches for: every number is checked before anything is sized by it.
 
-use ctxserve_backend::{AttentionSpec, ExpertSpec, KvGroup, KvSpec};
+use ctxserve_backend::{AttentionSpec, ExpertSpec, KvDtype, KvGroup, KvSpec};
 use serde_json::Value;
 
 use super::rope::{self, Rope};
@@ -146,25 +146,25 @@ impl Config {
         }
     }
 
-    /// The KV cache: a group for the sliding layers and one for the full ones, without those that have none.
+    /// The KV cache: a group for the sliding layers and one for the full ones, without those that have none. Sliding
+    /// layers hold a window of positions however long the context is, so fp8 would save next to nothing there: they
+    /// keep bfloat16.
     pub fn kv_spec(&self, options: &LoadOptions) -> KvSpec {
         let sliding = self.windows.iter().copied().find(Option::is_some).flatten();
-        let group = |window| {
+        let group = |window: Option<usize>| {
             let layers: Vec<usize> = (0..self.layers()).filter(|&l| self.windows[l] == window).collect();
-            KvGroup { window, layers }
+            let dtype = match options.kv_dtype {
+                KvDtype::Fp8E4m3 if window.is_some() => KvDtype::Bf16,
+                dtype => dtype,
+            };
+            KvGroup { window, layers, dtype }
         };
         let mut groups = vec![group(None)];
         if sliding.is_some() {
             groups.insert(0, group(sliding));
         }
         groups.retain(|group| !group.layers.is_empty());
-        KvSpec {
-            page_size: options.page_size,
-            kv_heads: self.kv_heads,
-            head_dim: self.head_dim,
-            groups,
-            dtype: options.kv_dtype,
-        }
+        KvSpec { page_size: options.page_size, kv_heads: self.kv_heads, head_dim: self.head_dim, groups }
     }
 }
 

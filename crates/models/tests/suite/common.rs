@@ -145,7 +145,8 @@ impl Driver {
                 key: key as u64,
                 rows: row..row + ids.len(),
                 start: sequence.stored,
-                tables: sequence.tables.clone(),
+                feed: None,
+                tables: Arc::new(sequence.tables.clone()),
                 sample: sample.then(greedy_row),
             });
             sequence.stored += ids.len();
@@ -186,12 +187,5 @@ impl Driver {
 }
 
 fn greedy_row() -> SampleRow {
-    SampleRow {
-        params: Arc::new(SamplingParams::greedy()),
-        seed: 0,
-        step: 0,
-        banned: Vec::new(),
-        prompt: Arc::new([]),
-        generated: Vec::new(),
-    }
+    SampleRow::new(Arc::new(SamplingParams::greedy()))
 }

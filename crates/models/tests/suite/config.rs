@@ -152,14 +152,21 @@ fn groups_follow_the_layers() {
     let options = LoadOptions { page_size: 16, kv_dtype: KvDtype::Bf16 };
     let spec = read(&four()).kv_spec(&options);
     let layers = |start: usize| (start..24).step_by(2).collect::<Vec<_>>();
-    let expected =
-        [KvGroup { window: Some(128), layers: layers(0) }, KvGroup { window: None, layers: layers(1) }];
-    assert_eq!(spec.groups, expected);
-    assert_eq!((spec.page_size, spec.kv_heads, spec.head_dim, spec.dtype), (16, 8, 64, KvDtype::Bf16));
+    let expected = |sliding, full| {
+        [
+            KvGroup { window: Some(128), layers: layers(0), dtype: sliding },
+            KvGroup { window: None, layers: layers(1), dtype: full },
+        ]
+    };
+    assert_eq!(spec.groups, expected(KvDtype::Bf16, KvDtype::Bf16));
+    assert_eq!((spec.page_size, spec.kv_heads, spec.head_dim), (16, 8, 64));
+    let of = |kv_dtype| read(&four()).kv_spec(&LoadOptions { kv_dtype, ..options }).groups;
+    assert_eq!(of(KvDtype::F32), expected(KvDtype::F32, KvDtype::F32));
+    assert_eq!(of(KvDtype::Fp8E4m3), expected(KvDtype::Bf16, KvDtype::Fp8E4m3), "windows keep bfloat16");
     for (kind, window) in [("sliding_attention", Some(128)), ("full_attention", None)] {
         let config = read(&with(four(), json!({ "layer_types": vec![kind; 24] })));
         let groups = config.kv_spec(&options).groups;
-        assert_eq!(groups, [KvGroup { window, layers: (0..24).collect() }], "{kind}");
+        assert_eq!(groups, [KvGroup { window, layers: (0..24).collect(), dtype: KvDtype::Bf16 }], "{kind}");
     }
     let all_full = with(four(), json!({ "layer_types": vec!["full_attention"; 24], "sliding_window": null }));
     assert_eq!(read(&all_full).windows, vec![None; 24]);

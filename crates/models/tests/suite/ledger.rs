@@ -50,6 +50,7 @@ impl Backend for Ledger {
     type Hidden = ();
     type Heads = ();
     type Logits = ();
+    type Pending = ();
 
     fn describe(&self) -> String {
         "ledger".to_owned()
@@ -127,7 +128,11 @@ impl Backend for Ledger {
         self.op(format!("logits [{norm}] {head}"))
     }
 
-    fn sample(&mut self, (): &(), _: &Batch) -> Done<Vec<Result<Sampled, SampleError>>> {
+    fn sample(&mut self, (): &(), _: &Batch) -> Done {
+        Ok(())
+    }
+
+    fn collect(&mut self, (): ()) -> Done<Vec<Result<Sampled, SampleError>>> {
         Ok(Vec::new())
     }
 
