@@ -12,16 +12,18 @@ const GRAPH: &[(&str, &[&str])] = &[
     ("chat", &["core"]),
     ("checkpoint", &["core"]),
     ("cpu", &["backend", "core"]),
+    ("cuda", &["backend", "core"]),
     ("models", &["backend", "checkpoint", "core"]),
     ("engine", &["backend", "core", "models"]),
     ("server", &["chat", "core", "engine"]),
-    ("ctxserve", &["backend", "chat", "checkpoint", "core", "cpu", "engine", "models", "server"]),
+    ("ctxserve", &["backend", "chat", "checkpoint", "core", "cpu", "cuda", "engine", "models", "server"]),
 ];
 
 /// Libraries that only these crates may use.
 const HOMES: &[(&str, &[&str])] = &[
     ("axum", &["server"]),
     ("clap", &["ctxserve"]),
+    ("cudarc", &["cuda"]),
     ("tokenizers", &["chat"]),
     ("ureq", &["ctxserve"]),
     ("anyhow", &["ctxserve"]),
@@ -32,7 +34,7 @@ const HOMES: &[(&str, &[&str])] = &[
 const ORACLES: &[&str] = &["candle-core", "candle-nn", "openai-harmony"];
 
 /// Where `unsafe` may be written.
-const UNSAFE_HOMES: &[&str] = &["crates/cpu/src/kernels/"];
+const UNSAFE_HOMES: &[&str] = &["crates/cpu/src/kernels/", "crates/cuda/src/"];
 
 /// Longest source file, lines.
 const MAX_LINES: usize = 500;

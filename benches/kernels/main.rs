@@ -1,0 +1,18 @@
+//! Kernels on random data: `bench-kernels [FILTER]`. Prints time, rate and share of the roofline of each case.
+
+#![allow(clippy::print_stdout)]
+
+mod harness;
+mod rms_norm;
+
+use ctxserve_cuda::driver::{Device, unavailable};
+
+fn main() -> anyhow::Result<()> {
+    let filter = std::env::args().nth(1).unwrap_or_default();
+    if let Some(why) = unavailable(0) {
+        anyhow::bail!("{why}");
+    }
+    let bench = harness::Bench::new(Device::open(0)?, filter)?;
+    rms_norm::run(&bench)?;
+    Ok(())
+}

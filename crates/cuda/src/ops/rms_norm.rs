@@ -1,0 +1,95 @@
+//! RMSNorm into an operand of a matrix product.
+
+use ctxserve_backend::DeviceError;
+
+use crate::driver::{Buffer, Device, Kernel, Launch, Params};
+
+const OP: &str = "rms_norm";
+const THREADS: u32 = 256;
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Arguments {
+    x: u64,
+    weight: u64,
+    y: u64,
+    live: u64,
+    index: u64,
+    cols: i32,
+    capacity: i32,
+    eps: f32,
+}
+
+// SAFETY: mirrors `Params` of kernels/rms_norm.cu.
+unsafe impl Params for Arguments {}
+
+/// The loaded kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct RmsNorm {
+    kernel: Kernel,
+}
+
+/// `y = x * rsqrt(mean(x^2) + eps) * weight`, one row a block.
+#[derive(Debug)]
+pub struct Call<'a> {
+    /// `[rows, cols]`.
+    pub x: &'a Buffer<f32>,
+    /// `[cols]`.
+    pub weight: &'a Buffer<f32>,
+    /// Panel layout of `[capacity, cols]`, bits of bf16 or fp16.
+    pub y: &'a Buffer<u16>,
+    /// One integer: rows to do.
+    pub live: &'a Buffer<i32>,
+    /// Row of `x` for each row of `y`; the same row where absent.
+    pub index: Option<&'a Buffer<i32>>,
+    /// Most rows, which the grid is made for.
+    pub rows: usize,
+    /// Elements of a row, a multiple of 64.
+    pub cols: usize,
+    /// Rows that `y` is laid out for, a multiple of 8.
+    pub capacity: usize,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+impl RmsNorm {
+    /// Loads the kernel that rounds to fp16, or to bf16.
+    ///
+    /// # Errors
+    /// No code for this device.
+    pub fn load(device: &Device, fp16: bool) -> Result<Self, DeviceError> {
+        let function = if fp16 { "rms_norm_fp16" } else { "rms_norm_bf16" };
+        Ok(Self { kernel: device.kernel("rms_norm", function, 0)? })
+    }
+
+    /// Issues it.
+    ///
+    /// # Errors
+    /// Buffers that are too small, or a device fault.
+    pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
+        let Call { rows, cols, capacity, .. } = *call;
+        let fits = cols.is_multiple_of(64)
+            && capacity.is_multiple_of(8)
+            && rows <= capacity
+            && call.weight.len() >= cols
+            && call.y.len() >= capacity * cols
+            && call.live.len() >= 1
+            && call.index.map_or(call.x.len() >= rows * cols, |index| index.len() >= rows);
+        if !fits {
+            return Err(DeviceError::new(OP, format!("{rows} rows of {cols} do not fit its buffers")));
+        }
+        let arguments = Arguments {
+            x: call.x.address(),
+            weight: call.weight.address(),
+            y: call.y.address(),
+            live: call.live.address(),
+            index: call.index.map_or(0, Buffer::address),
+            cols: cols as i32,
+            capacity: capacity as i32,
+            eps: call.eps,
+        };
+        let launch = Launch { grid: [rows as u32, 1, 1], block: THREADS, shared: 0, overlap: true };
+        // SAFETY: every buffer was checked to be large enough; `index` holds rows of `x` by the caller's plan.
+        unsafe { device.launch(&self.kernel, &launch, &arguments) }
+    }
+}

@@ -1,0 +1,14 @@
+//! Every kernel against its definition in float64, on fresh random inputs and ragged shapes. Without a device each test says so
+//! and passes; `CTXSERVE_REQUIRE_CUDA=1` makes that a failure.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    unreachable_pub,
+    dead_code
+)]
+
+mod common;
+mod rms_norm;

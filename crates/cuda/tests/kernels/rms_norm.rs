@@ -1,0 +1,51 @@
+use ctxserve_cuda::ops::rms_norm::{Call, RmsNorm};
+
+use crate::common::{Random, assert_rows, device, from_bf16, from_f16, panel};
+
+#[test]
+fn rms_norm_equals_its_definition() {
+    let Some((device, _turn)) = device() else { return };
+    let mut random = Random::new();
+    for (rows, cols, gather, fp16) in
+        [(1, 64, false, false), (3, 2880, false, true), (130, 2880, true, false), (17, 4096, true, true)]
+    {
+        let (sources, capacity) = (rows + 5, (rows + 7_usize).next_multiple_of(8));
+        let scale = 10_f32.powf(random.unit() * 2.0);
+        let x = random.units(sources * cols, scale);
+        let weight = random.units(cols, 2.0);
+        let index: Vec<i32> =
+            (0..rows).map(|row| if gather { random.below(sources) } else { row } as i32).collect();
+        let mut y = device.allocate::<u16>(capacity * cols).unwrap();
+        y.fill(0xff).unwrap();
+        let live = rows.max(2) - 1;
+        let on_device = device.upload(&index).unwrap();
+        let call = Call {
+            x: &device.upload(&x).unwrap(),
+            weight: &device.upload(&weight).unwrap(),
+            y: &y,
+            live: &device.upload(&[live as i32]).unwrap(),
+            index: Some(&on_device).filter(|_| gather),
+            rows,
+            cols,
+            capacity,
+            eps: 1e-5,
+        };
+        RmsNorm::load(&device, fp16).unwrap().issue(&device, &call).unwrap();
+        let bits = y.read(0, capacity * cols).unwrap();
+        let read =
+            |row: usize| -> Vec<u16> { (0..cols).map(|col| bits[panel(row, col, capacity)]).collect() };
+        let (mut got, mut want) = (Vec::new(), Vec::new());
+        for row in 0..live {
+            let source = &x[index[row] as usize * cols..][..cols];
+            let mean = source.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / cols as f64;
+            let inverse = 1.0 / (mean + 1e-5).sqrt();
+            want.extend(source.iter().zip(&weight).map(|(&v, &w)| f64::from(v) * inverse * f64::from(w)));
+            got.extend(if fp16 { from_f16(&read(row)) } else { from_bf16(&read(row)) });
+        }
+        assert_rows(&format!("rms_norm {rows}x{cols}"), &got, &want, cols, if fp16 { 4e-4 } else { 3e-3 });
+        assert!(
+            (live..capacity).all(|row| read(row).iter().all(|&v| v == 0xffff)),
+            "rows beyond the live ones were written"
+        );
+    }
+}
