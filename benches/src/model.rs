@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use ctxserve_backend::{
     AttentionInput, AttentionSpec, Backend, Batch, ExpertSpec, ExpertWeights, KvDtype, KvGroup, KvPlan,
-    KvSpec, Moe, PageTable, RopeTable, SampleRow, SequenceSlice,
+    KvSpec, Moe, PageTable, Role, RopeTable, SampleRow, SequenceSlice,
 };
 use ctxserve_core::{Elements, Matrix, SamplingParams, TokenId};
 use ctxserve_cpu::{CpuBackend, CpuKv, CpuMatrix, Precision};
@@ -23,6 +23,14 @@ const WINDOW: usize = 128;
 const PAGE: usize = 16;
 const QKV: usize = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
 
+const ATTENTION: AttentionSpec = AttentionSpec {
+    heads: HEADS,
+    kv_heads: KV_HEADS,
+    head_dim: HEAD_DIM,
+    scale: 0.125,
+    window: None,
+    norm_eps: 1e-5,
+};
 const EXPERTS: ExpertSpec = ExpertSpec {
     experts: 32,
     top_k: 4,
@@ -125,8 +133,8 @@ impl Model {
     pub(crate) fn new(mut backend: CpuBackend, layers: usize, context: usize) -> Result<Self> {
         let mut random = Random(20_261_122);
         let b = &mut backend;
-        let embedding = b.load_matrix(random.bf16(VOCAB, HIDDEN)?, None)?;
-        let head = b.load_matrix(random.bf16(VOCAB, HIDDEN)?, None)?;
+        let embedding = b.load_matrix(random.bf16(VOCAB, HIDDEN)?, None, Role::Embedding { head: false })?;
+        let head = b.load_matrix(random.bf16(VOCAB, HIDDEN)?, None, Role::Head)?;
         let loaded = (0..layers).map(|_| Layer::new(b, &mut random)).collect::<Result<_>>()?;
         let groups = vec![
             KvGroup { window: Some(WINDOW), layers: (0..layers).step_by(2).collect(), dtype: KvDtype::F32 },
@@ -173,14 +181,7 @@ impl Model {
         let mut x = timed(&mut step.embed, || b.embed(&self.embedding, &batch))?;
         for (index, layer) in self.layers.iter().enumerate() {
             let window = (index % 2 == 0).then_some(WINDOW);
-            let spec = AttentionSpec {
-                heads: HEADS,
-                kv_heads: KV_HEADS,
-                head_dim: HEAD_DIM,
-                scale: 0.125,
-                window,
-                norm_eps: 1e-5,
-            };
+            let spec = AttentionSpec { window, ..ATTENTION };
             let (kv, rope) = (&mut self.kv, &self.rope);
             let q = timed(&mut step.attention_input, || {
                 b.attention_input(index, &layer.input, &spec, rope, &x, kv, &batch)
@@ -212,13 +213,25 @@ impl Layer {
         Ok(Self {
             input: AttentionInput {
                 norm: b.load_vector(vec![1.0; HIDDEN])?,
-                qkv: b.load_matrix(random.bf16(QKV, HIDDEN)?, Some(vec![0.01; QKV]))?,
+                qkv: b.load_matrix(
+                    random.bf16(QKV, HIDDEN)?,
+                    Some(vec![0.01; QKV]),
+                    Role::Qkv(&ATTENTION),
+                )?,
             },
-            output: b.load_matrix(random.bf16(HIDDEN, HEADS * HEAD_DIM)?, Some(vec![0.01; HIDDEN]))?,
+            output: b.load_matrix(
+                random.bf16(HIDDEN, HEADS * HEAD_DIM)?,
+                Some(vec![0.01; HIDDEN]),
+                Role::Output(&ATTENTION),
+            )?,
             sinks: b.load_vector(vec![0.5; HEADS])?,
             moe: Moe {
                 norm: b.load_vector(vec![1.0; HIDDEN])?,
-                router: b.load_matrix(random.bf16(experts, hidden)?, Some(vec![0.0; experts]))?,
+                router: b.load_matrix(
+                    random.bf16(experts, hidden)?,
+                    Some(vec![0.0; experts]),
+                    Role::Router,
+                )?,
                 experts: b.load_experts(weights, &EXPERTS)?,
                 spec: EXPERTS,
             },

@@ -49,6 +49,24 @@ pub struct AttentionSpec {
     pub norm_eps: f32,
 }
 
+/// What a matrix is for, so that a device can lay it out for that.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Role<'a> {
+    /// The table of [`Backend::embed`]; with `head`, also the LM head of [`Backend::logits`].
+    Embedding {
+        /// Whether it is both.
+        head: bool,
+    },
+    /// [`AttentionInput::qkv`] of layers that attend so.
+    Qkv(&'a AttentionSpec),
+    /// The output projection of layers that attend so.
+    Output(&'a AttentionSpec),
+    /// [`Moe::router`].
+    Router,
+    /// The LM head of [`Backend::logits`].
+    Head,
+}
+
 /// Weights of norm + QKV.
 #[derive(Debug)]
 pub struct AttentionInput<B: Backend + ?Sized> {
@@ -139,8 +157,13 @@ pub trait Backend: Send + 'static {
     /// Takes a matrix `[out, in]` and its bias `[out]`.
     ///
     /// # Errors
-    /// Out of memory, or an encoding that [`Backend::accepts`] refuses.
-    fn load_matrix(&mut self, matrix: Matrix, bias: Option<Vec<f32>>) -> Result<Self::Matrix, DeviceError>;
+    /// Out of memory, an encoding that [`Backend::accepts`] refuses, or a shape that contradicts the role.
+    fn load_matrix(
+        &mut self,
+        matrix: Matrix,
+        bias: Option<Vec<f32>>,
+        role: Role<'_>,
+    ) -> Result<Self::Matrix, DeviceError>;
 
     /// Takes a vector.
     ///
@@ -252,6 +275,22 @@ pub trait Backend: Send + 'static {
     /// # Errors
     /// A device fault.
     fn collect(&mut self, pending: Self::Pending) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError>;
+
+    /// A whole step: `forward` issues its ops up to the logits, [`Backend::begin`] included. A device may record what is
+    /// issued and replay it for later batches of the same shape without calling `forward` again, so `forward` must
+    /// depend on nothing but the batch.
+    ///
+    /// # Errors
+    /// What the ops return.
+    fn step(
+        &mut self,
+        kv: &mut Self::Kv,
+        batch: &Batch,
+        forward: &mut dyn FnMut(&mut Self, &mut Self::Kv) -> Result<Self::Logits, DeviceError>,
+    ) -> Result<Self::Pending, DeviceError> {
+        let logits = forward(self, kv)?;
+        self.sample(&logits, batch)
+    }
 
     /// Copies logits `[logit rows, vocab]` to the host, for tests and self-checks.
     ///

@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use ctxserve_backend::{
-    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvPlan, Moe,
+    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvPlan, Moe, Role,
     RopeTable, SampleError, Sampled,
 };
 use ctxserve_core::{Encoding, Matrix};
@@ -113,7 +113,12 @@ impl Backend for CpuBackend {
         matches!(encoding, Encoding::F32 | Encoding::Bf16 | Encoding::Mxfp4)
     }
 
-    fn load_matrix(&mut self, matrix: Matrix, bias: Option<Vec<f32>>) -> Result<CpuMatrix, DeviceError> {
+    fn load_matrix(
+        &mut self,
+        matrix: Matrix,
+        bias: Option<Vec<f32>>,
+        _role: Role<'_>,
+    ) -> Result<CpuMatrix, DeviceError> {
         let (rows, cols) = (matrix.rows(), matrix.cols());
         if rows == 0 || cols == 0 || bias.as_ref().is_some_and(|bias| bias.len() != rows) {
             return Err(DeviceError::new(

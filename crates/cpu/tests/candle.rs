@@ -8,7 +8,7 @@ use candle_nn::rotary_emb::rope;
 use ctxserve_backend::conformance::Random;
 use ctxserve_backend::{
     AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvDtype, KvGroup,
-    KvPlan, KvSpec, Moe, PageTable, RopeTable, SampleRow, SequenceSlice,
+    KvPlan, KvSpec, Moe, PageTable, Role, RopeTable, SampleRow, SequenceSlice,
 };
 use ctxserve_core::{Elements, Matrix, SamplingParams};
 use ctxserve_cpu::CpuBackend;
@@ -95,7 +95,7 @@ fn ours(w: &Weights) -> Result<Vec<f32>, DeviceError> {
     let ExpertSpec { experts, inner, .. } = EXPERTS;
     let input = AttentionInput {
         norm: w.norms[0].clone(),
-        qkv: b.load_matrix(matrix(QKV, HIDDEN, &w.qkv.0)?, Some(w.qkv.1.clone()))?,
+        qkv: b.load_matrix(matrix(QKV, HIDDEN, &w.qkv.0)?, Some(w.qkv.1.clone()), Role::Qkv(&spec))?,
     };
     let weights = ExpertWeights {
         gate_up: matrix(experts * 2 * inner, HIDDEN, &w.gate_up.0)?,
@@ -105,13 +105,19 @@ fn ours(w: &Weights) -> Result<Vec<f32>, DeviceError> {
     };
     let moe = Moe {
         norm: w.norms[1].clone(),
-        router: b.load_matrix(matrix(experts, HIDDEN, &w.router.0)?, Some(w.router.1.clone()))?,
+        router: b.load_matrix(
+            matrix(experts, HIDDEN, &w.router.0)?,
+            Some(w.router.1.clone()),
+            Role::Router,
+        )?,
         experts: b.load_experts(weights, &EXPERTS)?,
         spec: EXPERTS,
     };
-    let embedding = b.load_matrix(matrix(VOCAB, HIDDEN, &w.embedding)?, None)?;
-    let output = b.load_matrix(matrix(HIDDEN, WIDTH, &w.output.0)?, Some(w.output.1.clone()))?;
-    let head = b.load_matrix(matrix(VOCAB, HIDDEN, &w.head)?, None)?;
+    let embedding =
+        b.load_matrix(matrix(VOCAB, HIDDEN, &w.embedding)?, None, Role::Embedding { head: false })?;
+    let output =
+        b.load_matrix(matrix(HIDDEN, WIDTH, &w.output.0)?, Some(w.output.1.clone()), Role::Output(&spec))?;
+    let head = b.load_matrix(matrix(VOCAB, HIDDEN, &w.head)?, None, Role::Head)?;
     let rope = RopeTable { inv_freq: w.inv_freq.clone(), mscale: MSCALE };
     b.begin(&batch, &kv, VOCAB)?;
     let mut x = b.embed(&embedding, &batch)?;

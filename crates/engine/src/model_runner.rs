@@ -53,8 +53,9 @@ impl<B: Backend> Runner for ModelRunner<B> {
         let Some(kv) = &mut self.kv else {
             return Err(fail("the KV cache was never allocated".to_owned()));
         };
-        let logits = self.model.forward(&mut self.backend, kv, batch)?;
-        self.pending.push_back(self.backend.sample(&logits, batch)?);
+        let model = &self.model;
+        let pending = self.backend.step(kv, batch, &mut |backend, kv| model.forward(backend, kv, batch))?;
+        self.pending.push_back(pending);
         self.sampled = batch.sample_rows().count();
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! From a checkpoint to a backend: shared by the families.
 
-use ctxserve_backend::Backend;
+use ctxserve_backend::{Backend, Role};
 use ctxserve_checkpoint::{Checkpoint, to_bf16};
 use ctxserve_core::{Elements, Matrix};
 
@@ -44,8 +44,9 @@ impl<'a, B: Backend> Loader<'a, B> {
         name: &str,
         [rows, cols]: [usize; 2],
         biased: bool,
+        role: Role<'_>,
     ) -> Result<B::Matrix, LoadError> {
-        self.fused(&[(name.to_owned(), rows)], cols, biased)
+        self.fused(&[(name.to_owned(), rows)], cols, biased, role)
     }
 
     /// Matrices of equal width as one, rows in the order given.
@@ -54,6 +55,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         parts: &[(String, usize)],
         cols: usize,
         biased: bool,
+        role: Role<'_>,
     ) -> Result<B::Matrix, LoadError> {
         let mut matrices = Vec::with_capacity(parts.len());
         let mut bias = biased.then(Vec::new);
@@ -66,7 +68,7 @@ impl<'a, B: Backend> Loader<'a, B> {
             }
         }
         let matrix = self.accepted(stack(matrices)?);
-        Ok(self.backend.load_matrix(matrix, bias)?)
+        Ok(self.backend.load_matrix(matrix, bias, role)?)
     }
 
     /// The matrix as the backend takes it.

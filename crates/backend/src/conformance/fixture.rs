@@ -6,7 +6,7 @@ use super::random::{Random, matrix};
 use super::schedule::singles;
 use crate::{
     AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvDtype, KvGroup,
-    KvPlan, KvSpec, Moe, RopeTable, SampleError, Sampled,
+    KvPlan, KvSpec, Moe, Role, RopeTable, SampleError, Sampled,
 };
 
 /// Ids of the fixture's vocabulary; the last one's embedding is NaN.
@@ -131,29 +131,33 @@ impl Fixture {
     /// Loads everything.
     pub(super) fn load<B: Backend>(&self, mut backend: B) -> Result<Loaded<B>, DeviceError> {
         let b = &mut backend;
-        let spec = self.shape.spec();
+        let (spec, attention) = (self.shape.spec(), self.shape.attention());
         let moe = Moe {
             norm: b.load_vector(self.norm.clone())?,
-            router: b.load_matrix(self.router.0.clone(), Some(self.router.1.clone()))?,
+            router: b.load_matrix(self.router.0.clone(), Some(self.router.1.clone()), Role::Router)?,
             experts: b.load_experts(self.experts.clone(), &spec)?,
             spec,
         };
         let input = AttentionInput {
             norm: b.load_vector(self.norm.clone())?,
-            qkv: b.load_matrix(self.qkv.0.clone(), Some(self.qkv.1.clone()))?,
+            qkv: b.load_matrix(self.qkv.0.clone(), Some(self.qkv.1.clone()), Role::Qkv(&attention))?,
         };
         let plan = self.shape.plan();
         let half = self.shape.head_dim / 2;
         let frequency = |i: usize| 10_000_f64.powf(-(i as f64) / half as f64);
         Ok(Loaded {
-            embedding: b.load_matrix(self.embedding.clone(), None)?,
+            embedding: b.load_matrix(self.embedding.clone(), None, Role::Embedding { head: false })?,
             input,
-            copy_heads: b.load_matrix(self.copy_heads.clone(), None)?,
-            output: b.load_matrix(self.output.0.clone(), Some(self.output.1.clone()))?,
+            copy_heads: b.load_matrix(self.copy_heads.clone(), None, Role::Output(&attention))?,
+            output: b.load_matrix(
+                self.output.0.clone(),
+                Some(self.output.1.clone()),
+                Role::Output(&attention),
+            )?,
             sinks: if self.shape.sinks { Some(b.load_vector(self.sinks.clone())?) } else { None },
             moe,
             ones: b.load_vector(vec![1.0; self.shape.hidden()])?,
-            copy_hidden: b.load_matrix(self.copy_hidden.clone(), None)?,
+            copy_hidden: b.load_matrix(self.copy_hidden.clone(), None, Role::Head)?,
             kv: b.allocate_kv(&plan)?,
             plan,
             rope: RopeTable { inv_freq: (0..half).map(frequency).collect(), mscale: 1.25 },

@@ -1,6 +1,6 @@
 //! gpt-oss's tensors: what they are called, how large they are, and how they reach a backend.
 
-use ctxserve_backend::{AttentionInput, Backend, ExpertWeights, Moe};
+use ctxserve_backend::{AttentionInput, Backend, ExpertWeights, Moe, Role};
 use ctxserve_checkpoint::{Checkpoint, Shape, Want};
 
 use super::Config;
@@ -114,7 +114,7 @@ pub(super) fn load<B: Backend>(
 ) -> Result<Weights<B>, LoadError> {
     let mut loader = Loader::new(checkpoint, backend, config.layers() + 2, progress);
     let table = [config.vocab, config.hidden];
-    let embedding = loader.linear(EMBEDDING, table, false)?;
+    let embedding = loader.linear(EMBEDDING, table, false, Role::Embedding { head: config.tied })?;
     loader.finished();
     let mut blocks = Vec::with_capacity(config.layers());
     for layer in 0..config.layers() {
@@ -122,7 +122,7 @@ pub(super) fn load<B: Backend>(
         loader.finished();
     }
     let norm = loader.vector(FINAL_NORM, config.hidden)?;
-    let head = if config.tied { None } else { Some(loader.linear(HEAD, table, false)?) };
+    let head = if config.tied { None } else { Some(loader.linear(HEAD, table, false, Role::Head)?) };
     loader.finished();
     Ok(Weights { embedding, blocks, norm, head })
 }
@@ -135,6 +135,7 @@ fn block<B: Backend>(
     let Config { hidden, inner, experts, .. } = *config;
     let name = |name| in_block(layer, name);
     let spec = config.expert_spec();
+    let attention = config.attention(layer);
     let gate_up = loader.checkpoint.experts(&name("mlp.experts.gate_up_proj"), experts, 2 * inner, hidden)?;
     let down = loader.checkpoint.experts(&name("mlp.experts.down_proj"), experts, hidden, inner)?;
     let stack = ExpertWeights {
@@ -149,17 +150,18 @@ fn block<B: Backend>(
     Ok(Block {
         input: AttentionInput {
             norm: loader.vector(&name("input_layernorm.weight"), hidden)?,
-            qkv: loader.fused(&qkv(config, layer), hidden, config.attention_bias)?,
+            qkv: loader.fused(&qkv(config, layer), hidden, config.attention_bias, Role::Qkv(&attention))?,
         },
         sinks: loader.vector(&name("self_attn.sinks"), config.heads)?,
         output: loader.linear(
             &name("self_attn.o_proj"),
             [hidden, config.q_width()],
             config.attention_bias,
+            Role::Output(&attention),
         )?,
         moe: Moe {
             norm: loader.vector(&name("post_attention_layernorm.weight"), hidden)?,
-            router: loader.linear(&name("mlp.router"), [experts, hidden], true)?,
+            router: loader.linear(&name("mlp.router"), [experts, hidden], true, Role::Router)?,
             experts: stack,
             spec,
         },

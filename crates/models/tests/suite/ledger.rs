@@ -1,7 +1,7 @@
 //! A backend without arithmetic: it writes down what it is given and asked for.
 
 use ctxserve_backend::{
-    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvPlan, Moe,
+    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvPlan, Moe, Role,
     RopeTable, SampleError, Sampled,
 };
 use ctxserve_core::{Encoding, Matrix};
@@ -60,7 +60,7 @@ impl Backend for Ledger {
         self.accepts.contains(&encoding)
     }
 
-    fn load_matrix(&mut self, matrix: Matrix, bias: Option<Vec<f32>>) -> Done<String> {
+    fn load_matrix(&mut self, matrix: Matrix, bias: Option<Vec<f32>>, _role: Role<'_>) -> Done<String> {
         assert!(self.accepts(matrix.encoding()), "{}", shape(&matrix));
         let entry = format!("{} bias {:?}", shape(&matrix), bias.map(|bias| bias.len()));
         self.load(entry.clone())?;
