@@ -2,6 +2,7 @@
 
 #![allow(clippy::print_stdout)]
 
+mod gemm;
 mod harness;
 mod rms_norm;
 
@@ -13,6 +14,7 @@ fn main() -> anyhow::Result<()> {
         anyhow::bail!("{why}");
     }
     let bench = harness::Bench::new(Device::open(0)?, filter)?;
+    gemm::run(&bench)?;
     rms_norm::run(&bench)?;
     Ok(())
 }

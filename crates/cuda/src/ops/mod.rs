@@ -1,3 +1,4 @@
 //! One module a kernel file: checks shapes, then launches.
 
+pub mod gemm;
 pub mod rms_norm;

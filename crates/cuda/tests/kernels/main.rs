@@ -11,4 +11,5 @@
 )]
 
 mod common;
+mod gemm;
 mod rms_norm;

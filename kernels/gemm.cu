@@ -1,0 +1,179 @@
+// Dense products of bf16 operands, float32 sums: y[token, out] = sum over k of x[token, k] * w[out, k]. The weights are operand A
+// (64 rows an instruction), the tokens operand B, both as the panel layout holds them: a bulk copy brings a tile of 64 k of either.
+// Persistent blocks: one warp copies into a ring, two warpgroups multiply 64 weight rows each by up to MAX tokens.
+#include "common/wgmma.cuh"
+
+struct Params {
+    const void* w;      // panels of [w_rows, cols], bf16
+    const void* x;      // panels of [capacity, cols], bf16
+    const float* bias;  // [outs] or null
+    void* y;            // [tokens, stride]
+    const int* live;    // tokens to do; later rows of y are left alone
+    int cols;           // multiple of 64
+    int w_rows;         // multiple of 8
+    int outs;           // columns of y that are written, at most w_rows
+    int capacity;       // multiple of 8
+    int stride;
+    int tokens;  // most that the grid is made for
+};
+
+// What becomes of the sums.
+enum Output { STORE_F32, STORE_BF16, ADD_F32 };
+
+#ifdef HOPPER
+
+constexpr int ROWS = 128;     // weight rows of a tile
+constexpr int GROUP = 8;      // token tiles that are swept together, for reuse in L2
+constexpr int CONSUMERS = 8;  // warps
+
+// Tile `at` of the list: groups of GROUP token tiles; within a group all token tiles of one weight tile, then the next.
+struct Place {
+    int row, token;
+};
+DEVICE Place place(int at, int row_tiles, int token_tiles, int tokens) {
+    const int group = at / (row_tiles * GROUP), rest = at - group * row_tiles * GROUP;
+    const int size = min(GROUP, token_tiles - group * GROUP);
+    return {rest / size * ROWS, (group * GROUP + rest % size) * tokens};
+}
+
+template <int N, Output OUT> DEVICE void store(const Params& p, const float (&d)[N / 2], int row, int token, int live) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int low = row + g, high = row + g + 8;
+    const bool has_low = low < p.outs, has_high = high < p.outs;
+    const float bias_low = p.bias && has_low ? p.bias[low] : 0.0f, bias_high = p.bias && has_high ? p.bias[high] : 0.0f;
+    if constexpr (OUT == STORE_BF16) {
+        auto* y = static_cast<__nv_bfloat16*>(p.y);
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) {
+            const uint32_t a = transpose8(pack2<__nv_bfloat16>(d[4 * j] + bias_low, d[4 * j + 1] + bias_low));
+            const uint32_t b = transpose8(pack2<__nv_bfloat16>(d[4 * j + 2] + bias_high, d[4 * j + 3] + bias_high));
+            const int to = token + 8 * j + g, out = row + 2 * t;
+            if (to >= live) continue;
+            auto* line = y + static_cast<size_t>(to) * p.stride + out;
+            if (out < p.outs) *reinterpret_cast<uint32_t*>(line) = a;
+            if (out + 8 < p.outs) *reinterpret_cast<uint32_t*>(line + 8) = b;
+        }
+    } else {
+        // Eight lanes of one t write the 32 bytes of a sector.
+        auto* y = static_cast<float*>(p.y);
+        constexpr int BATCH = N / 8 < 4 ? N / 8 : 4;
+#pragma unroll
+        for (int first = 0; first < N / 8; first += BATCH) {
+            float v[BATCH][4];
+#pragma unroll
+            for (int j = 0; j < BATCH; ++j)
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    const int to = token + 8 * (first + j) + 2 * t + c % 2;
+                    v[j][c] = d[4 * (first + j) + c] + (c < 2 ? bias_low : bias_high);
+                    if (OUT == ADD_F32 && to < live && (c < 2 ? has_low : has_high))
+                        v[j][c] += y[static_cast<size_t>(to) * p.stride + (c < 2 ? low : high)];
+                }
+#pragma unroll
+            for (int j = 0; j < BATCH; ++j)
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    const int to = token + 8 * (first + j) + 2 * t + c % 2;
+                    if (to < live && (c < 2 ? has_low : has_high))
+                        y[static_cast<size_t>(to) * p.stride + (c < 2 ? low : high)] = v[j][c];
+                }
+        }
+    }
+}
+
+template <int N, int STAGES, int STAGE_BYTES, Output OUT>
+DEVICE void consume(const Params& p, Ring<STAGES, CONSUMERS>& ring, uint32_t stages, int row, int token, int live) {
+    const int warp = threadIdx.x / 32, steps = p.cols / 64;
+    float d[N / 2] = {};
+    uint32_t before = 0;
+    for (int step = 0; step < steps; ++step) {
+        ring.wait_full();
+        const uint32_t at = stages + ring.stage * STAGE_BYTES;
+        const uint64_t a = wgmma_descriptor(at + warp / 4 * 8192), b = wgmma_descriptor(at + ROWS * 128);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) Wgmma<N>::bf16(d, a + 2 * k, b + 2 * k);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (step > 0 && threadIdx.x % 32 == 0) barrier_arrive(before);
+        before = ring.empty();
+        ring.advance();
+    }
+    wgmma_wait<0>();
+    wgmma_settle(d);
+    if (threadIdx.x % 32 == 0) barrier_arrive(before);
+    store<N, OUT>(p, d, row + warp * 16, token, live);
+}
+
+template <int MAX, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
+    constexpr int STAGE_BYTES = (ROWS + MAX) * 128;
+    extern __shared__ __align__(1024) char shared[];
+    __shared__ __align__(8) uint64_t barriers[2 * STAGES];
+    const uint32_t stages = shared_address(shared);
+    Ring<STAGES, CONSUMERS> ring(shared_address(barriers));
+    if (threadIdx.x == 0) ring.init();
+    __syncthreads();
+    pdl_wait();
+    pdl_launch();
+    const int live = min(*p.live, p.tokens);
+    const int row_tiles = (p.w_rows + ROWS - 1) / ROWS, token_tiles = (live + MAX - 1) / MAX;
+    const int tiles = row_tiles * token_tiles;
+    const int warp = threadIdx.x / 32;
+    if (warp >= CONSUMERS) {
+        registers_shrink<24>();
+        proxy_fence();
+        for (int tile = blockIdx.x; threadIdx.x == CONSUMERS * 32 && tile < tiles; tile += gridDim.x) {
+            const Place at = place(tile, row_tiles, token_tiles, MAX);
+            const uint32_t a_bytes = min(ROWS, p.w_rows - at.row) * 128;
+            const uint32_t b_bytes = (min(MAX, live - at.token) + 7) / 8 * 1024;
+            const char* a = static_cast<const char*>(p.w) + static_cast<size_t>(at.row) * 128;
+            const char* b = static_cast<const char*>(p.x) + static_cast<size_t>(at.token) * 128;
+            for (int step = 0; step < p.cols / 64; ++step) {
+                const uint32_t to = stages + ring.stage * STAGE_BYTES;
+                ring.wait_empty();
+                barrier_expect(ring.full(), a_bytes + b_bytes);
+                bulk_load(to, a, a_bytes, ring.full());
+                bulk_load(to + ROWS * 128, b, b_bytes, ring.full());
+                ring.advance();
+                a += static_cast<size_t>(p.w_rows) * 128;
+                b += static_cast<size_t>(p.capacity) * 128;
+            }
+        }
+    } else {
+        registers_grow<240>();
+        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+            const Place at = place(tile, row_tiles, token_tiles, MAX);
+            const int tokens = live - at.token;
+            // A ragged tile multiplies as few columns as an instruction for it has.
+            if constexpr (MAX == 256) {
+                if (tokens > 192) {
+                    consume<256, STAGES, STAGE_BYTES, OUT>(p, ring, stages, at.row, at.token, live);
+                    continue;
+                }
+                if (tokens > 128) {
+                    consume<192, STAGES, STAGE_BYTES, OUT>(p, ring, stages, at.row, at.token, live);
+                    continue;
+                }
+            }
+            if (tokens > 64)
+                consume<128, STAGES, STAGE_BYTES, OUT>(p, ring, stages, at.row, at.token, live);
+            else if (MAX == 256 || tokens > 32)
+                consume<64, STAGES, STAGE_BYTES, OUT>(p, ring, stages, at.row, at.token, live);
+            else
+                consume<32, STAGES, STAGE_BYTES, OUT>(p, ring, stages, at.row, at.token, live);
+        }
+    }
+}
+#define BODY(MAX, STAGES, OUT) gemm<MAX, STAGES, OUT>(p)
+#else
+#define BODY(MAX, STAGES, OUT)
+#endif
+
+#define DEFINE(NAME, MAX, STAGES, OUT) \
+    KERNEL __launch_bounds__(384, 1) NAME(const __grid_constant__ Params p) { BODY(MAX, STAGES, OUT); }
+DEFINE(gemm_f32_256, 256, 4, STORE_F32)
+DEFINE(gemm_bf16_256, 256, 4, STORE_BF16)
+DEFINE(gemm_add_256, 256, 4, ADD_F32)
+DEFINE(gemm_f32_128, 128, 6, STORE_F32)
+DEFINE(gemm_bf16_128, 128, 6, STORE_BF16)
+DEFINE(gemm_add_128, 128, 6, ADD_F32)
