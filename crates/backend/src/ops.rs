@@ -282,6 +282,7 @@ pub trait Backend: Send + 'static {
     ///
     /// # Errors
     /// What the ops return.
+    #[allow(clippy::type_complexity, reason = "a name for the closure's type would hide what it is")]
     fn step(
         &mut self,
         kv: &mut Self::Kv,

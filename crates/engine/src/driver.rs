@@ -1,23 +1,31 @@
-//! The engine thread: receive, schedule, run, commit.
+//! The engine thread: receive, schedule, launch, collect, commit.
 
 use std::any::Any;
+use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
-use ctxserve_backend::{SampleError, Sampled};
+use ctxserve_backend::{Batch, SampleError, Sampled};
 use ctxserve_core::FinishReason;
 
 use crate::Runner;
-use crate::scheduler::{Scheduler, Step};
+use crate::scheduler::{Launched, Scheduler, Step};
 use crate::sequence::{Ending, Sequence};
 use crate::shared::{Published, Shared, Submission};
 
 /// Everything that lives on the engine thread.
 pub(crate) struct Driver {
     runner: Box<dyn Runner>,
+    /// Most steps in flight: with 2 the device has the next step at hand when it ends one, and the host schedules and
+    /// commits meanwhile.
+    depth: usize,
     scheduler: Scheduler,
+    /// Steps in flight, oldest first.
+    in_flight: VecDeque<Launched>,
+    /// The step being launched; empty in between, its memory is kept.
+    batch: Batch,
     shared: Arc<Shared>,
     seeds: Seeds,
     pace: Pace,
@@ -28,7 +36,17 @@ pub(crate) struct Driver {
 impl Driver {
     /// A driver whose runner has its KV pools.
     pub(crate) fn new(runner: Box<dyn Runner>, scheduler: Scheduler, shared: Arc<Shared>) -> Self {
-        Self { runner, scheduler, shared, seeds: Seeds::new(), pace: Pace::default(), beat: None }
+        Self {
+            depth: runner.steps_in_flight().max(1),
+            runner,
+            scheduler,
+            in_flight: VecDeque::new(),
+            batch: Batch::default(),
+            shared,
+            seeds: Seeds::new(),
+            pace: Pace::default(),
+            beat: None,
+        }
     }
 
     /// The thread's body. Whatever happens in it, every stream gets its end and the state tells why.
@@ -61,22 +79,56 @@ impl Driver {
     fn run(&mut self) -> Result<(), String> {
         while self.receive() {
             let step = self.scheduler.schedule();
-            if step.is_empty() {
-                return Err("the scheduler found no work in its queue".to_owned());
+            let wait = step.is_empty();
+            if !wait {
+                self.launch(step)?;
             }
-            self.tell(Vec::new());
-            let batch = self.scheduler.batch(&step);
-            self.runner.launch(&batch).map_err(|error| error.to_string())?;
-            let outcomes = self.runner.collect().map_err(|error| error.to_string())?;
-            self.commit(step, outcomes, batch.sample_rows().count())?;
+            if wait || self.in_flight.len() >= self.depth {
+                let (step, outcomes) = self.collect()?;
+                self.commit(step, outcomes);
+            }
         }
         Ok(())
+    }
+
+    /// Hands a step to the runner, which may still be busy with the one before.
+    fn launch(&mut self, step: Step) -> Result<(), String> {
+        self.tell(Vec::new());
+        self.scheduler.describe(&step, &mut self.batch);
+        self.runner.launch(&self.batch).map_err(|error| error.to_string())?;
+        self.batch.clear();
+        self.in_flight.push_back(self.scheduler.launched(step));
+        Ok(())
+    }
+
+    /// Waits for the oldest step in flight.
+    fn collect(&mut self) -> Result<(Launched, Vec<Result<Sampled, SampleError>>), String> {
+        let step = self.in_flight.pop_front().ok_or("the scheduler found no work in its queue")?;
+        let outcomes = self.runner.collect().map_err(|error| error.to_string())?;
+        if outcomes.len() != step.rows() {
+            return Err(format!("the model answered {} of {} rows", outcomes.len(), step.rows()));
+        }
+        Ok((step, outcomes))
+    }
+
+    /// Delivers what a step sampled, and the ends.
+    fn commit(&mut self, step: Launched, outcomes: Vec<Result<Sampled, SampleError>>) {
+        let endings = self.scheduler.commit(step, outcomes);
+        let now = Instant::now();
+        self.beat = Some(now);
+        self.pace.finished(endings.len(), now);
+        self.tell(endings);
+    }
+
+    /// Whether there is no sequence, and no step in flight that was launched for one.
+    fn is_idle(&self) -> bool {
+        self.scheduler.is_idle() && self.in_flight.is_empty()
     }
 
     /// Takes arrivals and cancellations. Sleeps while there is no work; false when drained.
     fn receive(&mut self) -> bool {
         loop {
-            let idle = self.scheduler.is_idle();
+            let idle = self.is_idle();
             if idle {
                 self.rest();
             }
@@ -84,7 +136,7 @@ impl Driver {
             arrivals.into_iter().for_each(|submission| self.enqueue(submission));
             let endings = if abort { self.scheduler.end_all(&FinishReason::Abort) } else { Vec::new() };
             self.scheduler.drop_cancelled();
-            let busy = !self.scheduler.is_idle();
+            let busy = !self.is_idle();
             if busy {
                 self.beat.get_or_insert_with(Instant::now);
             }
@@ -103,23 +155,6 @@ impl Driver {
             tracing::error!(%error, "the KV cache lost count of its pages");
         }
         self.tell(Vec::new());
-    }
-
-    fn commit(
-        &mut self,
-        step: Step,
-        outcomes: Vec<Result<Sampled, SampleError>>,
-        wanted: usize,
-    ) -> Result<(), String> {
-        if outcomes.len() != wanted {
-            return Err(format!("the model answered {} of {wanted} rows", outcomes.len()));
-        }
-        let endings = self.scheduler.commit(step, outcomes);
-        let now = Instant::now();
-        self.beat = Some(now);
-        self.pace.finished(endings.len(), now);
-        self.tell(endings);
-        Ok(())
     }
 
     fn enqueue(&mut self, submission: Submission) {

@@ -65,7 +65,7 @@ impl PagePool {
         let mut ledger = self.ledger();
         let id = ledger.next;
         ledger.next += 1;
-        Lease { pool: self.clone(), id, table: PageTable::default() }
+        Lease { pool: self.clone(), id }
     }
 
     /// Checks that every page is owned by one lease or free once.
@@ -88,71 +88,54 @@ impl PagePool {
     }
 }
 
-/// Pages of one group that belong to one sequence, in logical order; they go back to the pool on drop.
+/// A sequence's name in the ledger of one pool. Its pages are in the table that goes with it.
 #[derive(Debug)]
 pub(crate) struct Lease {
     pool: PagePool,
     id: u64,
-    table: PageTable,
+}
+
+/// The first logical page after those of the table.
+fn end(table: &PageTable) -> usize {
+    table.first + table.pages.len()
+}
+
+/// How many pages of the table come before the logical page `logical`.
+fn before(table: &PageTable, logical: usize) -> usize {
+    logical.saturating_sub(table.first).min(table.pages.len())
 }
 
 impl Lease {
-    /// Where the sequence's positions live.
-    pub(crate) fn table(&self) -> &PageTable {
-        &self.table
-    }
-
-    /// Pages held.
-    pub(crate) fn held(&self) -> usize {
-        self.table.pages.len()
-    }
-
-    /// The first logical page after those held.
-    fn end(&self) -> usize {
-        self.table.first + self.table.pages.len()
-    }
-
-    /// Takes `count` more pages at the end: all of them, or none and `false`.
-    fn extend(&mut self, count: usize) -> bool {
+    /// Takes `count` more pages at the table's end: all of them, or none and `false`.
+    fn extend(&self, table: &mut PageTable, count: usize) -> bool {
         let mut ledger = self.pool.ledger();
-        let Some(rest) = ledger.free.len().checked_sub(count) else { return false };
-        for page in ledger.free.split_off(rest).into_iter().rev() {
-            ledger.owner[page as usize] = self.id;
-            self.table.pages.push(page);
+        let Ledger { free, owner, .. } = &mut *ledger;
+        let Some(rest) = free.len().checked_sub(count) else { return false };
+        for page in free.drain(rest..).rev() {
+            owner[page as usize] = self.id;
+            table.pages.push(page);
         }
         true
     }
 
     /// Gives back the pages before the logical page `logical`; later pages keep their places.
-    fn release_before(&mut self, logical: usize) {
-        let count = logical.saturating_sub(self.table.first).min(self.table.pages.len());
-        self.table.first += count;
+    fn release_before(&self, table: &mut PageTable, logical: usize) {
+        let count = before(table, logical);
+        table.first += count;
         let mut ledger = self.pool.ledger();
-        for page in self.table.pages.drain(..count) {
+        for page in table.pages.drain(..count) {
             ledger.owner[page as usize] = 0;
             ledger.free.push(page);
         }
     }
 
-    /// Gives everything back and starts over at position 0.
-    fn clear(&mut self) {
-        self.release_before(usize::MAX);
-        self.table.first = 0;
-    }
-
     /// Checks that it owns what its table names.
-    fn check(&self) -> Result<(), PageError> {
+    fn check(&self, table: &PageTable) -> Result<(), PageError> {
         let ledger = self.pool.ledger();
-        match self.table.pages.iter().find(|&&page| ledger.owner.get(page as usize) != Some(&self.id)) {
+        match table.pages.iter().find(|&&page| ledger.owner.get(page as usize) != Some(&self.id)) {
             Some(&page) => Err(PageError::Stolen(page)),
             None => Ok(()),
         }
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        self.clear();
     }
 }
 
@@ -177,7 +160,12 @@ impl KvPools {
 
     /// A lease over all groups, holding nothing.
     pub(crate) fn lease(&self) -> KvLease {
-        KvLease { spec: Arc::clone(&self.spec), leases: self.pools.iter().map(PagePool::lease).collect() }
+        let tables = Arc::new(vec![PageTable::default(); self.pools.len()]);
+        KvLease {
+            spec: Arc::clone(&self.spec),
+            leases: self.pools.iter().map(PagePool::lease).collect(),
+            tables,
+        }
     }
 
     /// Free pages of each group.
@@ -196,46 +184,68 @@ impl KvPools {
     /// The first broken page.
     pub(crate) fn check<'a>(&self, leases: impl Iterator<Item = &'a KvLease>) -> Result<(), PageError> {
         self.pools.iter().try_for_each(PagePool::check)?;
-        leases.flat_map(|lease| &lease.leases).try_for_each(Lease::check)
+        leases.flat_map(|lease| lease.leases.iter().zip(&*lease.tables)).try_for_each(|(l, t)| l.check(t))
     }
 }
 
-/// All pages of one sequence.
+/// All pages of one sequence; they go back to their pools on drop.
 #[derive(Debug)]
 pub(crate) struct KvLease {
     spec: Arc<KvSpec>,
     leases: Vec<Lease>,
+    /// One per group, pages in logical order. A step's batch shares them until it is launched; nothing changes them
+    /// meanwhile, so [`Arc::make_mut`] copies nothing.
+    tables: Arc<Vec<PageTable>>,
+}
+
+impl Drop for KvLease {
+    fn drop(&mut self) {
+        self.clear();
+    }
 }
 
 impl KvLease {
     /// Holds pages for every position below `end` that is still visible: all that is missing, or nothing and `false`.
     pub(crate) fn grow(&mut self, end: usize) -> bool {
         let pages = end.div_ceil(self.spec.page_size);
-        let fits = |lease: &Lease| lease.pool.free() >= pages.saturating_sub(lease.end());
-        self.leases.iter().all(fits)
-            && self.leases.iter_mut().all(|lease| lease.extend(pages.saturating_sub(lease.end())))
+        let missing = |table: &PageTable| pages.saturating_sub(self::end(table));
+        if self.tables.iter().all(|table| missing(table) == 0) {
+            return true;
+        }
+        let mut pairs = self.leases.iter().zip(&*self.tables);
+        if !pairs.all(|(lease, table)| lease.pool.free() >= missing(table)) {
+            return false;
+        }
+        let mut pairs = self.leases.iter().zip(Arc::make_mut(&mut self.tables));
+        pairs.all(|(lease, table)| lease.extend(table, missing(table)))
     }
 
     /// Gives back what a query at `next` or later cannot see.
     pub(crate) fn slide(&mut self, next: usize) {
-        for (group, lease) in self.leases.iter_mut().enumerate() {
-            lease.release_before(self.spec.first_visible(group, next) / self.spec.page_size);
+        for (group, lease) in self.leases.iter().enumerate() {
+            let first = self.spec.first_visible(group, next) / self.spec.page_size;
+            if self.tables.get(group).is_some_and(|table| before(table, first) > 0) {
+                lease.release_before(&mut Arc::make_mut(&mut self.tables)[group], first);
+            }
         }
     }
 
     /// Gives everything back.
     pub(crate) fn clear(&mut self) {
-        self.leases.iter_mut().for_each(Lease::clear);
+        for (lease, table) in self.leases.iter().zip(Arc::make_mut(&mut self.tables)) {
+            lease.release_before(table, usize::MAX);
+            table.first = 0;
+        }
     }
 
     /// Pages held of one group.
     pub(crate) fn held(&self, group: usize) -> usize {
-        self.leases.get(group).map_or(0, Lease::held)
+        self.tables.get(group).map_or(0, |table| table.pages.len())
     }
 
     /// One table per group.
-    pub(crate) fn tables(&self) -> Vec<PageTable> {
-        self.leases.iter().map(|lease| lease.table().clone()).collect()
+    pub(crate) fn tables(&self) -> &Arc<Vec<PageTable>> {
+        &self.tables
     }
 }
 

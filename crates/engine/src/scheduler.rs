@@ -31,10 +31,26 @@ struct Slice {
     rows: usize,
 }
 
-/// One step's work; valid until it is committed.
+/// One step's work as planned; to be launched before anything else changes.
 #[derive(Debug, Default)]
+#[must_use = "pages were taken for it"]
 pub(crate) struct Step {
     slices: Vec<Slice>,
+}
+
+/// A step that is under way.
+#[derive(Debug)]
+#[must_use = "its outcomes have to be committed"]
+pub(crate) struct Launched {
+    /// The sequence of each sampling row.
+    keys: Vec<u64>,
+}
+
+impl Launched {
+    /// Sampling rows.
+    pub(crate) fn rows(&self) -> usize {
+        self.keys.len()
+    }
 }
 
 impl Step {
@@ -53,6 +69,10 @@ pub(crate) struct Scheduler {
     waiting: VecDeque<Sequence>,
     /// Oldest first; all older than `waiting`.
     running: Vec<Sequence>,
+    /// Whose last token is in flight: they need no row, no page and no place any more.
+    ending: Vec<Sequence>,
+    /// Steps launched so far.
+    launched: u64,
     counters: Counters,
 }
 
@@ -60,8 +80,8 @@ impl Scheduler {
     /// One without sequences. `pools` must hold any single sequence.
     pub(crate) fn new(mut limits: Limits, pools: KvPools) -> Self {
         limits.max_num_seqs = limits.max_num_seqs.min(limits.max_batched_tokens);
-        let (waiting, running, counters) = (VecDeque::new(), Vec::new(), Counters::default());
-        Self { limits, pools, waiting, running, counters }
+        let (waiting, running, ending) = (VecDeque::new(), Vec::new(), Vec::new());
+        Self { limits, pools, waiting, running, ending, launched: 0, counters: Counters::default() }
     }
 
     /// The pools.
@@ -76,12 +96,16 @@ impl Scheduler {
 
     /// Sequences being computed.
     pub(crate) fn running(&self) -> usize {
-        self.running.len()
+        self.running.len() + self.ending.len()
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Sequence> {
+        self.running.iter().chain(&self.ending).chain(&self.waiting)
     }
 
     /// Whether there is no sequence at all.
     pub(crate) fn is_idle(&self) -> bool {
-        self.running.is_empty() && self.waiting.is_empty()
+        self.all().next().is_none()
     }
 
     /// Queues a sequence, younger than all before it.
@@ -89,17 +113,19 @@ impl Scheduler {
         self.waiting.push_back(sequence);
     }
 
-    /// Drops the sequences whose owners are gone; their pages are free at once.
+    /// Drops the sequences whose owners are gone. Their pages are free at once, although a step in flight may still
+    /// write to them: steps run in the order they are launched, and who takes the pages is launched later.
     pub(crate) fn drop_cancelled(&mut self) {
-        let before = self.running.len() + self.waiting.len();
+        let before = self.running() + self.waiting.len();
         self.running.retain(|sequence| !sequence.is_cancelled());
+        self.ending.retain(|sequence| !sequence.is_cancelled());
         self.waiting.retain(|sequence| !sequence.is_cancelled());
-        self.counters.aborted += (before - self.running.len() - self.waiting.len()) as u64;
+        self.counters.aborted += (before - self.running() - self.waiting.len()) as u64;
     }
 
-    /// Ends every sequence.
+    /// Ends every sequence. What steps in flight sample for them is not waited for.
     pub(crate) fn end_all(&mut self, reason: &FinishReason) -> Vec<Ending> {
-        let all = self.running.drain(..).chain(self.waiting.drain(..));
+        let all = self.running.drain(..).chain(self.ending.drain(..)).chain(self.waiting.drain(..));
         let endings: Vec<_> = all.map(|sequence| sequence.finish(reason)).collect();
         self.counters.aborted += endings.len() as u64;
         endings
@@ -110,12 +136,17 @@ impl Scheduler {
     /// # Errors
     /// The first page of which that is not so.
     pub(crate) fn check(&self) -> Result<(), PageError> {
-        self.pools.check(self.running.iter().chain(&self.waiting).map(Sequence::kv))
+        self.pools.check(self.all().map(Sequence::kv))
     }
 
     /// Plans a step: a row for every sequence in decode, then prompt chunks, oldest first, in what the budget
-    /// leaves. Empty only when there is no sequence.
+    /// leaves. A sequence whose next token is in flight gets a row that is fed with it, as if it would not stop.
+    /// Empty only where a step in flight has to be committed first, or there is no sequence.
     pub(crate) fn schedule(&mut self) -> Step {
+        // A row left out would be computed a whole step late; waiting costs the few microseconds of a commit.
+        if self.running.iter().any(|sequence| sequence.must_wait(self.launched)) {
+            return Step::default();
+        }
         let decoding = self.running.iter().filter(|sequence| sequence.remaining() == 1).count();
         let mut budget = self.limits.max_batched_tokens.saturating_sub(decoding);
         let mut step = Step::default();
@@ -151,6 +182,10 @@ impl Scheduler {
     fn admit(&mut self, step: &mut Step, budget: &mut usize) {
         while *budget > 0 && self.running.len() < self.limits.max_num_seqs {
             let Some(sequence) = self.waiting.front() else { return };
+            // Preempted with its last token still to arrive: its rows cannot be told from here.
+            if sequence.in_flight() > 0 {
+                return;
+            }
             let rows = sequence.remaining().min(*budget);
             if !self.has_room(sequence, rows) {
                 return;
@@ -186,38 +221,74 @@ impl Scheduler {
     fn preempt_youngest(&mut self) {
         let Some(mut sequence) = self.running.pop() else { return };
         tracing::debug!(id = %sequence.id(), key = sequence.key(), tokens = sequence.len(), "preempted");
-        sequence.preempt();
+        sequence.give_up_pages();
         self.waiting.push_front(sequence);
         self.counters.preemptions += 1;
     }
 
-    /// The step as a runner takes it.
-    pub(crate) fn batch(&self, step: &Step) -> Batch {
-        let mut batch = Batch::default();
+    /// Describes the step in `batch`, which is empty, as a runner takes it.
+    pub(crate) fn describe(&self, step: &Step, batch: &mut Batch) {
         for slice in &step.slices {
             let Some(sequence) = self.running.get(slice.index) else { continue };
             batch.sequences.push(sequence.slice(slice.rows, &mut batch.tokens));
         }
-        batch
     }
 
-    /// Takes a step's outcomes, one per sampling row, and returns what ended, pages already free.
-    pub(crate) fn commit(&mut self, step: Step, outcomes: Vec<Result<Sampled, SampleError>>) -> Vec<Ending> {
-        let mut outcomes = outcomes.into_iter();
+    /// The runner has taken the step: from here on its positions count as computed, its tokens as in flight. The batch
+    /// is cleared by now, lest page tables be copied.
+    pub(crate) fn launched(&mut self, step: Step) -> Launched {
+        self.launched += 1;
+        let mut keys = Vec::with_capacity(step.slices.len());
         for slice in step.slices {
             let Some(sequence) = self.running.get_mut(slice.index) else { continue };
-            sequence.advance(slice.rows);
-            if sequence.remaining() == 0
-                && let Some(outcome) = outcomes.next()
-            {
-                self.counters.generation_tokens += u64::from(sequence.accept(outcome, self.limits.vocab));
+            if sequence.launched(slice.rows, self.launched, keys.len()) {
+                keys.push(sequence.key());
             }
         }
+        for mut sequence in self.running.extract_if(.., |sequence| sequence.is_ending()) {
+            sequence.give_up_pages();
+            self.ending.push(sequence);
+        }
+        Launched { keys }
+    }
+
+    /// Takes the outcomes, one per sampling row, of the oldest step in flight, and returns what ended, pages already
+    /// free.
+    pub(crate) fn commit(
+        &mut self,
+        step: Launched,
+        outcomes: Vec<Result<Sampled, SampleError>>,
+    ) -> Vec<Ending> {
+        let vocab = self.limits.vocab;
+        for (key, outcome) in step.keys.into_iter().zip(outcomes) {
+            // Who is gone was cancelled, or ended by an earlier step: the row was computed in vain.
+            let Some(sequence) = self.find(key) else { continue };
+            let sampled = sequence.accept(outcome, vocab);
+            self.counters.generation_tokens += u64::from(sampled);
+        }
         self.counters.steps += 1;
-        let ended = self.running.extract_if(.., |sequence| sequence.has_ended());
-        let endings: Vec<_> = ended.map(|sequence| sequence.finish(&FinishReason::Abort)).collect();
-        self.counters.finished += endings.len() as u64;
-        endings
+        let mut ended: Vec<_> = self.running.extract_if(.., |sequence| sequence.has_ended()).collect();
+        ended.extend(self.ending.extract_if(.., |sequence| sequence.has_ended()));
+        // Who was preempted with a token in flight is at the head of the queue.
+        let begun = |waiting: &VecDeque<Sequence>| {
+            waiting.iter().take_while(|s| s.has_begun()).position(Sequence::has_ended)
+        };
+        while let Some(at) = begun(&self.waiting) {
+            ended.extend(self.waiting.remove(at));
+        }
+        self.counters.finished += ended.len() as u64;
+        ended.into_iter().map(|sequence| sequence.finish(&FinishReason::Abort)).collect()
+    }
+
+    /// The sequence of this key, if there still is one.
+    fn find(&mut self, key: u64) -> Option<&mut Sequence> {
+        if let Ok(at) = self.running.binary_search_by_key(&key, Sequence::key) {
+            return self.running.get_mut(at);
+        }
+        if let Ok(at) = self.waiting.binary_search_by_key(&key, Sequence::key) {
+            return self.waiting.get_mut(at);
+        }
+        self.ending.iter_mut().find(|sequence| sequence.key() == key)
     }
 }
 

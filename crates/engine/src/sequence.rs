@@ -19,7 +19,11 @@ pub(crate) struct Sequence {
     id: RequestId,
     prompt: Arc<[TokenId]>,
     generated: Arc<Vec<TokenId>>,
-    /// Positions whose keys and values are in the cache: `0..computed`.
+    /// Tokens after those that steps in flight sample.
+    in_flight: usize,
+    /// Number of the step that samples the last of them, and its sampling row there.
+    sampled_by: (u64, usize),
+    /// Positions whose keys and values are in the cache once every launched step has run: `0..computed`.
     computed: usize,
     kv: KvLease,
     sampling: Arc<SamplingParams>,
@@ -52,6 +56,8 @@ impl Sequence {
             id: request.id,
             prompt: request.prompt,
             generated: Arc::default(),
+            in_flight: 0,
+            sampled_by: (0, 0),
             computed: 0,
             kv,
             seed: request.sampling.seed.unwrap_or(seed),
@@ -76,14 +82,35 @@ impl Sequence {
         self.id
     }
 
-    /// Tokens known: prompt and answer.
+    /// Tokens of prompt and answer, those in flight included.
     pub(crate) fn len(&self) -> usize {
-        self.prompt.len() + self.generated.len()
+        self.prompt.len() + self.generated.len() + self.in_flight
     }
 
     /// Tokens to compute before the next one can be sampled: 1 in decode, more in prefill.
     pub(crate) fn remaining(&self) -> usize {
         self.len() - self.computed
+    }
+
+    /// Whether its tokens in flight are its last, whatever they are.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.in_flight > 0 && self.generated.len() + self.in_flight >= self.limit
+    }
+
+    /// Whether its next row cannot be launched before a token in flight is known: penalties read it, or step `last`,
+    /// the one launched last, does not sample it and so cannot feed it.
+    pub(crate) fn must_wait(&self, last: u64) -> bool {
+        self.in_flight > 0 && (self.sampling.has_penalties() || self.sampled_by.0 != last)
+    }
+
+    /// Whether it has left the queue before.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.begun
+    }
+
+    /// Tokens in flight.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight
     }
 
     /// Its pages.
@@ -111,23 +138,30 @@ impl Sequence {
         self.prompt.len()
     }
 
-    /// Gives all pages back; the tokens stay, to be computed again.
-    pub(crate) fn preempt(&mut self) {
+    /// Gives all pages back; the tokens stay, to be computed again. One that is in flight stays too: the step that
+    /// samples it runs before any that could write to these pages, so what arrives is sound.
+    pub(crate) fn give_up_pages(&mut self) {
         self.kv.clear();
         self.computed = 0;
     }
 
-    /// Appends its next `rows` input ids to `tokens` and describes them.
+    /// Appends its next `rows` input ids to `tokens` and describes them. Where a step in flight samples the input,
+    /// there is one row, fed by that step.
     pub(crate) fn slice(&self, rows: usize, tokens: &mut Vec<TokenId>) -> SequenceSlice {
         let first = tokens.len();
-        let known = self.prompt.iter().chain(self.generated.iter());
-        tokens.extend(known.skip(self.computed).take(rows));
+        let feed = (self.in_flight > 0).then_some(self.sampled_by.1);
+        if feed.is_some() {
+            tokens.push(0);
+        } else {
+            let known = self.prompt.iter().chain(self.generated.iter());
+            tokens.extend(known.skip(self.computed).take(rows));
+        }
         SequenceSlice {
             key: self.key,
             rows: first..tokens.len(),
             start: self.computed,
-            feed: None,
-            tables: Arc::new(self.kv.tables()),
+            feed,
+            tables: Arc::clone(self.kv.tables()),
             sample: (rows == self.remaining()).then(|| self.sample_row()),
         }
     }
@@ -137,26 +171,40 @@ impl Sequence {
         SampleRow {
             params: Arc::clone(&self.sampling),
             seed: self.seed,
-            step: self.generated.len() as u64,
-            banned: if self.may_stop() { Arc::default() } else { Arc::clone(&self.banned) },
+            step: self.drawn() as u64,
+            banned: if self.may_stop(self.drawn()) { Arc::default() } else { Arc::clone(&self.banned) },
             prompt: if history { Arc::clone(&self.prompt) } else { Arc::default() },
             generated: if history { Arc::clone(&self.generated) } else { Arc::default() },
         }
     }
 
-    /// Whether the next token may be a stop id.
-    fn may_stop(&self) -> bool {
-        self.generated.len() >= self.sampling.min_tokens
+    /// Tokens of the answer, those in flight included.
+    fn drawn(&self) -> usize {
+        self.generated.len() + self.in_flight
     }
 
-    /// `rows` more positions are in the cache; pages that no later query sees go back.
-    pub(crate) fn advance(&mut self, rows: usize) {
+    /// Whether the token after `drawn` others may be a stop id.
+    fn may_stop(&self, drawn: usize) -> bool {
+        drawn >= self.sampling.min_tokens
+    }
+
+    /// Step `step` is launched with `rows` of its rows, the last of which is sampling row `sampling` if it is sampled.
+    /// Pages that no later query sees go back at once, although the step still reads them: whoever takes them writes in
+    /// a later step, and steps run in the order they are launched.
+    pub(crate) fn launched(&mut self, rows: usize, step: u64, sampling: usize) -> bool {
+        let samples = rows == self.remaining();
         self.computed += rows;
+        if samples {
+            self.in_flight += 1;
+            self.sampled_by = (step, sampling);
+        }
         self.kv.slide(self.computed);
+        samples
     }
 
-    /// Takes the outcome of its sampling row and tells its owner. Returns whether a token was sampled.
+    /// Takes the outcome of its oldest row in flight and tells its owner. Returns whether a token was sampled.
     pub(crate) fn accept(&mut self, outcome: Result<Sampled, SampleError>, vocab: usize) -> bool {
+        self.in_flight = self.in_flight.saturating_sub(1);
         let Sampled { id, logprobs } = match outcome {
             Ok(sampled) if (sampled.id as usize) < vocab => sampled,
             Ok(sampled) => {
@@ -184,7 +232,7 @@ impl Sequence {
 
     /// Why sampling `id` next ends the sequence, if it does. An id in both lists counts as the model's own end.
     fn cause(&self, id: TokenId) -> Option<StopCause> {
-        if !self.may_stop() || !self.stop.stops_on(id) {
+        if !self.may_stop(self.generated.len()) || !self.stop.stops_on(id) {
             return None;
         }
         let is_eos = !self.stop.ignore_eos && self.stop.eos.contains(&id);

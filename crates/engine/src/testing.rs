@@ -71,7 +71,8 @@ pub(crate) fn expected(spec: &KvSpec, request: &GenerateRequest, max_model_len: 
         tokens.push(id);
         history.push(id);
         if !early && request.stop.stops_on(id) {
-            break FinishReason::Stop(StopCause::Eos(id));
+            let eos = !request.stop.ignore_eos && request.stop.eos.contains(&id);
+            break FinishReason::Stop(if eos { StopCause::Eos(id) } else { StopCause::TokenId(id) });
         }
     };
     let usage = Usage { prompt: request.prompt.len(), cached: 0, generated: tokens.len() };

@@ -10,6 +10,7 @@ use crate::testing::{
 };
 
 mod faults;
+mod pipeline;
 
 const CONTEXT: usize = 96;
 
@@ -18,11 +19,20 @@ fn config() -> EngineConfig {
 }
 
 fn echo() -> PagedEchoRunner {
-    PagedEchoRunner::new(spec(4, Some(10)), CONTEXT, 1)
+    deep_echo(1)
+}
+
+/// One that takes `depth` steps before the oldest is collected.
+fn deep_echo(depth: usize) -> PagedEchoRunner {
+    PagedEchoRunner::new(spec(4, Some(10)), CONTEXT, depth)
 }
 
 fn gated(config: EngineConfig, twist: Option<Twist>) -> (Gate, EngineHandle) {
-    let (gate, runner) = GatedRunner::gated(echo(), twist);
+    gated_at(1, config, twist)
+}
+
+fn gated_at(depth: usize, config: EngineConfig, twist: Option<Twist>) -> (Gate, EngineHandle) {
+    let (gate, runner) = GatedRunner::gated(deep_echo(depth), twist);
     (gate, Engine::start(runner, config).unwrap())
 }
 

@@ -1,3 +1,4 @@
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use ctxserve_backend::KvPlan;
@@ -18,6 +19,9 @@ struct Job {
     max_tokens: usize,
     min_tokens: usize,
     cancelled: Option<usize>,
+    /// Stop ids beside the end-of-turn id.
+    stops: u32,
+    penalised: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -29,25 +33,30 @@ struct Scenario {
     max_model_len: usize,
     /// Pages beyond what one sequence needs: 0 is the greatest pressure.
     spare: usize,
+    /// Most steps in flight.
+    depth: usize,
     jobs: Vec<Job>,
 }
 
 fn scenarios() -> impl Strategy<Value = Scenario> {
-    let job = (0_usize..40, 1_usize..60, 1_usize..30, 0_usize..6, prop::option::weighted(0.3, 0_usize..80));
-    let job = job.prop_map(|(arrives, prompt, max_tokens, min_tokens, cancelled)| Job {
+    let ends = (1_usize..30, 0_usize..6, 0_u32..8, prop::option::weighted(0.3, 0_usize..80));
+    let job = (0_usize..40, 1_usize..60, ends, prop::bool::weighted(0.1));
+    let job = job.prop_map(|(arrives, prompt, (max_tokens, min_tokens, stops, cancelled), penalised)| Job {
         arrives,
         prompt,
         max_tokens,
         min_tokens,
         cancelled: cancelled.map(|after| arrives + after),
+        stops,
+        penalised,
     });
     let sizes =
         (1_usize..7, prop::option::of(1_usize..14), 1_usize..7, 1_usize..30, 2_usize..64, 0_usize..30);
-    (sizes, prop::collection::vec(job, 1..14)).prop_map(|(sizes, mut jobs)| {
+    (sizes, 1_usize..4, prop::collection::vec(job, 1..14)).prop_map(|(sizes, depth, mut jobs)| {
         let (page_size, window, max_num_seqs, max_batched_tokens, max_model_len, spare) = sizes;
         jobs.sort_by_key(|job| job.arrives);
         jobs.iter_mut().for_each(|job| job.prompt = job.prompt.min(max_model_len - 1));
-        Scenario { page_size, window, max_num_seqs, max_batched_tokens, max_model_len, spare, jobs }
+        Scenario { page_size, window, max_num_seqs, max_batched_tokens, max_model_len, spare, depth, jobs }
     })
 }
 
@@ -56,6 +65,7 @@ struct Bench {
     scenario: Scenario,
     scheduler: Scheduler,
     runner: PagedEchoRunner,
+    in_flight: VecDeque<Launched>,
     occupancy: Arc<Occupancy>,
     /// By key; `None` once cancelled.
     streams: Vec<Option<EventStream>>,
@@ -69,13 +79,14 @@ impl Bench {
         let (len, chunk) = (scenario.max_model_len, scenario.max_batched_tokens);
         let pages = |g| spec.pages_for(g, len, chunk.min(len)) + scenario.spare;
         let plan = KvPlan { pages: (0..spec.groups.len()).map(pages).collect(), spec: spec.clone() };
-        let mut runner = PagedEchoRunner::new(spec, len, 1);
+        let mut runner = PagedEchoRunner::new(spec, len, scenario.depth);
         runner.allocate(&plan).unwrap();
         let limits = Limits { max_num_seqs: scenario.max_num_seqs, max_batched_tokens: chunk, vocab: VOCAB };
         Self {
             scenario: scenario.clone(),
             scheduler: Scheduler::new(limits, KvPools::new(&plan)),
             runner,
+            in_flight: VecDeque::new(),
             occupancy: Arc::default(),
             streams: Vec::new(),
             answers: Vec::new(),
@@ -88,6 +99,8 @@ impl Bench {
         let prompt: Vec<_> = (0..job.prompt).map(|at| ((key * 31 + at * 7) % VOCAB) as u32).collect();
         let mut request = request(key as u64, &prompt, job.max_tokens);
         request.sampling.min_tokens = job.min_tokens;
+        request.sampling.presence_penalty = if job.penalised { 0.5 } else { 0.0 };
+        request.stop.token_ids = (1..=job.stops).collect();
         request
     }
 
@@ -104,10 +117,11 @@ impl Bench {
 
     /// The invariants that hold between steps.
     fn check(&self) {
-        let Scheduler { running, waiting, pools, .. } = &self.scheduler;
+        let Scheduler { running, waiting, ending, pools, .. } = &self.scheduler;
         assert_eq!(self.scheduler.check(), Ok(()));
         let keys: Vec<_> = running.iter().chain(waiting).map(Sequence::key).collect();
         assert!(keys.is_sorted_by(|a, b| a < b), "out of order: {keys:?}");
+        assert!(ending.iter().all(Sequence::is_ending) && running.iter().all(|s| !s.is_ending()));
         for group in 0..pools.used().len() {
             let held: usize = running.iter().map(|sequence| sequence.kv().held(group)).sum();
             assert_eq!(held, pools.used()[group], "a page outside the running sequences");
@@ -118,19 +132,45 @@ impl Bench {
         }
     }
 
+    /// What the driver does between two looks at its inbox.
     fn step(&mut self) {
-        let oldest = self.scheduler.running.iter().chain(&self.scheduler.waiting).map(Sequence::key).min();
+        let Scheduler { running, waiting, .. } = &self.scheduler;
+        let oldest = running.iter().chain(waiting).min_by_key(|sequence| sequence.key());
+        let oldest = oldest.map(|sequence| (sequence.key(), sequence.in_flight() > 0));
         let step = self.scheduler.schedule();
         assert_eq!(self.scheduler.check(), Ok(()));
-        let batch = self.scheduler.batch(&step);
+        let wait = step.is_empty();
+        if !wait {
+            let (key, preempted) = oldest.unwrap();
+            let batch = self.launch(step);
+            let served = batch.sequences.iter().any(|slice| slice.key == key);
+            assert!(served || preempted, "the oldest sequence, {key}, has no row");
+        }
+        if wait || self.in_flight.len() >= self.scenario.depth {
+            self.collect();
+        }
+    }
+
+    fn launch(&mut self, step: Step) -> Batch {
+        let mut batch = Batch::default();
+        self.scheduler.describe(&step, &mut batch);
         assert!(batch.tokens.len() <= self.scenario.max_batched_tokens, "over the token budget");
         assert!(batch.sequences.len() <= self.scenario.max_num_seqs, "over the sequence limit");
-        let served = batch.sequences.iter().any(|slice| Some(slice.key) == oldest);
-        assert!(served, "the oldest sequence, {oldest:?}, has no row");
+        for slice in &batch.sequences {
+            let Some(row) = slice.sample.as_ref().filter(|row| row.params.has_penalties()) else { continue };
+            assert_eq!(row.generated.len() as u64, row.step, "penalties need all that was generated");
+        }
         self.runner.launch(&batch).unwrap();
-        let outcomes = self.runner.collect().unwrap();
-        self.scheduler.commit(step, outcomes).into_iter().for_each(Ending::send);
+        self.in_flight.push_back(self.scheduler.launched(step));
         self.steps += 1;
+        batch
+    }
+
+    fn collect(&mut self) {
+        let step = self.in_flight.pop_front().expect("nothing to do");
+        let outcomes = self.runner.collect().unwrap();
+        assert_eq!(outcomes.len(), step.rows());
+        self.scheduler.commit(step, outcomes).into_iter().for_each(Ending::send);
     }
 
     fn read(&mut self) {
@@ -158,7 +198,7 @@ impl Bench {
             }
             self.scheduler.drop_cancelled();
             self.check();
-            if !self.scheduler.is_idle() {
+            if !(self.scheduler.is_idle() && self.in_flight.is_empty()) {
                 self.step();
                 self.read();
                 self.check();
@@ -174,9 +214,9 @@ impl Bench {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
-    /// Random arrivals, cancellations, lengths, windows, chunk sizes and page pressure: every step keeps its
-    /// budgets and serves the oldest, no page is lost, nobody is starved, and every answer that was not cancelled
-    /// is the one of the sequence alone.
+    /// Random arrivals, cancellations, stops, lengths, windows, chunk sizes, page pressure and steps in flight: every
+    /// step keeps its budgets and serves the oldest, no page is lost, nobody is starved, and every answer that was
+    /// not cancelled is the one of the sequence alone.
     #[test]
     fn everyone_is_answered_as_if_alone(scenario in scenarios()) {
         let mut bench = Bench::new(&scenario);
@@ -197,12 +237,17 @@ proptest! {
 }
 
 fn job(arrives: usize, prompt: usize, max_tokens: usize) -> Job {
-    Job { arrives, prompt, max_tokens, min_tokens: max_tokens, cancelled: None }
+    Job { arrives, prompt, max_tokens, min_tokens: max_tokens, cancelled: None, stops: 0, penalised: false }
 }
 
 #[test]
 fn page_pressure_preempts_the_youngest_and_repeats_nothing() {
+    (1..4).for_each(page_pressure);
+}
+
+fn page_pressure(depth: usize) {
     let scenario = Scenario {
+        depth,
         page_size: 4,
         window: None,
         max_num_seqs: 4,
@@ -231,6 +276,7 @@ fn decode_rows_flow_beside_a_long_prompt() {
         max_batched_tokens: 8,
         max_model_len: 200,
         spare: 100,
+        depth: 1,
         jobs: vec![job(0, 2, 60), job(0, 2, 60), job(2, 150, 1)],
     };
     let mut bench = Bench::new(&scenario);
@@ -241,14 +287,12 @@ fn decode_rows_flow_beside_a_long_prompt() {
     // 150 prompt tokens beside two decode rows: chunks of 6.
     for step in 0..150 / 6 {
         let plan = bench.scheduler.schedule();
-        let batch = bench.scheduler.batch(&plan);
+        let batch = bench.launch(plan);
         let rows: Vec<_> = batch.sequences.iter().map(|slice| (slice.key, slice.rows.len())).collect();
         assert_eq!(rows, [(0, 1), (1, 1), (2, 6)], "step {step}");
         let sampled: Vec<_> = batch.sequences.iter().map(|slice| slice.sample.is_some()).collect();
         assert_eq!(sampled, [true, true, step == 24], "only a prompt's last chunk is sampled");
-        bench.runner.launch(&batch).unwrap();
-        let outcomes = bench.runner.collect().unwrap();
-        bench.scheduler.commit(plan, outcomes).into_iter().for_each(Ending::send);
+        bench.collect();
         bench.check();
     }
     bench.read();
@@ -265,6 +309,7 @@ fn a_newcomer_waits_until_its_whole_prompt_fits() {
         max_batched_tokens: 8,
         max_model_len: 40,
         spare: 0,
+        depth: 1,
         jobs: vec![job(0, 30, 2), job(0, 20, 2), job(0, 1, 2)],
     };
     let mut bench = Bench::new(&scenario);
@@ -279,4 +324,112 @@ fn a_newcomer_waits_until_its_whole_prompt_fits() {
     }
     assert_eq!(bench.scheduler.counters().preemptions, 0);
     assert!(bench.answers.iter().all(|answer| answer.tokens.len() == 2));
+}
+
+/// Three sequences, a device that takes two steps: what the second step is fed with, and what becomes of it.
+#[test]
+fn the_next_step_is_launched_before_the_last_is_known() {
+    let scenario = Scenario {
+        page_size: 4,
+        window: Some(8),
+        max_num_seqs: 4,
+        max_batched_tokens: 16,
+        max_model_len: 40,
+        spare: 20,
+        depth: 2,
+        jobs: vec![job(0, 3, 20), job(0, 5, 20), job(0, 4, 1)],
+    };
+    let mut bench = Bench::new(&scenario);
+    (0..3).for_each(|key| bench.submit(key));
+    let step = bench.scheduler.schedule();
+    let first = bench.launch(step);
+    assert!(first.sequences.iter().all(|slice| slice.feed.is_none() && slice.sample.is_some()));
+    // The third needs one token only, and that is in flight: no row, no pages.
+    let step = bench.scheduler.schedule();
+    let second = bench.launch(step);
+    let rows: Vec<_> = second.sequences.iter().map(|s| (s.key, s.rows.clone(), s.start, s.feed)).collect();
+    assert_eq!(rows, [(0, 0..1, 3, Some(0)), (1, 1..2, 5, Some(1))]);
+    assert_eq!(second.tokens, [0, 0], "placeholders");
+    let draws: Vec<_> = second.sample_rows().map(|row| (row.step, row.banned.to_vec())).collect();
+    assert_eq!(draws, [(1, vec![0]), (1, vec![0])], "bans and draws count the token in flight");
+    assert_eq!((bench.scheduler.running.len(), bench.scheduler.ending.len()), (2, 1));
+    assert_eq!(bench.scheduler.ending[0].kv().held(0), 0);
+    bench.check();
+
+    // The first leaves while both steps are under way: its outcomes are dropped, the others' are not.
+    bench.streams[0] = None;
+    bench.scheduler.drop_cancelled();
+    bench.check();
+    bench.collect();
+    bench.collect();
+    bench.read();
+    let tokens: Vec<_> = bench.answers.iter().map(|answer| answer.tokens.len()).collect();
+    assert_eq!(tokens, [0, 2, 1]);
+    let counters = bench.scheduler.counters();
+    assert_eq!((counters.generation_tokens, counters.finished, counters.aborted), (3, 1, 1));
+}
+
+/// A token that arrives for a preempted sequence is kept, and may end it where it waits.
+#[test]
+fn a_preempted_sequence_keeps_the_token_in_flight() {
+    for stops in [false, true] {
+        let scenario = Scenario {
+            page_size: 4,
+            window: None,
+            max_num_seqs: 4,
+            max_batched_tokens: 16,
+            max_model_len: 40,
+            spare: 20,
+            depth: 2,
+            jobs: vec![job(0, 3, 20), job(0, 5, 20)],
+        };
+        let mut bench = Bench::new(&scenario);
+        bench.scenario.jobs[1].min_tokens = 0;
+        // Every id but those below ends it.
+        bench.scenario.jobs[1].stops = if stops { VOCAB as u32 - 1 } else { 0 };
+        (0..2).for_each(|key| bench.submit(key));
+        let step = bench.scheduler.schedule();
+        bench.launch(step);
+        bench.scheduler.preempt_youngest();
+        assert_eq!((bench.scheduler.waiting.len(), bench.scheduler.waiting[0].in_flight()), (1, 1));
+        let step = bench.scheduler.schedule();
+        let second = bench.launch(step);
+        assert_eq!(second.sequences.iter().map(|s| s.key).collect::<Vec<_>>(), [0], "it waits for its token");
+        bench.check();
+        bench.collect();
+        bench.read();
+        assert_eq!(bench.answers[1].tokens.len(), 1);
+        assert_eq!(bench.answers[1].end.is_some(), stops);
+        let step = bench.scheduler.schedule();
+        let third = bench.launch(step);
+        let again = third.sequences.iter().find(|s| s.key == 1).map(|s| (s.start, s.rows.len()));
+        assert_eq!(again, if stops { None } else { Some((0, 6)) }, "prompt and token, computed again");
+        bench.check();
+    }
+}
+
+/// Penalties read every token generated so far: their sequence is never fed, and the others wait with it.
+#[test]
+fn penalties_wait_for_the_commit() {
+    let mut jobs = vec![job(0, 3, 20), job(0, 5, 20)];
+    jobs[1].penalised = true;
+    let scenario = Scenario {
+        page_size: 4,
+        window: None,
+        max_num_seqs: 4,
+        max_batched_tokens: 16,
+        max_model_len: 40,
+        spare: 20,
+        depth: 2,
+        jobs,
+    };
+    let mut bench = Bench::new(&scenario);
+    (0..2).for_each(|key| bench.submit(key));
+    let step = bench.scheduler.schedule();
+    bench.launch(step);
+    assert!(bench.scheduler.schedule().is_empty());
+    bench.collect();
+    let step = bench.scheduler.schedule();
+    let next = bench.launch(step);
+    assert!(next.sequences.len() == 2 && next.sequences.iter().all(|slice| slice.feed.is_none()));
 }
