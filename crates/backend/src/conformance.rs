@@ -12,6 +12,8 @@ mod schedule;
 
 use std::fmt;
 
+use ctxserve_core::{Encoding, MXFP4_BLOCK};
+
 use crate::{Backend, DeviceError, KvDtype};
 
 pub use random::Random;
@@ -26,8 +28,30 @@ pub struct Claims {
     /// Rows are bitwise the same whatever their neighbours, chunks and page size. Otherwise `products` bounds
     /// the difference.
     pub bitwise: bool,
-    /// KV storages to test.
+    /// KV storages to test; the first serves where storage is not what is tested.
     pub kv: Vec<KvDtype>,
+    /// Encodings of experts that are taken; the first serves in place of others.
+    pub experts: Vec<Encoding>,
+    /// Page sizes that are taken, ascending; the next larger one, or the largest, serves in place of others. Empty: any.
+    pub page_sizes: Vec<usize>,
+}
+
+impl Claims {
+    /// A shape as the backend takes it.
+    fn fit(&self, mut shape: fixture::Shape) -> fixture::Shape {
+        if !self.kv.contains(&shape.kv) {
+            shape.kv = self.kv.first().copied().unwrap_or(shape.kv);
+        }
+        if !self.experts.contains(&shape.expert) {
+            shape.expert = self.experts.first().copied().unwrap_or(shape.expert);
+            // FP4 comes in blocks along a row, and rows are as long as the widths.
+            shape.inner = shape.inner.next_multiple_of(MXFP4_BLOCK);
+            shape.extra = shape.extra.next_multiple_of(MXFP4_BLOCK);
+        }
+        let larger = self.page_sizes.iter().find(|&&size| size >= shape.page_size);
+        shape.page_size = larger.or(self.page_sizes.last()).copied().unwrap_or(shape.page_size);
+        shape
+    }
 }
 
 /// One comparison.

@@ -1,5 +1,7 @@
 //! The paged KV pools in host memory.
 
+use std::borrow::Cow;
+
 use ctxserve_backend::{DeviceError, KvDtype, KvPlan, PageId};
 use half::bf16;
 
@@ -22,6 +24,9 @@ pub struct CpuKv {
 enum Pool {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
+    /// What e4m3 with one scale per position and head would hold, as f32: the definition of that storage, without its
+    /// thrift.
+    Fp8(Vec<f32>),
 }
 
 /// Part of a page.
@@ -60,7 +65,7 @@ impl CpuKv {
             let pool = match group.dtype {
                 KvDtype::F32 => zeros(count).map(Pool::F32),
                 KvDtype::Bf16 => zeros(count).map(Pool::Bf16),
-                KvDtype::Fp8E4m3 => return fail("the CPU stores KV as f32 or bf16, not fp8"),
+                KvDtype::Fp8E4m3 => zeros(count).map(Pool::Fp8),
             };
             match pool {
                 Some(pool) => pools.push(pool),
@@ -102,7 +107,7 @@ impl CpuKv {
     ) -> (Cells<'_>, Cells<'_>) {
         let (start, half) = (self.offset(group, layer, page, head), self.head_cells());
         match &self.pools[group] {
-            Pool::F32(cells) => {
+            Pool::F32(cells) | Pool::Fp8(cells) => {
                 let (keys, values) = cells[start..start + 2 * half].split_at(half);
                 (Cells::F32(keys), Cells::F32(values))
             }
@@ -124,18 +129,23 @@ impl CpuKv {
     ) {
         let (start, half, slots) = (self.offset(group, layer, page, head), self.head_cells(), self.slots);
         let dim = self.plan.spec.head_dim;
+        let (mut key, mut value) = (Cow::Borrowed(key), Cow::Borrowed(value));
+        if matches!(self.pools[group], Pool::Fp8(_)) {
+            round_to_e4m3(key.to_mut());
+            round_to_e4m3(value.to_mut());
+        }
         match &mut self.pools[group] {
-            Pool::F32(cells) => {
+            Pool::F32(cells) | Pool::Fp8(cells) => {
                 let (keys, values) = cells[start..start + 2 * half].split_at_mut(half);
-                keys.iter_mut().skip(slot).step_by(slots).zip(key).for_each(|(cell, &x)| *cell = x);
-                values[slot * dim..][..dim].copy_from_slice(value);
+                keys.iter_mut().skip(slot).step_by(slots).zip(&*key).for_each(|(cell, &x)| *cell = x);
+                values[slot * dim..][..dim].copy_from_slice(&value);
             }
             Pool::Bf16(cells) => {
                 let (keys, values) = cells[start..start + 2 * half].split_at_mut(half);
                 let keys = keys.iter_mut().skip(slot).step_by(slots);
-                keys.zip(key).for_each(|(cell, &x)| *cell = bf16::from_f32(x));
+                keys.zip(&*key).for_each(|(cell, &x)| *cell = bf16::from_f32(x));
                 let values = values[slot * dim..][..dim].iter_mut();
-                values.zip(value).for_each(|(cell, &x)| *cell = bf16::from_f32(x));
+                values.zip(&*value).for_each(|(cell, &x)| *cell = bf16::from_f32(x));
             }
         }
     }
@@ -144,10 +154,27 @@ impl CpuKv {
     pub fn poison(&mut self, value: f32) {
         for pool in &mut self.pools {
             match pool {
-                Pool::F32(cells) => cells.fill(value),
+                Pool::F32(cells) | Pool::Fp8(cells) => cells.fill(value),
                 Pool::Bf16(cells) => cells.fill(bf16::from_f32(value)),
             }
         }
+    }
+}
+
+/// Rounds one head's values to e4m3 times a scale of amax / 448 (OCP 8-bit floating point, E4M3: three bits of mantissa,
+/// smallest normal exponent -6, largest value 448). A NaN makes the scale one.
+fn round_to_e4m3(values: &mut [f32]) {
+    const LARGEST: f32 = 448.0;
+    let peak = values.iter().fold(0.0, |peak: f32, x| if x.is_nan() { *x } else { peak.max(x.abs()) });
+    let scale = peak / LARGEST;
+    for x in values {
+        if scale == 0.0 {
+            continue;
+        }
+        let y = *x / scale;
+        let exponent = y.abs().max(f32::MIN_POSITIVE).log2().floor().max(-6.0);
+        let step = (exponent - 3.0).exp2();
+        *x = ((y / step).round_ties_even() * step).clamp(-LARGEST, LARGEST) * scale;
     }
 }
 
@@ -155,4 +182,20 @@ impl CpuKv {
 /// it is first written, so that an idle pool costs nothing.
 fn zeros<T: bytemuck::Zeroable>(count: usize) -> Option<Vec<T>> {
     bytemuck::allocation::try_zeroed_vec(count).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn e4m3_keeps_three_bits_of_mantissa() {
+        let mut values = [448.0, 17.0, 18.0, 19.0, -0.3, 0.001, 0.0];
+        round_to_e4m3(&mut values);
+        // 17 lies between 16 and 18 and goes to the even one; 0.001 is half of the smallest subnormal, 2^-9.
+        assert_eq!(values, [448.0, 16.0, 18.0, 20.0, -0.3125, 0.001_953_125, 0.0]);
+        let mut nan = [1.0, f32::NAN];
+        round_to_e4m3(&mut nan);
+        assert!(nan.iter().all(|x| x.is_nan()));
+    }
 }

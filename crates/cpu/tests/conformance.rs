@@ -4,7 +4,14 @@ use std::num::NonZeroUsize;
 
 use ctxserve_backend::conformance::{Claims, run};
 use ctxserve_backend::{DeviceError, KvDtype};
+use ctxserve_core::Encoding;
 use ctxserve_cpu::{CpuBackend, CpuOptions, Isa, Precision};
+
+/// What holds for every precision.
+fn claims() -> Claims {
+    let experts = vec![Encoding::F32, Encoding::Bf16, Encoding::Mxfp4];
+    Claims { exact: 0.0, products: 0.0, bitwise: true, kv: Vec::new(), experts, page_sizes: Vec::new() }
+}
 
 fn check(precision: Precision, claims: &Claims) -> Result<(), DeviceError> {
     for &isa in Isa::available() {
@@ -26,19 +33,19 @@ fn check(precision: Precision, claims: &Claims) -> Result<(), DeviceError> {
 
 #[test]
 fn exact_kernels_match_the_plain_loops_and_never_mind_their_neighbours() {
-    let kv = vec![KvDtype::F32, KvDtype::Bf16];
-    check(Precision::Exact, &Claims { exact: 5e-6, products: 5e-6, bitwise: true, kv }).unwrap();
+    let kv = vec![KvDtype::F32, KvDtype::Bf16, KvDtype::Fp8E4m3];
+    check(Precision::Exact, &Claims { exact: 5e-6, products: 5e-6, bitwise: true, kv, ..claims() }).unwrap();
 }
 
 #[test]
 fn int8_kernels_stay_within_quantisation_error_and_never_mind_their_neighbours() {
     let kv = vec![KvDtype::F32, KvDtype::Bf16];
-    check(Precision::Int8, &Claims { exact: 5e-6, products: 3e-2, bitwise: true, kv }).unwrap();
+    check(Precision::Int8, &Claims { exact: 5e-6, products: 3e-2, bitwise: true, kv, ..claims() }).unwrap();
 }
 
 #[test]
 fn the_plain_loops_are_independent_of_neighbours_too() {
-    let claims = Claims { exact: 0.0, products: 0.0, bitwise: true, kv: vec![KvDtype::F32] };
+    let claims = Claims { exact: 0.0, products: 0.0, bitwise: true, kv: vec![KvDtype::F32], ..claims() };
     let plain = || Ok(CpuBackend::plain());
     let report = run(3, &claims, plain, plain).unwrap();
     assert_eq!(report.failures().count(), 0, "{report}");

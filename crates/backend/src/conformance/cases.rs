@@ -71,7 +71,7 @@ impl<'a> Suite<'a> {
             Shape { dense: F32, expert: F32, inner: 21, extra: 1, ..shape() },
             Shape { head_dim: 64, dense: Bf16, expert: Mxfp4, ..shape() },
         ];
-        for shape in shapes {
+        for shape in shapes.map(|shape| self.claims.fit(shape)) {
             let fixture = Fixture::new(shape, &mut self.random)?;
             let (mut ours, mut theirs) = (fixture.load(make()?)?, fixture.load(reference()?)?);
             // Every row count for FP4 experts with bf16 layers, the edges for the rest.
@@ -101,8 +101,12 @@ impl<'a> Suite<'a> {
             let (mut ours, mut theirs) = (fixture.load(make()?)?, fixture.load(reference()?)?);
             poison(&mut ours)?;
             poison(&mut theirs)?;
-            // Rounding to bf16 flips where the two sides differ in the last bit before it.
-            let storage = if shape.kv == KvDtype::F32 { 0.0 } else { 2e-3 };
+            // Rounding flips where the two sides differ in the last bit before it.
+            let storage = match shape.kv {
+                KvDtype::F32 => 0.0,
+                KvDtype::Bf16 => 2e-3,
+                KvDtype::Fp8E4m3 => 2e-2,
+            };
             let limit = self.claims.products.max(storage);
             // What quantisation changes before the router may change its choice: only exact layers compare.
             let layer = self.claims.products <= self.claims.exact && shape.kv == KvDtype::F32;
@@ -142,7 +146,7 @@ impl<'a> Suite<'a> {
                 Shape { kv, head_dim: 64, kv_heads: 2, page_size: 1, ..shape() },
             ]);
         }
-        shapes
+        shapes.into_iter().map(|shape| self.claims.fit(shape)).collect()
     }
 
     /// One sequence alone, in one chunk, against the same in other company, chunks and pages.
@@ -154,7 +158,7 @@ impl<'a> Suite<'a> {
         let limit = if self.claims.bitwise { 0.0 } else { self.claims.products };
         let kinds = [(Encoding::Bf16, Encoding::Mxfp4), (Encoding::F32, Encoding::Bf16)];
         for (dense, expert) in kinds {
-            let base = Shape { window: Some(12), dense, expert, ..shape() };
+            let base = self.claims.fit(Shape { window: Some(12), dense, expert, ..shape() });
             let fixture = Fixture::new(base, &mut self.random)?;
             let subject = self.tokens(LENGTH);
             let mut alone = fixture.load(make()?)?;
@@ -166,7 +170,7 @@ impl<'a> Suite<'a> {
             for chunk in [1, 7, 16, 40] {
                 for (page_size, strangers) in [(16, 0), (16, 3), (5, 3)] {
                     let mut fixture = fixture.clone();
-                    fixture.shape.page_size = page_size;
+                    fixture.shape = self.claims.fit(Shape { page_size, ..fixture.shape });
                     let mut loaded = fixture.load(make()?)?;
                     poison(&mut loaded)?;
                     let mut pages = Pages::new(&loaded.plan, &mut self.random);
@@ -213,7 +217,7 @@ impl<'a> Suite<'a> {
         make: &impl Fn() -> Result<B, DeviceError>,
         reference: &impl Fn() -> Result<R, DeviceError>,
     ) -> Result<(), DeviceError> {
-        let fixture = Fixture::new(shape(), &mut self.random)?;
+        let fixture = Fixture::new(self.claims.fit(shape()), &mut self.random)?;
         let (mut ours, mut theirs) = (fixture.load(make()?)?, fixture.load(reference()?)?);
         let mut tokens = self.tokens(32);
         tokens[5] = POISON;
