@@ -11,11 +11,12 @@ use super::{Device, Pinned, check};
 /// What may be copied to and from a device as bytes.
 pub use bytemuck::Pod;
 
-/// `len` elements of device memory, freed on drop. Contents are undefined until written.
+/// `len` elements of device memory, freed on drop unless it is a view. Contents are undefined until written.
 #[derive(Debug)]
 pub struct Buffer<T> {
     address: sys::CUdeviceptr,
     len: usize,
+    owned: bool,
     device: Device,
     element: PhantomData<T>,
 }
@@ -149,6 +150,22 @@ impl<T: Pod> Buffer<T> {
         })
     }
 
+    /// `len` elements of type `U` from byte `offset` on, as a buffer of its own that owns nothing.
+    ///
+    /// # Errors
+    /// A range beyond the end, or one that `U` cannot be aligned at.
+    ///
+    /// # Safety
+    /// The view must not outlive this buffer.
+    pub unsafe fn view<U: Pod>(&self, offset: usize, len: usize) -> Result<Buffer<U>, DeviceError> {
+        let end = len.checked_mul(size_of::<U>()).and_then(|bytes| bytes.checked_add(offset));
+        if !end.is_some_and(|end| end <= self.bytes()) || !offset.is_multiple_of(align_of::<U>().max(1)) {
+            return Err(DeviceError::new("view", format!("{len} elements at byte {offset} of {}", self.bytes())));
+        }
+        let (address, device) = (self.address + offset as u64, self.device.clone());
+        Ok(Buffer { address, len, owned: false, device, element: PhantomData })
+    }
+
     fn inside(&self, op: &'static str, at: usize, len: usize) -> Result<(), DeviceError> {
         if at.checked_add(len).is_some_and(|end| end <= self.len) {
             return Ok(());
@@ -159,7 +176,7 @@ impl<T: Pod> Buffer<T> {
 
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
-        if self.address != 0 && self.device.enter("free").is_ok() {
+        if self.owned && self.address != 0 && self.device.enter("free").is_ok() {
             // SAFETY: allocated here, freed once. The driver waits for work that uses it.
             let _ = unsafe { sys::cuMemFree_v2(self.address) };
         }
@@ -184,7 +201,7 @@ impl Device {
                 DeviceError::new(OP, format!("{bytes} bytes of device memory: {}", error.what))
             })?;
         }
-        Ok(Buffer { address, len, device: self.clone(), element: PhantomData })
+        Ok(Buffer { address, len, owned: true, device: self.clone(), element: PhantomData })
     }
 
     /// Takes memory and copies `values` to it.

@@ -38,6 +38,13 @@ impl Device {
     }
 }
 
+impl<T> Pinned<T> {
+    /// Where kernels read it: under unified addressing the host's own address.
+    pub fn address(&self) -> u64 {
+        self.pointer as u64
+    }
+}
+
 impl<T> Deref for Pinned<T> {
     type Target = [T];
 
