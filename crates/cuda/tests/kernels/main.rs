@@ -10,6 +10,11 @@
     dead_code
 )]
 
+mod attention;
+mod attention_decode;
+mod attention_prefill;
 mod common;
 mod gemm;
+mod kv_append;
+mod kv_gather;
 mod rms_norm;

@@ -1,0 +1,107 @@
+//! Rotation of queries and keys, and the append to the cache, for many rows.
+
+use ctxserve_backend::DeviceError;
+
+use super::attention::{Cache, CacheArguments, HEAD_DIM};
+use crate::driver::{Buffer, Device, Kernel, Launch, Params};
+
+const OP: &str = "kv_append";
+const THREADS: u32 = 256;
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Arguments {
+    qkv: u64,
+    q: u64,
+    cache: CacheArguments,
+    position: u64,
+    slot: u64,
+    live: u64,
+    inv_freq: u64,
+    mscale: f32,
+    heads: i32,
+}
+
+// SAFETY: mirrors `Params` of kernels/kv_append.cu.
+unsafe impl Params for Arguments {}
+
+/// The loaded kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct KvAppend {
+    e4m3: Kernel,
+    bf16: Kernel,
+}
+
+/// Rotates q and k, writes q, and k and v to the cache.
+#[derive(Debug)]
+pub struct Call<'a> {
+    /// `[rows, (heads + 2 * kv_heads) * 64]`, not rotated; in q and k heads the elements `i` and `i + 32` are adjacent.
+    pub qkv: &'a Buffer<f32>,
+    /// `[rows, heads * 64]`, bits of bf16, in natural order.
+    pub q: &'a Buffer<u16>,
+    /// The layer's cache.
+    pub cache: Cache,
+    /// Position of each row.
+    pub position: &'a Buffer<i32>,
+    /// `page * page_size + offset` of each row's token; negative: it is not stored.
+    pub slot: &'a Buffer<i32>,
+    /// One integer: rows to do.
+    pub live: &'a Buffer<i32>,
+    /// 32 frequencies.
+    pub inv_freq: &'a Buffer<f32>,
+    /// Multiplies cosine and sine.
+    pub mscale: f32,
+    /// Most rows, which the grid is made for.
+    pub rows: usize,
+    /// Query heads.
+    pub heads: usize,
+}
+
+impl KvAppend {
+    /// Loads the kernels.
+    ///
+    /// # Errors
+    /// No code for this device.
+    pub fn load(device: &Device) -> Result<Self, DeviceError> {
+        let kernel = |function| device.kernel(OP, function, 0);
+        Ok(Self { e4m3: kernel("kv_append_e4m3")?, bf16: kernel("kv_append_bf16")? })
+    }
+
+    /// Issues it.
+    ///
+    /// # Errors
+    /// Buffers that are too small, or a device fault.
+    pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
+        let Call { rows, heads, cache, .. } = *call;
+        let arguments = cache.arguments(OP)?;
+        let fits = rows >= 1
+            && heads >= 1
+            && call.qkv.len() >= rows * (heads + 2 * cache.kv_heads) * HEAD_DIM
+            && call.q.len() >= rows * heads * HEAD_DIM
+            && call.position.len() >= rows
+            && call.slot.len() >= rows
+            && !call.live.is_empty()
+            && call.inv_freq.len() >= HEAD_DIM / 2;
+        if !fits {
+            return Err(DeviceError::new(
+                OP,
+                format!("{rows} rows of {heads} heads do not fit their buffers"),
+            ));
+        }
+        let arguments = Arguments {
+            qkv: call.qkv.address(),
+            q: call.q.address(),
+            cache: arguments,
+            position: call.position.address(),
+            slot: call.slot.address(),
+            live: call.live.address(),
+            inv_freq: call.inv_freq.address(),
+            mscale: call.mscale,
+            heads: heads as i32,
+        };
+        let kernel = if cache.is_fp8() { &self.e4m3 } else { &self.bf16 };
+        let launch = Launch { grid: [rows as u32, 1, 1], block: THREADS, shared: 0, overlap: true };
+        // SAFETY: every buffer was checked to be large enough; slots are inside the cache by the caller's plan.
+        unsafe { device.launch(kernel, &launch, &arguments) }
+    }
+}

@@ -1,0 +1,182 @@
+// What the attention kernels share: the paged cache, its rounding, fragments of keys and values.
+#pragma once
+#include "common/common.cuh"
+
+constexpr int HEAD_DIM = 64;
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float E4M3_MAX = 448.0f;
+
+// One layer of the cache (README.md, "KV pages").
+struct Cache {
+    char* data;     // [pages][2][kv_heads][page_size][64], bf16 or e4m3
+    float* scales;  // [pages][2][kv_heads][page_size] with e4m3
+    int kv_heads;
+    int page_shift;  // log2 of the page size, 4..8
+    int window;      // keys a query sees, itself included; 0 is all
+};
+
+// Where the pages of each sequence are: position p of sequence s lives in page pages[at[s] + p / page_size - first[s]].
+struct Tables {
+    const int* at;
+    const int* first;
+    const int* pages;
+};
+
+DEVICE const int* table_of(const Tables& tables, int sequence) {
+    return tables.pages + (tables.at[sequence] - tables.first[sequence]);
+}
+
+DEVICE int first_visible(int position, int window) { return window > 0 && position >= window ? position + 1 - window : 0; }
+
+// Number of the head's token `offset` in `page`, keys (values: + kv_heads << page_shift). Times 64 it counts elements of
+// `data`; it also counts scales.
+DEVICE size_t token_of(const Cache& cache, int page, int head, int offset) {
+    return (((static_cast<size_t>(page) * 2) * cache.kv_heads + head) << cache.page_shift) + offset;
+}
+DEVICE size_t values_after_keys(const Cache& cache) { return static_cast<size_t>(cache.kv_heads) << cache.page_shift; }
+
+// Sequences of many rows among those of a step. Their gathered lines (kv_gather.cu) follow one another, each padded to a
+// multiple of LINES.
+struct Sequences {
+    const int* first_row;
+    const int* row_count;
+    const int* start;  // position of the first row
+    int first, count;
+};
+constexpr int LINES = 128;
+
+DEVICE int lines_of(const Sequences& sequences, int s, int window) {
+    const int start = sequences.start[s];
+    return (start + sequences.row_count[s] - first_visible(start, window) + LINES - 1) / LINES * LINES;
+}
+
+// Which sequence holds line `at` (or, where ROWS is not 0, run `at` of that many rows) of all that `sequences` have.
+struct Place {
+    int sequence;  // -1 is none
+    int line;      // the sequence's first
+    int run;       // its first
+};
+
+// By the whole block of THREADS; every thread gets the answer.
+template <int THREADS, int ROWS> DEVICE Place find_place(const Sequences& sequences, int window, int at) {
+    __shared__ Place found;
+    __shared__ int2 totals[THREADS / 32];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) found = Place{-1, 0, 0};
+    int2 before = make_int2(0, 0);
+    for (int base = 0; base < sequences.count; base += THREADS) {
+        const int s = sequences.first + base + threadIdx.x;
+        int2 own = make_int2(0, 0);
+        if (base + threadIdx.x < sequences.count) {
+            own.x = lines_of(sequences, s, window);
+            own.y = ROWS ? (sequences.row_count[s] + (ROWS ? ROWS : 1) - 1) / (ROWS ? ROWS : 1) : 0;
+        }
+        int2 sum = own;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int x = __shfl_up_sync(~0u, sum.x, step), y = __shfl_up_sync(~0u, sum.y, step);
+            if (lane >= step) sum.x += x, sum.y += y;
+        }
+        __syncthreads();
+        if (lane == 31) totals[warp] = sum;
+        __syncthreads();
+        int2 all = before;
+#pragma unroll
+        for (int w = 0; w < THREADS / 32; ++w) {
+            if (w == warp) sum.x += all.x, sum.y += all.y;
+            all.x += totals[w].x, all.y += totals[w].y;
+        }
+        before = all;
+        const int end = ROWS ? sum.y : sum.x, begin = end - (ROWS ? own.y : own.x);
+        if (at >= begin && at < end) found = Place{s, sum.x - own.x, sum.y - own.y};
+    }
+    __syncthreads();
+    return found;
+}
+
+DEVICE float exp2_fast(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
+// Two e4m3 codes (the low one first) as fp16, exactly.
+DEVICE uint32_t e4m3_to_half2(uint16_t codes) {
+#if __CUDA_ARCH__ >= 890
+    uint32_t r;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(codes));
+    return r;
+#else
+    // The bits in place are the value times 2^-8, subnormals included.
+    const uint32_t spread = __byte_perm(codes, 0, 0x1404);
+    const uint32_t bits = (spread & 0x80008000u) | ((spread >> 1) & 0x3f803f80u);
+    const __half2 v = __hmul2(*reinterpret_cast<const __half2*>(&bits), __floats2half2_rn(256.0f, 256.0f));
+    return *reinterpret_cast<const uint32_t*>(&v);
+#endif
+}
+
+// Two values over the head's scale as e4m3: nearest even, limited to 448.
+DEVICE uint32_t to_e4m3(float low, float high, float scale) {
+    if (scale == 0) return 0;
+    return __nv_cvt_float2_to_fp8x2(make_float2(__fdiv_rn(low, scale), __fdiv_rn(high, scale)), __NV_SATFINITE, __NV_E4M3);
+}
+DEVICE float e4m3_scale(float amax) { return __fdiv_rn(amax, E4M3_MAX); }
+
+DEVICE uint4 load_shared_16(uint32_t at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+}
+DEVICE uint2 load_shared_8(uint32_t at) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+    return v;
+}
+DEVICE float load_shared_f32(uint32_t at) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
+    return v;
+}
+DEVICE void store_shared_32(uint32_t at, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
+DEVICE void store_shared_16(uint32_t at, uint32_t v) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(static_cast<uint16_t>(v)) : "memory");
+}
+DEVICE void store_shared_f32(uint32_t at, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory"); }
+
+// 4 bytes from global to shared memory, asynchronously; `bytes` = 0 zeroes the destination.
+DEVICE void copy_async_4(uint32_t to, const void* from, uint32_t bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. Lane (g, t) gets elements
+// (g, 2t), (g, 2t + 1) of each, transposed: (2t, g), (2t + 1, g).
+DEVICE uint4 load_matrices(uint32_t at) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(at)
+                 : "memory");
+    return v;
+}
+DEVICE uint4 load_matrices_transposed(uint32_t at) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(at)
+                 : "memory");
+    return v;
+}
+// An 8 x 8 matrix of 16-bit elements spread over the warp, transposed.
+DEVICE uint32_t transpose_8x8(uint32_t v) {
+    uint32_t r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+
+// Address of column `col` (a multiple of 2) of row `row`, head `head`, in an output of bf16 [rows, heads * 64]: row-major, or
+// panels of `capacity` rows where that is not 0.
+DEVICE char* output_at(void* out, int row, int head, int col, int heads, int capacity) {
+    char* base = static_cast<char*>(out);
+    if (capacity == 0) return base + ((static_cast<size_t>(row) * heads + head) * HEAD_DIM + col) * 2;
+    return base + panel_chunk(row, head * HEAD_DIM + (col & ~7), capacity) + (col & 7) * 2;
+}

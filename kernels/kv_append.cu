@@ -1,0 +1,99 @@
+// Rotates queries and keys, rounds the queries to bf16, and appends keys and values to the cache. One block a row; 16 lanes a head,
+// four elements each, so that a head's maximum is a few shuffles.
+#include "common/attention.cuh"
+
+struct Params {
+    const float* qkv;       // [rows, (heads + 2 * kv_heads) * 64]; pairs (i, i + 32) of q and k heads are adjacent
+    __nv_bfloat16* q;       // [rows, heads * 64], natural order
+    Cache cache;
+    const int* position;    // [rows]
+    const int* slot;        // [rows]: page * page_size + offset; negative is nowhere
+    const int* live;        // rows to do
+    const float* inv_freq;  // [32]
+    float mscale;           // multiplies cosine and sine
+    int heads;
+};
+
+constexpr int THREADS = 256;
+constexpr int PAIRS = HEAD_DIM / 2;
+constexpr int LANES = 16;  // of a head
+
+template <bool FP8> DEVICE void store(const Cache& cache, size_t token, int lane, float4 v, bool rotated) {
+    // A rotated lane has dimensions 2 * lane, 2 * lane + 1 and those 32 later; another has four in a row.
+    if constexpr (FP8) {
+        float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+#pragma unroll
+        for (int step = 1; step < LANES; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
+        const float scale = e4m3_scale(amax);
+        const uint32_t low = to_e4m3(v.x, v.y, scale), high = to_e4m3(v.z, v.w, scale);
+        if (token == ~size_t(0)) return;
+        char* line = cache.data + token * HEAD_DIM;
+        if (rotated) {
+            *reinterpret_cast<uint16_t*>(line + 2 * lane) = static_cast<uint16_t>(low);
+            *reinterpret_cast<uint16_t*>(line + PAIRS + 2 * lane) = static_cast<uint16_t>(high);
+        } else {
+            *reinterpret_cast<uint32_t*>(line + 4 * lane) = low | high << 16;
+        }
+        if (lane == 0) cache.scales[token] = scale;
+    } else {
+        if (token == ~size_t(0)) return;
+        char* line = cache.data + token * HEAD_DIM * 2;
+        const uint32_t low = pack2<__nv_bfloat16>(v.x, v.y), high = pack2<__nv_bfloat16>(v.z, v.w);
+        if (rotated) {
+            *reinterpret_cast<uint32_t*>(line + 4 * lane) = low;
+            *reinterpret_cast<uint32_t*>(line + 2 * PAIRS + 4 * lane) = high;
+        } else {
+            *reinterpret_cast<uint2*>(line + 8 * lane) = make_uint2(low, high);
+        }
+    }
+}
+
+template <bool FP8> DEVICE void kv_append(const Params& p) {
+    __shared__ float2 turn[PAIRS];  // cosine and sine, times mscale
+    pdl_wait();
+    pdl_launch();
+    const int row = blockIdx.x;
+    if (row >= *p.live) return;
+    const int slot = p.slot[row], kv_heads = p.cache.kv_heads;
+    const int units = (p.heads + 2 * kv_heads) * LANES;
+    const float4* from = reinterpret_cast<const float4*>(p.qkv) + static_cast<size_t>(row) * units;
+    if (threadIdx.x < PAIRS) {
+        // The angle is rounded to f32 as in the reference; turns are reduced in f64, so that large ones lose nothing.
+        const float angle = __fmul_rn(static_cast<float>(p.position[row]), p.inv_freq[threadIdx.x]);
+        const double half_turns = static_cast<double>(angle) * 0.31830988618379067154;
+        float sine, cosine;
+        sincospif(static_cast<float>(half_turns - 2 * rint(half_turns * 0.5)), &sine, &cosine);
+        turn[threadIdx.x] = make_float2(cosine * p.mscale, sine * p.mscale);
+    }
+    __syncthreads();
+    const int lane = threadIdx.x % LANES;
+    const float2 first = turn[2 * lane], second = turn[2 * lane + 1];
+    for (int base = 0; base < units; base += THREADS) {
+        // A head belongs to 16 lanes, so heads are whole; all lanes stay for the shuffles.
+        const int unit = base + threadIdx.x, head = unit / LANES;
+        float4 v = make_float4(0, 0, 0, 0);
+        if (unit < units) v = from[unit];
+        const bool rotated = head < p.heads + kv_heads;
+        if (rotated)
+            // From pairs (x, y), (z, w) to dimensions (2l, 2l + 1) and (2l + 32, 2l + 33).
+            v = make_float4(v.x * first.x - v.y * first.y, v.z * second.x - v.w * second.y, v.y * first.x + v.x * first.y,
+                            v.w * second.x + v.z * second.y);
+        if (head < p.heads) {
+            uint32_t* to = reinterpret_cast<uint32_t*>(p.q + (static_cast<size_t>(row) * p.heads + head) * HEAD_DIM);
+            to[lane] = pack2<__nv_bfloat16>(v.x, v.y);
+            to[PAIRS / 2 + lane] = pack2<__nv_bfloat16>(v.z, v.w);
+        }
+        if (__any_sync(~0u, head >= p.heads)) {
+            size_t token = ~size_t(0);
+            if (head >= p.heads && unit < units && slot >= 0) {
+                const int kv_head = (head - p.heads) % kv_heads;
+                token = token_of(p.cache, slot >> p.cache.page_shift, kv_head, slot & ((1 << p.cache.page_shift) - 1));
+                if (!rotated) token += values_after_keys(p.cache);
+            }
+            store<FP8>(p.cache, token, lane, v, rotated);
+        }
+    }
+}
+
+KERNEL __launch_bounds__(THREADS) kv_append_e4m3(const __grid_constant__ Params p) { kv_append<true>(p); }
+KERNEL __launch_bounds__(THREADS) kv_append_bf16(const __grid_constant__ Params p) { kv_append<false>(p); }

@@ -1,0 +1,77 @@
+// Copies what the rows of some sequences see of the cache into contiguous lines of bf16, for the attention of many rows:
+// [kv_heads][lines][64], keys and values apart, a line's 16-byte chunks at chunk ^ (line & 7). A sequence's lines start at a
+// multiple of 128 and are padded with zeros to one. One block copies 128 lines of one head.
+#include "common/attention.cuh"
+
+struct Params {
+    Cache cache;
+    Tables tables;
+    Sequences sequences;
+    char* keys;
+    char* values;
+    int lines;  // of a head, a multiple of 128
+};
+
+constexpr int THREADS = 256;
+
+// Two e4m3 codes times their scale, rounded to bf16.
+DEVICE uint32_t scaled(uint32_t codes, float scale) {
+    const uint32_t bits = e4m3_to_half2(static_cast<uint16_t>(codes));
+    const float2 v = __half22float2(*reinterpret_cast<const __half2*>(&bits));
+    return pack2<__nv_bfloat16>(v.x * scale, v.y * scale);
+}
+
+template <bool FP8> DEVICE void kv_gather(const Params& p) {
+    pdl_wait();
+    pdl_launch();
+    const int line = blockIdx.x * LINES, head = blockIdx.y;
+    const Place place = find_place<THREADS, 0>(p.sequences, p.cache.window, line);
+    const int s = place.sequence;
+    if (s < 0) return;
+    const int start = p.sequences.start[s], last = start + p.sequences.row_count[s] - 1;
+    const int base = first_visible(start, p.cache.window) + line - place.line;  // position of this block's first line
+    const int* table = table_of(p.tables, s);
+    const int mask = (1 << p.cache.page_shift) - 1;
+    constexpr int BYTES = FP8 ? 1 : 2, CHUNKS = HEAD_DIM * BYTES / 16, STEP = THREADS / CHUNKS;
+    const int chunk = threadIdx.x % CHUNKS;
+    const size_t after = values_after_keys(p.cache);
+    constexpr int COUNT = LINES / STEP;
+    uint4 data[2][COUNT];
+    float scale[2][COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        const int position = base + i * STEP + threadIdx.x / CHUNKS;
+        data[0][i] = data[1][i] = make_uint4(0, 0, 0, 0);
+        scale[0][i] = scale[1][i] = 0;
+        if (position <= last) {
+            const size_t token = token_of(p.cache, table[position >> p.cache.page_shift], head, position & mask);
+#pragma unroll
+            for (int kind = 0; kind < 2; ++kind) {
+                const char* from = p.cache.data + (token + kind * after) * HEAD_DIM * BYTES + chunk * 16;
+                data[kind][i] = *reinterpret_cast<const uint4*>(from);
+                if constexpr (FP8) scale[kind][i] = p.cache.scales[token + kind * after];
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        const int at = line + i * STEP + threadIdx.x / CHUNKS;
+#pragma unroll
+        for (int kind = 0; kind < 2; ++kind) {
+            char* to = (kind ? p.values : p.keys) + (static_cast<size_t>(head) * p.lines + at) * HEAD_DIM * 2;
+            const uint4 v = data[kind][i];
+            if constexpr (FP8) {
+                const float f = scale[kind][i];
+                const uint4 low = make_uint4(scaled(v.x, f), scaled(v.x >> 16, f), scaled(v.y, f), scaled(v.y >> 16, f));
+                const uint4 high = make_uint4(scaled(v.z, f), scaled(v.z >> 16, f), scaled(v.w, f), scaled(v.w >> 16, f));
+                *reinterpret_cast<uint4*>(to + (((2 * chunk) ^ (at & 7)) << 4)) = low;
+                *reinterpret_cast<uint4*>(to + (((2 * chunk + 1) ^ (at & 7)) << 4)) = high;
+            } else {
+                *reinterpret_cast<uint4*>(to + ((chunk ^ (at & 7)) << 4)) = v;
+            }
+        }
+    }
+}
+
+KERNEL __launch_bounds__(THREADS) kv_gather_e4m3(const __grid_constant__ Params p) { kv_gather<true>(p); }
+KERNEL __launch_bounds__(THREADS) kv_gather_bf16(const __grid_constant__ Params p) { kv_gather<false>(p); }
