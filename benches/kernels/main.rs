@@ -4,7 +4,9 @@
 
 mod gemm;
 mod harness;
+mod moe_small;
 mod rms_norm;
+mod route;
 
 use ctxserve_cuda::driver::{Device, unavailable};
 
@@ -16,5 +18,7 @@ fn main() -> anyhow::Result<()> {
     let bench = harness::Bench::new(Device::open(0)?, filter)?;
     gemm::run(&bench)?;
     rms_norm::run(&bench)?;
+    moe_small::run(&bench)?;
+    route::run(&bench)?;
     Ok(())
 }

@@ -6,4 +6,8 @@ pub mod attention_prefill;
 pub mod gemm;
 pub mod kv_append;
 pub mod kv_gather;
+pub mod moe_down;
+pub mod moe_gate_up;
+pub mod pack_mxfp4;
 pub mod rms_norm;
+pub mod route;

@@ -17,4 +17,8 @@ mod common;
 mod gemm;
 mod kv_append;
 mod kv_gather;
+mod moe_down;
+mod moe_gate_up;
+mod pack_mxfp4;
 mod rms_norm;
+mod route;

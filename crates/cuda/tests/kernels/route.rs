@@ -1,0 +1,221 @@
+use ctxserve_cuda::driver::Device;
+use ctxserve_cuda::ops::route::{Call, Route};
+
+use crate::common::{Random, assert_rows, device, from_bf16, from_f16, to_bf16};
+
+const EPS: f32 = 1e-5;
+
+/// Place of column `col` of a row in fragment order (kernels/README.md).
+pub fn fragment(col: usize) -> usize {
+    let inside = col % 32;
+    col - inside + inside % 8 / 2 * 8 + inside / 8 * 2 + inside % 2
+}
+
+struct Case {
+    rows: usize,
+    hidden: usize,
+    experts: usize,
+    top_k: usize,
+    fragments: bool,
+    x: Vec<f32>,
+    norm: Vec<f32>,
+    router: Vec<u16>,
+    bias: Vec<f32>,
+}
+
+struct Outcome {
+    choice: Vec<i32>,
+    weight: Vec<f32>,
+    h: Vec<u16>,
+}
+
+impl Case {
+    fn random(random: &mut Random, rows: usize, hidden: usize, experts: usize, top_k: usize) -> Self {
+        let scale = 10_f32.powf(random.unit() * 2.0);
+        Self {
+            rows,
+            hidden,
+            experts,
+            top_k,
+            fragments: random.below(2) == 1,
+            x: random.units(rows * hidden, scale),
+            norm: random.units(hidden, 2.0),
+            router: to_bf16(&random.units(experts * hidden, 0.1)),
+            bias: random.units(experts, 1.0),
+        }
+    }
+
+    fn run(&self, device: &Device, live: usize) -> Outcome {
+        let pairs = self.rows * self.top_k;
+        let (mut choice, mut weight, mut h) = (
+            device.allocate::<i32>(pairs + 8).unwrap(),
+            device.allocate::<f32>(pairs + 8).unwrap(),
+            device.allocate::<u16>(self.rows * self.hidden + 64).unwrap(),
+        );
+        choice.fill(0xa5).unwrap();
+        weight.fill(0xa5).unwrap();
+        h.fill(0xa5).unwrap();
+        let call = Call {
+            x: &device.upload(&self.x).unwrap(),
+            norm: &device.upload(&self.norm).unwrap(),
+            router: &device.upload(&self.router).unwrap(),
+            bias: &device.upload(&self.bias).unwrap(),
+            live: &device.upload(&[live as i32]).unwrap(),
+            choice: &choice,
+            weight: &weight,
+            h: &h,
+            rows: self.rows,
+            hidden: self.hidden,
+            experts: self.experts,
+            top_k: self.top_k,
+            fragments: self.fragments,
+            eps: EPS,
+        };
+        Route::load(device).unwrap().issue(device, &call).unwrap();
+        let outcome = Outcome {
+            choice: choice.read(0, choice.len()).unwrap(),
+            weight: weight.read(0, weight.len()).unwrap(),
+            h: h.read(0, h.len()).unwrap(),
+        };
+        let poison = 0xa5a5_a5a5_u32;
+        assert!(
+            outcome.choice[live * self.top_k..].iter().all(|&v| v as u32 == poison),
+            "choice beyond live"
+        );
+        assert!(
+            outcome.weight[live * self.top_k..].iter().all(|v| v.to_bits() == poison),
+            "weight beyond live"
+        );
+        assert!(outcome.h[live * self.hidden..].iter().all(|&v| v == 0xa5a5), "h beyond live");
+        outcome
+    }
+
+    /// Normed row and its logits.
+    fn reference(&self, row: usize) -> (Vec<f64>, Vec<f64>) {
+        let x = &self.x[row * self.hidden..][..self.hidden];
+        let mean = x.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / self.hidden as f64;
+        let inverse = 1.0 / (mean + f64::from(EPS)).sqrt();
+        let normed: Vec<f64> =
+            x.iter().zip(&self.norm).map(|(&v, &w)| f64::from(v) * inverse * f64::from(w)).collect();
+        let router = from_bf16(&self.router);
+        let logits = router.chunks(self.hidden).zip(&self.bias);
+        let logits = logits
+            .map(|(w, &b)| w.iter().zip(&normed).map(|(w, v)| w * v).sum::<f64>() + f64::from(b))
+            .collect();
+        (normed, logits)
+    }
+
+    fn check(&self, outcome: &Outcome, live: usize) {
+        let (mut got, mut want) = (Vec::new(), Vec::new());
+        for row in 0..live {
+            let (normed, logits) = self.reference(row);
+            let h = from_f16(&outcome.h[row * self.hidden..][..self.hidden]);
+            got.extend((0..self.hidden).map(|col| h[if self.fragments { fragment(col) } else { col }]));
+            want.extend(normed);
+            let choice = &outcome.choice[row * self.top_k..][..self.top_k];
+            let mut sorted: Vec<usize> = (0..self.experts).collect();
+            sorted.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+            for (slot, &chosen) in choice.iter().enumerate() {
+                let chosen = chosen as usize;
+                assert!(chosen < self.experts, "row {row} chose {chosen}");
+                // Rounding may swap near ties, no others.
+                let gap = (logits[chosen] - logits[sorted[slot]]).abs();
+                assert!(gap < 2e-4, "row {row} slot {slot}: {chosen} for {}, {gap}", sorted[slot]);
+                assert!(!choice[..slot].contains(&(chosen as i32)), "row {row} chose {chosen} twice");
+            }
+            let powers: Vec<f64> =
+                choice.iter().map(|&e| (logits[e as usize] - logits[sorted[0]]).exp()).collect();
+            let total: f64 = powers.iter().sum();
+            let weight = &outcome.weight[row * self.top_k..][..self.top_k];
+            for (power, &got) in powers.iter().zip(weight) {
+                assert!(
+                    (power / total - f64::from(got)).abs() < 1e-4,
+                    "row {row}: {got} for {}",
+                    power / total
+                );
+            }
+        }
+        assert_rows(&format!("route {} of {}", self.rows, self.hidden), &got, &want, self.hidden, 5e-4);
+    }
+}
+
+#[test]
+fn route_equals_its_definition() {
+    let Some((device, _turn)) = device() else { return };
+    let mut random = Random::new();
+    for (rows, hidden, experts, top_k) in [
+        (1, 64, 1, 1),
+        (1, 2880, 32, 4),
+        (3, 192, 5, 5),
+        (17, 2880, 32, 4),
+        (64, 256, 128, 8),
+        (65, 320, 33, 4),
+        (131, 2880, 128, 4),
+        (70, 8192, 16, 2),
+    ] {
+        let case = Case::random(&mut random, rows, hidden, experts, top_k);
+        let live = rows.max(2) - 1;
+        case.check(&case.run(&device, live), live);
+    }
+}
+
+#[test]
+fn a_row_is_routed_alike_alone_and_among_many() {
+    let Some((device, _turn)) = device() else { return };
+    let mut random = Random::new();
+    let many = Case::random(&mut random, 75, 2880, 32, 4);
+    let together = many.run(&device, 75);
+    for row in [0, 7, 8, 74] {
+        let alone = Case {
+            rows: 1,
+            x: many.x[row * 2880..][..2880].to_vec(),
+            norm: many.norm.clone(),
+            router: many.router.clone(),
+            bias: many.bias.clone(),
+            ..many
+        };
+        let alone = alone.run(&device, 1);
+        assert_eq!(alone.choice[..4], together.choice[row * 4..][..4]);
+        assert_eq!(alone.weight[..4], together.weight[row * 4..][..4]);
+        assert_eq!(alone.h[..2880], together.h[row * 2880..][..2880]);
+    }
+}
+
+#[test]
+fn equal_logits_go_to_the_lowest_experts() {
+    let Some((device, _turn)) = device() else { return };
+    let mut random = Random::new();
+    for rows in [2, 66] {
+        let mut case = Case::random(&mut random, rows, 128, 40, 4);
+        // Experts 3, 9, 17, 35 and 39 are one expert; its bias puts it above the rest.
+        for expert in [9, 17, 35, 39] {
+            case.router.copy_within(3 * 128..4 * 128, expert * 128);
+        }
+        for expert in [3, 9, 17, 35, 39] {
+            case.bias[expert] = 1000.0;
+        }
+        let outcome = case.run(&device, rows);
+        for row in 0..rows {
+            assert_eq!(outcome.choice[row * 4..][..4], [3, 9, 17, 35]);
+            assert_eq!(outcome.weight[row * 4..][..4], [0.25; 4]);
+        }
+    }
+}
+
+#[test]
+fn a_row_that_is_not_a_number_stays_in_bounds_and_alone() {
+    let Some((device, _turn)) = device() else { return };
+    let mut random = Random::new();
+    for rows in [3, 67] {
+        let mut case = Case::random(&mut random, rows, 192, 32, 4);
+        let clean = case.run(&device, rows);
+        case.x[192 + 5] = f32::NAN;
+        let outcome = case.run(&device, rows);
+        assert_eq!(outcome.choice[4..8], [0, 1, 2, 3]);
+        assert!(outcome.weight[4..8].iter().all(|weight| weight.is_nan()));
+        for row in (0..rows).filter(|&row| row != 1) {
+            assert_eq!(outcome.choice[row * 4..][..4], clean.choice[row * 4..][..4]);
+            assert_eq!(outcome.weight[row * 4..][..4], clean.weight[row * 4..][..4]);
+        }
+    }
+}
