@@ -7,7 +7,7 @@ struct Params {
     const float* weight;  // [cols]
     void* y;              // panels of [capacity, cols], bf16 or fp16
     const int* live;      // rows to do; later ones are left alone
-    const int* index;     // [rows]: the row of x that row r of y takes; null is r itself
+    const int* index;     // [rows]: the row of x that row r of y takes, -1 for a row of zeros; null is r itself
     int cols;             // multiple of 64
     int capacity;         // multiple of 8
     float eps;
@@ -21,7 +21,13 @@ template <class T> DEVICE void rms_norm(const Params& p) {
     pdl_launch();
     const int row = blockIdx.x;
     if (row >= *p.live) return;
-    const float* x = p.x + static_cast<size_t>(p.index ? p.index[row] : row) * p.cols;
+    const int source = p.index ? p.index[row] : row;
+    if (source < 0) {
+        for (int col = threadIdx.x * 8; col < p.cols; col += THREADS * 8)
+            *reinterpret_cast<uint4*>(static_cast<char*>(p.y) + panel_chunk(row, col, p.capacity)) = make_uint4(0, 0, 0, 0);
+        return;
+    }
+    const float* x = p.x + static_cast<size_t>(source) * p.cols;
     float sum = 0;
     for (int col = threadIdx.x * 8; col < p.cols; col += THREADS * 8) {
         const float4 a = *reinterpret_cast<const float4*>(x + col), b = *reinterpret_cast<const float4*>(x + col + 4);

@@ -38,9 +38,9 @@ pub struct Call<'a> {
     pub weight: &'a Buffer<f32>,
     /// Panel layout of `[capacity, cols]`, bits of bf16 or fp16.
     pub y: &'a Buffer<u16>,
-    /// One integer: rows to do.
+    /// Its first element: rows to do.
     pub live: &'a Buffer<i32>,
-    /// Row of `x` for each row of `y`; the same row where absent.
+    /// Row of `x` for each row of `y`, -1 for a row of zeros; the same row where absent.
     pub index: Option<&'a Buffer<i32>>,
     /// Most rows, which the grid is made for.
     pub rows: usize,

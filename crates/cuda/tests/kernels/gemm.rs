@@ -100,7 +100,7 @@ fn assert_surroundings(s: Shape, inputs: &Inputs, got: &[f64]) {
 }
 
 fn limit(kind: Kind) -> f64 {
-    if kind == Kind::Bf16 { 3e-3 } else { 2e-6 }
+    if kind == Kind::Bf16 { 3e-3 } else { 1e-5 }
 }
 
 /// With weights that pick one element of x each, any mistake of layout shows as a value from elsewhere, by name.
@@ -125,8 +125,12 @@ fn gemm_puts_every_element_in_its_place() {
         // Small integers, exact in bf16: the low digit of the token and the column of x.
         let x: Vec<f32> =
             (0..tokens * s.cols).map(|at| ((at / s.cols * 7 + at % s.cols) % 251) as f32).collect();
-        let inputs =
-            Inputs { w, x: to_bf16(&x), bias: Vec::new(), before: vec![-1.0; (tokens + 5) * s.stride] };
+        let inputs = Inputs {
+            w,
+            x: to_bf16(&x),
+            bias: vec![0.0; s.outs],
+            before: vec![-1.0; (tokens + 5) * s.stride],
+        };
         let got = run(&device, &gemm, s, &inputs);
         let wrong: Vec<String> = (0..tokens * s.outs)
             .filter_map(|at| {

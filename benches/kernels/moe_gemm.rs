@@ -1,0 +1,122 @@
+use ctxserve_backend::DeviceError;
+use ctxserve_cuda::driver::{Buffer, Device};
+use ctxserve_cuda::ops::moe_combine::{self, MoeCombine, Outputs};
+use ctxserve_cuda::ops::moe_gemm::{Call, MoeGemm, Output, height};
+use ctxserve_cuda::ops::moe_sort::{self, MoeSort, Shape};
+
+use crate::harness::{Bench, Work};
+
+const EXPERTS: usize = 32;
+const SLOTS: usize = 4;
+const HIDDEN: usize = 2880;
+/// Bytes of a strip.
+const STRIP: usize = 45 * 544;
+
+/// Repeats a block of random bytes.
+fn fill(device: &Device, block: &[u8], bytes: usize) -> Result<Buffer<u8>, DeviceError> {
+    device.upload(&block.iter().copied().cycle().take(bytes).collect::<Vec<u8>>())
+}
+
+/// Sorting, both products and the sum, at the sizes of gpt-oss-20b, on evenly spread choices.
+pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
+    if !["moe_sort", "moe_gemm", "moe_combine"].iter().any(|name| bench.wants(name)) {
+        return Ok(());
+    }
+    let device = &bench.device;
+    let (sort, gemm, combine) = (MoeSort::load(device)?, MoeGemm::load(device)?, MoeCombine::load(device)?);
+    // Some strips of random codes and of scales in a plain range, repeated: the host is slow, the device does not mind.
+    let block: Vec<u8> = (0..22 * STRIP)
+        .map(|at| {
+            let bits = bench.bits();
+            if at % STRIP >= 45 * 512 { 118 + (bits % 5) as u8 } else { bits as u8 }
+        })
+        .collect();
+    let strips = |rows: usize| fill(device, &block, EXPERTS * rows / 16 * STRIP);
+    let (gate_up, down) = (strips(2 * HIDDEN)?, strips(HIDDEN)?);
+    let (of_gate_up, of_down) =
+        (device.zeros::<u8>(EXPERTS * 2 * HIDDEN)?, device.zeros::<u8>(EXPERTS * HIDDEN)?);
+    gemm.exponents(device, &gate_up, &of_gate_up, EXPERTS * 2 * HIDDEN, HIDDEN)?;
+    gemm.exponents(device, &down, &of_down, EXPERTS * HIDDEN, HIDDEN)?;
+    let bias = device.upload(&vec![0.5_f32; EXPERTS * 2 * HIDDEN])?;
+    for rows in [17, 32, 64, 128, 256, 512, 2048, 8192] {
+        let shape = Shape { rows, slots: SLOTS, experts: EXPERTS, height: height(rows, SLOTS, EXPERTS) };
+        let choice: Vec<i32> = (0..rows)
+            .flat_map(|_| {
+                let first = bench.bits() as usize;
+                (0..SLOTS).map(move |slot| ((first + slot * (1 + (first >> 8) % 7)) % EXPERTS) as i32)
+            })
+            .collect();
+        let touched = choice.iter().collect::<std::collections::BTreeSet<_>>().len();
+        let (choice, live) = (device.upload(&choice)?, device.upload(&[rows as i32])?);
+        let (position, source) = (device.zeros::<i32>(rows * SLOTS)?, device.zeros::<i32>(shape.sorted())?);
+        let (tiles, counts) = (device.zeros::<i32>(4 * shape.tiles())?, device.zeros::<i32>(2)?);
+        let sorting = moe_sort::Call {
+            choice: &choice,
+            live: &live,
+            position: &position,
+            source: &source,
+            tiles: &tiles,
+            counts: &counts,
+            shape,
+        };
+        let work = Work { bytes: (rows * SLOTS * 12) as f64, flops: 0.0 };
+        bench.time(&format!("moe_sort {rows}x{SLOTS}"), work, 20, |_| sort.issue(device, &sorting))?;
+
+        let capacity = shape.sorted();
+        let values: Vec<u16> = (0..1 << 16).map(|_| half::f16::from_f32(bench.unit()).to_bits()).collect();
+        let x = device.upload(&values.into_iter().cycle().take(capacity * HIDDEN).collect::<Vec<u16>>())?;
+        let act = device.zeros::<u16>(capacity * HIDDEN)?;
+        let (y32, y16) = (device.zeros::<f32>(capacity * HIDDEN)?, device.zeros::<u16>(capacity * HIDDEN)?);
+        let cases = [
+            ("gate_up", 2 * HIDDEN, Output::SwiGlu { y: &act, alpha: 1.702, limit: 7.0 }, 2),
+            ("down f32", HIDDEN, Output::F32(&y32), 4),
+            ("down bf16", HIDDEN, Output::Bf16(&y16), 2),
+        ];
+        for (name, weight_rows, y, moved) in cases {
+            let is_up = weight_rows > HIDDEN;
+            let call = Call {
+                w: if is_up { &gate_up } else { &down },
+                exponents: if is_up { &of_gate_up } else { &of_down },
+                bias: &bias,
+                x: &x,
+                y,
+                tiles: &tiles,
+                counts: &counts,
+                experts: EXPERTS,
+                rows: weight_rows,
+                cols: HIDDEN,
+                capacity,
+                height: shape.height,
+                most_tiles: shape.tiles(),
+            };
+            let pairs = rows * SLOTS;
+            let work = Work {
+                bytes: (touched * weight_rows * 45 * 34 + pairs * HIDDEN * (2 + moved)) as f64,
+                flops: 2.0 * (pairs * weight_rows * HIDDEN) as f64,
+            };
+            bench.time(&format!("moe_gemm {name} {rows} rows"), work, 4, |_| gemm.issue(device, &call))?;
+        }
+
+        let residual = device.zeros::<f32>(rows * HIDDEN)?;
+        let weight = device.upload(&vec![0.25_f32; rows * SLOTS])?;
+        for (name, y, bytes) in [("f32", Outputs::F32(&y32), 4), ("bf16", Outputs::Bf16(&y16), 2)] {
+            let call = moe_combine::Call {
+                x: &residual,
+                y,
+                position: &position,
+                weight: &weight,
+                live: &live,
+                rows,
+                sorted: capacity,
+                cols: HIDDEN,
+                stride: HIDDEN,
+                slots: SLOTS,
+            };
+            let work = Work { bytes: (rows * HIDDEN * (8 + SLOTS * bytes)) as f64, flops: 0.0 };
+            bench.time(&format!("moe_combine {name} {rows} rows"), work, 10, |_| {
+                combine.issue(device, &call)
+            })?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,261 @@
+//! The experts' products over rows sorted by expert.
+
+use ctxserve_backend::DeviceError;
+
+use crate::driver::{Buffer, Device, Kernel, Launch, Params};
+
+const OP: &str = "moe_gemm";
+/// Weight rows of a tile.
+const ROWS: usize = 128;
+const STRIP_ROWS: usize = 16;
+/// Bytes of 64 columns of a strip.
+const TILE_BYTES: usize = 512 + 32;
+/// Bytes of 64 columns of an activation row.
+const LINE: usize = 128;
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Arguments {
+    w: u64,
+    exponents: u64,
+    bias: u64,
+    x: u64,
+    y: u64,
+    tiles: u64,
+    count: u64,
+    cols: i32,
+    rows: i32,
+    capacity: i32,
+    alpha: f32,
+    limit: f32,
+}
+
+// SAFETY: mirrors `Params` of kernels/moe_gemm.cu.
+unsafe impl Params for Arguments {}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct ExponentArguments {
+    w: u64,
+    exponents: u64,
+    cols: i32,
+    strips: i32,
+}
+
+// SAFETY: mirrors `ExponentParams` of kernels/moe_gemm.cu.
+unsafe impl Params for ExponentArguments {}
+
+/// A kernel for tiles of some height.
+#[derive(Clone, Copy, Debug)]
+struct Size {
+    height: usize,
+    stages: usize,
+    threads: u32,
+    /// Of a multiprocessor.
+    blocks: usize,
+}
+
+const SIZES: [Size; 4] = [
+    Size { height: 16, stages: 16, threads: 288, blocks: 2 },
+    Size { height: 32, stages: 12, threads: 288, blocks: 2 },
+    Size { height: 64, stages: 8, threads: 288, blocks: 2 },
+    Size { height: 256, stages: 6, threads: 384, blocks: 1 },
+];
+
+impl Size {
+    fn shared(&self) -> usize {
+        self.stages * (self.height * LINE + ROWS / STRIP_ROWS * TILE_BYTES)
+    }
+}
+
+/// The tile height (of `moe_sort`) that suits `rows` rows with `slots` of `experts` experts each, spread evenly or not too unevenly.
+pub fn height(rows: usize, slots: usize, experts: usize) -> usize {
+    match rows * slots / experts.max(1) {
+        0..=8 => 16,
+        9..=20 => 32,
+        21..=44 => 64,
+        _ => 256,
+    }
+}
+
+/// What becomes of the sums.
+#[derive(Clone, Copy, Debug)]
+pub enum Output<'a> {
+    /// Rows are gates and ups: `gate * sigmoid(alpha * gate) * (up + 1)` with `gate <= limit`, `-limit <= up <= limit`.
+    SwiGlu {
+        /// Panel layout of `[capacity, rows / 2]`, bits of fp16.
+        y: &'a Buffer<u16>,
+        /// Factor of the sigmoid.
+        alpha: f32,
+        /// The clamp.
+        limit: f32,
+    },
+    /// Stored as they are, `[capacity, rows]`.
+    F32(&'a Buffer<f32>),
+    /// Stored as bits of bf16, `[capacity, rows]`.
+    Bf16(&'a Buffer<u16>),
+}
+
+/// The loaded kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct MoeGemm {
+    /// By output, then size.
+    kernels: [[Kernel; 4]; 3],
+    exponents: Kernel,
+    multiprocessors: usize,
+}
+
+/// For each sorted row, with its expert's weights: `sum over k of x[k] * w[row, k] + bias[row]`.
+#[derive(Debug)]
+pub struct Call<'a> {
+    /// MXFP4 strips of `[experts, rows, cols]`.
+    pub w: &'a Buffer<u8>,
+    /// `[experts, rows]`, of [`MoeGemm::exponents`].
+    pub exponents: &'a Buffer<u8>,
+    /// `[experts, rows]`: gate `i` at `2i` and up `i` at `2i + 1`; or rows in order.
+    pub bias: &'a Buffer<f32>,
+    /// Panel layout of `[capacity, cols]`, bits of fp16.
+    pub x: &'a Buffer<u16>,
+    /// The result.
+    pub y: Output<'a>,
+    /// Of `moe_sort`: four integers a tile.
+    pub tiles: &'a Buffer<i32>,
+    /// Of `moe_sort`: sorted rows, tiles.
+    pub counts: &'a Buffer<i32>,
+    /// Experts.
+    pub experts: usize,
+    /// Weight rows of an expert, a multiple of 16 (of 128 for gates and ups).
+    pub rows: usize,
+    /// Elements summed over, a multiple of 64.
+    pub cols: usize,
+    /// Sorted rows that `x` and `y` are laid out for, a multiple of 8.
+    pub capacity: usize,
+    /// Most sorted rows of a tile: what `moe_sort` was told, one of [`height`]'s.
+    pub height: usize,
+    /// Most tiles, which the grid is made for.
+    pub most_tiles: usize,
+}
+
+impl MoeGemm {
+    /// Loads the kernels.
+    ///
+    /// # Errors
+    /// A device that is not Hopper, or no code for it.
+    pub fn load(device: &Device) -> Result<Self, DeviceError> {
+        if !device.facts().is_hopper() {
+            return Err(DeviceError::new(OP, format!("{} is not a Hopper device", device.facts().name)));
+        }
+        let kernel = |function, size: usize| device.kernel(OP, function, SIZES[size].shared());
+        let kernels = [
+            [
+                kernel("moe_gate_up_16", 0)?,
+                kernel("moe_gate_up_32", 1)?,
+                kernel("moe_gate_up_64", 2)?,
+                kernel("moe_gate_up_256", 3)?,
+            ],
+            [
+                kernel("moe_down_f32_16", 0)?,
+                kernel("moe_down_f32_32", 1)?,
+                kernel("moe_down_f32_64", 2)?,
+                kernel("moe_down_f32_256", 3)?,
+            ],
+            [
+                kernel("moe_down_bf16_16", 0)?,
+                kernel("moe_down_bf16_32", 1)?,
+                kernel("moe_down_bf16_64", 2)?,
+                kernel("moe_down_bf16_256", 3)?,
+            ],
+        ];
+        let exponents = device.kernel(OP, "moe_exponents", 0)?;
+        Ok(Self { kernels, exponents, multiprocessors: device.facts().multiprocessors as usize })
+    }
+
+    /// Issues what finds each weight row's largest block scale, once at load: strips of `rows` rows of all experts to as many bytes.
+    ///
+    /// # Errors
+    /// Buffers that are too small, or a device fault.
+    pub fn exponents(
+        &self,
+        device: &Device,
+        w: &Buffer<u8>,
+        exponents: &Buffer<u8>,
+        rows: usize,
+        cols: usize,
+    ) -> Result<(), DeviceError> {
+        let strips = rows / STRIP_ROWS;
+        let fits = rows.is_multiple_of(STRIP_ROWS)
+            && cols.is_multiple_of(64)
+            && w.len() >= strips * (cols / 64) * TILE_BYTES
+            && exponents.len() >= rows;
+        if !fits {
+            return Err(DeviceError::new(OP, format!("{rows} weight rows of {cols} do not fit the buffers")));
+        }
+        let arguments = ExponentArguments {
+            w: w.address(),
+            exponents: exponents.address(),
+            cols: cols as i32,
+            strips: strips as i32,
+        };
+        let launch =
+            Launch { grid: [strips.div_ceil(4).max(1) as u32, 1, 1], block: 128, shared: 0, overlap: true };
+        // SAFETY: both buffers were checked to be large enough.
+        unsafe { device.launch(&self.exponents, &launch, &arguments) }
+    }
+
+    /// Issues it.
+    ///
+    /// # Errors
+    /// Shapes or buffers that do not fit each other, or a device fault.
+    pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
+        let Call { experts, rows, cols, capacity, height, most_tiles, .. } = *call;
+        let (output, y, len, wanted, alpha, limit) = match call.y {
+            Output::SwiGlu { y, alpha, limit } => {
+                (0, y.address(), y.len(), capacity * rows / 2, alpha, limit)
+            }
+            Output::F32(y) => (1, y.address(), y.len(), capacity * rows, 0.0, 0.0),
+            Output::Bf16(y) => (2, y.address(), y.len(), capacity * rows, 0.0, 0.0),
+        };
+        let size = SIZES.iter().position(|size| size.height == height);
+        let fits = cols > 0
+            && cols.is_multiple_of(64)
+            && rows.is_multiple_of(if output == 0 { 128 } else { STRIP_ROWS })
+            && capacity.is_multiple_of(8)
+            && call.w.len() >= experts * (rows / STRIP_ROWS) * (cols / 64) * TILE_BYTES
+            && call.exponents.len() >= experts * rows
+            && call.bias.len() >= experts * rows
+            && call.x.len() >= capacity * cols
+            && len >= wanted
+            && call.tiles.len() >= 4 * most_tiles
+            && call.counts.len() >= 2;
+        let (Some(at), true) = (size, fits) else {
+            let what = format!(
+                "{experts} experts of {rows} x {cols}, {capacity} rows in tiles of {height}, do not fit the buffers"
+            );
+            return Err(DeviceError::new(OP, what));
+        };
+        let size = SIZES[at];
+        let arguments = Arguments {
+            w: call.w.address(),
+            exponents: call.exponents.address(),
+            bias: call.bias.address(),
+            x: call.x.address(),
+            y,
+            tiles: call.tiles.address(),
+            count: call.counts.at(OP, 1)?,
+            cols: cols as i32,
+            rows: rows as i32,
+            capacity: capacity as i32,
+            alpha,
+            limit,
+        };
+        let most = (most_tiles * rows.div_ceil(ROWS)).max(1);
+        let launch = Launch {
+            grid: [most.min(size.blocks * self.multiprocessors) as u32, 1, 1],
+            block: size.threads,
+            shared: size.shared() as u32,
+            overlap: true,
+        };
+        // SAFETY: every buffer was checked to be large enough; tiles lie within `capacity` by the caller's plan.
+        unsafe { device.launch(&self.kernels[output][at], &launch, &arguments) }
+    }
+}

@@ -1,0 +1,323 @@
+use ctxserve_cuda::driver::Device;
+use ctxserve_cuda::ops::moe_gemm::{Call, MoeGemm, Output, height};
+use half::f16;
+
+use crate::common::{Random, assert_rows, device, from_bf16, from_f16, panel, to_f16, to_panels};
+use crate::moe_sort::sorted;
+
+const HEIGHTS: [usize; 4] = [16, 32, 64, 256];
+const ALPHA: f32 = 1.702;
+const LIMIT: f32 = 7.0;
+
+/// Strips of all experts: random codes, given scale bytes.
+struct Strips {
+    bytes: Vec<u8>,
+    rows: usize,
+    cols: usize,
+}
+
+impl Strips {
+    /// `scale` gives a byte for (strip row of all experts, block of 32 columns).
+    fn random(
+        random: &mut Random,
+        experts: usize,
+        rows: usize,
+        cols: usize,
+        mut scale: impl FnMut(&mut Random, usize, usize) -> u8,
+    ) -> Self {
+        let (tiles, strips) = (cols / 64, experts * rows / 16);
+        let mut bytes = vec![0; strips * tiles * 544];
+        for (strip, bytes) in bytes.chunks_mut(tiles * 544).enumerate() {
+            let (codes, scales) = bytes.split_at_mut(tiles * 512);
+            codes.chunks_mut(8).for_each(|word| word.copy_from_slice(&random.bits().to_le_bytes()));
+            for (at, byte) in scales.iter_mut().enumerate() {
+                let (tile, g, place) = (at / 32, at / 4 % 8, at % 4);
+                *byte = scale(random, strip * 16 + place % 2 * 8 + g, tile * 2 + place / 2);
+            }
+        }
+        Self { bytes, rows, cols }
+    }
+
+    fn strip(&self, row: usize) -> &[u8] {
+        let bytes = self.cols / 64 * 544;
+        &self.bytes[row / 16 * bytes..][..bytes]
+    }
+
+    /// Scale byte of a strip row of all experts.
+    fn scale(&self, row: usize, block: usize) -> u8 {
+        let place = block % 2 * 2 + row % 16 / 8;
+        self.strip(row)[self.cols / 64 * 512 + block / 2 * 32 + row % 8 * 4 + place]
+    }
+
+    /// Weight by kernels/README.md.
+    fn weight(&self, row: usize, col: usize) -> f64 {
+        const MAGNITUDES: [f64; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+        let (tile, half, inside) = (col / 64, col / 32 % 2, col % 32);
+        let (pair, t, second) = (inside / 8, inside % 8 / 2, inside % 2);
+        let lane = row % 8 * 4 + t;
+        let at = tile * 512 + lane * 16 + (half * 2 + row % 16 / 8) * 4 + second * 2;
+        let strip = self.strip(row);
+        let bits = u16::from_le_bytes([strip[at], strip[at + 1]]);
+        let (sign, magnitude) = [(15, 9), (12, 6), (14, 3), (13, 0)][pair];
+        let value = MAGNITUDES[usize::from(bits >> magnitude & 7)];
+        let value = if bits >> sign & 1 == 1 { -value } else { value };
+        value * 2_f64.powi(i32::from(self.scale(row, col / 32)) - 127)
+    }
+}
+
+/// A plain range of scales.
+fn usual(random: &mut Random, _: usize, _: usize) -> u8 {
+    118 + random.below(5) as u8
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Kind {
+    GateUp,
+    F32,
+    Bf16,
+}
+
+/// What a run is made of; `rows_of` says how many sorted rows each expert has before padding.
+struct Case {
+    strips: Strips,
+    experts: usize,
+    bias: Vec<f32>,
+    /// `[sorted rows, cols]`.
+    x: Vec<u16>,
+    sorted_rows: usize,
+    tiles: Vec<[i32; 4]>,
+    height: usize,
+}
+
+impl Case {
+    fn new(strips: Strips, rows_of: &[usize], height: usize, bias: Vec<f32>) -> Self {
+        let choice: Vec<i32> =
+            rows_of.iter().enumerate().flat_map(|(expert, &rows)| vec![expert as i32; rows]).collect();
+        let sorted = sorted(&choice, 1, rows_of.len(), height);
+        let (experts, sorted_rows) = (rows_of.len(), sorted.source.len());
+        Self { strips, experts, bias, x: Vec::new(), sorted_rows, tiles: sorted.tiles, height }
+    }
+
+    fn expert(&self, sorted_row: usize) -> usize {
+        let row = sorted_row as i32;
+        self.tiles.iter().find(|tile| (tile[1]..tile[1] + tile[2]).contains(&row)).unwrap()[0] as usize
+    }
+
+    /// Runs it; rows of the result, row-major. Checks that nothing else was written.
+    fn run(&self, device: &Device, gemm: &MoeGemm, kind: Kind) -> Vec<f64> {
+        let Strips { rows, cols, .. } = self.strips;
+        let capacity = self.sorted_rows + 24;
+        let w = device.upload(&self.strips.bytes).unwrap();
+        let exponents = device.zeros(self.experts * rows).unwrap();
+        gemm.exponents(device, &w, &exponents, self.experts * rows, cols).unwrap();
+        let outs = if kind == Kind::GateUp { rows / 2 } else { rows };
+        let mut y16 = device.allocate::<u16>(capacity * outs).unwrap();
+        let mut y32 = device.allocate::<f32>(capacity * outs).unwrap();
+        y16.fill(0xff).unwrap();
+        y32.fill(0xff).unwrap();
+        let call = Call {
+            w: &w,
+            exponents: &exponents,
+            bias: &device.upload(&self.bias).unwrap(),
+            x: &device.upload(&to_panels(&self.x, cols, capacity)).unwrap(),
+            y: match kind {
+                Kind::GateUp => Output::SwiGlu { y: &y16, alpha: ALPHA, limit: LIMIT },
+                Kind::F32 => Output::F32(&y32),
+                Kind::Bf16 => Output::Bf16(&y16),
+            },
+            tiles: &device.upload(&[self.tiles.as_flattened(), &[0; 4]].concat()).unwrap(),
+            counts: &device.upload(&[self.sorted_rows as i32, self.tiles.len() as i32]).unwrap(),
+            experts: self.experts,
+            rows,
+            cols,
+            capacity,
+            height: self.height,
+            most_tiles: self.tiles.len(),
+        };
+        gemm.issue(device, &call).unwrap();
+        let live = self.sorted_rows * outs;
+        if kind == Kind::F32 {
+            let y = y32.read(0, capacity * outs).unwrap();
+            assert!(
+                y[live..].iter().all(|v| v.to_bits() == u32::MAX),
+                "rows beyond the sorted ones were written"
+            );
+            return y[..live].iter().map(|&v| f64::from(v)).collect();
+        }
+        let y = y16.read(0, capacity * outs).unwrap();
+        let place = |row: usize, out: usize| {
+            if kind == Kind::GateUp { panel(row, out, capacity) } else { row * outs + out }
+        };
+        let rest = (self.sorted_rows..capacity).flat_map(|row| (0..outs).map(move |out| (row, out)));
+        assert!(
+            rest.into_iter().all(|(row, out)| y[place(row, out)] == u16::MAX),
+            "rows beyond the sorted ones were written"
+        );
+        let values: Vec<u16> = (0..live).map(|at| y[place(at / outs, at % outs)]).collect();
+        if kind == Kind::GateUp { from_f16(&values) } else { from_bf16(&values) }
+    }
+
+    /// Element of the result by definition.
+    fn definition(&self, kind: Kind, sorted_row: usize, out: usize) -> f64 {
+        let Strips { rows, cols, .. } = self.strips;
+        let expert = self.expert(sorted_row);
+        let x = from_f16(&self.x[sorted_row * cols..][..cols]);
+        let product = |row: usize| -> f64 {
+            x.iter().enumerate().map(|(col, x)| x * self.strips.weight(expert * rows + row, col)).sum()
+        };
+        let bias = |at: usize| f64::from(self.bias[expert * rows + at]);
+        if kind != Kind::GateUp {
+            return product(out) + bias(out);
+        }
+        let strip_row = out / 8 * 16 + out % 8;
+        let (gate, up) = (product(strip_row) + bias(2 * out), product(strip_row + 8) + bias(2 * out + 1));
+        let (gate, up) = (gate.min(f64::from(LIMIT)), up.clamp(-f64::from(LIMIT), f64::from(LIMIT)));
+        gate / (1.0 + (-f64::from(ALPHA) * gate).exp()) * (up + 1.0)
+    }
+}
+
+fn limit(kind: Kind) -> f64 {
+    match kind {
+        Kind::GateUp => 6e-4,
+        Kind::F32 => 1e-5,
+        Kind::Bf16 => 3e-3,
+    }
+}
+
+/// With activations that pick one column each, any mistake of layout shows as a weight from elsewhere, by name.
+#[test]
+fn moe_gemm_puts_every_weight_in_its_place() {
+    let Some((device, _turn)) = device() else { return };
+    let (gemm, mut random) = (MoeGemm::load(&device).unwrap(), Random::new());
+    for height in HEIGHTS {
+        let (rows, cols, rows_of) = (208, 192, [200, 0, 37, 8]);
+        let strips = Strips::random(&mut random, rows_of.len(), rows, cols, usual);
+        let mut case = Case::new(strips, &rows_of, height, vec![0.0; rows_of.len() * rows]);
+        let picks = |row: usize| (row * 13 + 5) % cols;
+        case.x = vec![0; case.sorted_rows * cols];
+        (0..case.sorted_rows).for_each(|row| case.x[row * cols + picks(row)] = f16::ONE.to_bits());
+        let got = case.run(&device, &gemm, Kind::F32);
+        let wrong: Vec<String> = (0..case.sorted_rows * rows)
+            .filter_map(|at| {
+                let (row, out) = (at / rows, at % rows);
+                let want = case.strips.weight(case.expert(row) * rows + out, picks(row));
+                (got[at] != want).then(|| format!("(sorted row {row}, out {out}): {}, want {want}", got[at]))
+            })
+            .collect();
+        assert!(
+            wrong.is_empty(),
+            "height {height}: {} wrong, {:#?}",
+            wrong.len(),
+            &wrong[..wrong.len().min(12)]
+        );
+    }
+}
+
+#[test]
+fn moe_gemm_equals_its_definition() {
+    let Some((device, _turn)) = device() else { return };
+    let (gemm, mut random) = (MoeGemm::load(&device).unwrap(), Random::new());
+    for (at, rows_of) in [
+        vec![1],
+        vec![3, 0, 16, 17],
+        vec![0, 33, 8, 64, 65],
+        vec![0, 0, 130, 257],
+        vec![256, 190, 12],
+        vec![0, 0],
+    ]
+    .iter()
+    .enumerate()
+    {
+        for kind in [Kind::GateUp, Kind::F32, Kind::Bf16] {
+            for height in HEIGHTS {
+                let cols = [64, 128, 192, 320, 448][(at + height) % 5];
+                let rows = if kind == Kind::GateUp { [128, 384][at % 2] } else { [64, 144, 272][at % 3] };
+                let strips = Strips::random(&mut random, rows_of.len(), rows, cols, usual);
+                let bias = random.units(rows_of.len() * rows, 1.0);
+                let mut case = Case::new(strips, rows_of, height, bias);
+                case.x = to_f16(&random.units(case.sorted_rows * cols, 3.0));
+                let got = case.run(&device, &gemm, kind);
+                let outs = if kind == Kind::GateUp { rows / 2 } else { rows };
+                // All of the first and last sorted rows, some of the others.
+                let checked: Vec<usize> =
+                    (0..case.sorted_rows).filter(|row| row % 7 == 0 || row + 9 > case.sorted_rows).collect();
+                let pick = |of: &dyn Fn(usize, usize) -> f64| -> Vec<f64> {
+                    checked
+                        .iter()
+                        .flat_map(|&row| (0..outs).map(move |out| (row, out)))
+                        .map(|(r, o)| of(r, o))
+                        .collect()
+                };
+                let want = pick(&|row, out| case.definition(kind, row, out));
+                let sample = pick(&|row, out| got[row * outs + out]);
+                assert!(got.iter().all(|v| v.is_finite()));
+                assert_rows(
+                    &format!("{kind:?} {rows}x{cols} {rows_of:?} height {height}"),
+                    &sample,
+                    &want,
+                    outs,
+                    limit(kind),
+                );
+            }
+        }
+    }
+}
+
+/// Scale bytes from 0 to 254. Within 24 of a row's largest a weight is exact; below, the error is 2^-24 of the largest.
+#[test]
+fn moe_gemm_takes_every_scale() {
+    let Some((device, _turn)) = device() else { return };
+    let (gemm, mut random) = (MoeGemm::load(&device).unwrap(), Random::new());
+    let (rows, cols, rows_of) = (256, 128, [40, 9]);
+    for height in [16, 256] {
+        let mut base = vec![0; rows_of.len() * rows];
+        base.iter_mut().for_each(|base| *base = random.below(255));
+        (base[0], base[1], base[2], base[3]) = (0, 254, 1, 253);
+        let strips = Strips::random(&mut random, rows_of.len(), rows, cols, |random, row, block| {
+            let spread = [1, 30, 255][row % 3];
+            if block == 0 { base[row] as u8 } else { base[row].saturating_sub(random.below(spread)) as u8 }
+        });
+        let mut case = Case::new(strips, &rows_of, height, vec![0.0; rows_of.len() * rows]);
+        let picks = |row: usize| (row * 29 + 3) % cols;
+        let x = f16::from_f32(1.0 / 64.0);
+        case.x = vec![0; case.sorted_rows * cols];
+        (0..case.sorted_rows).for_each(|row| case.x[row * cols + picks(row)] = x.to_bits());
+        let got = case.run(&device, &gemm, Kind::F32);
+        for (at, got) in got.iter().enumerate() {
+            let (row, out) = (at / rows, at % rows);
+            let weight_row = case.expert(row) * rows + out;
+            let largest = (0..cols / 32).map(|block| case.strips.scale(weight_row, block)).max().unwrap();
+            let here = case.strips.scale(weight_row, picks(row) / 32);
+            let want = case.strips.weight(weight_row, picks(row)) / 64.0;
+            let unit = 2_f64.powi(i32::from(largest) - 127) / 64.0;
+            let slack = if largest - here <= 23 { 0.0 } else { unit * 2_f64.powi(-24) };
+            // float32 itself ends at 2^-149.
+            let slack = slack.max(2_f64.powi(-150));
+            assert!(
+                (got - want).abs() <= slack,
+                "height {height}, sorted row {row}, out {out}: {got:e}, want {want:e}, scale {here} of {largest}"
+            );
+        }
+    }
+}
+
+/// The model's own shapes, checked at sampled elements.
+#[test]
+fn moe_gemm_of_real_shapes() {
+    let Some((device, _turn)) = device() else { return };
+    let (gemm, mut random) = (MoeGemm::load(&device).unwrap(), Random::new());
+    let rows_of = [300, 0, 1, 700, 256, 64, 13, 500];
+    for (kind, rows) in [(Kind::GateUp, 5760), (Kind::Bf16, 2880)] {
+        let strips = Strips::random(&mut random, rows_of.len(), rows, 2880, usual);
+        let bias = random.units(rows_of.len() * rows, 1.0);
+        let mut case = Case::new(strips, &rows_of, height(459, 4, 8), bias);
+        case.x = to_f16(&random.units(case.sorted_rows * 2880, 1.0));
+        let got = case.run(&device, &gemm, kind);
+        let places: Vec<(usize, usize)> =
+            (0..2000).map(|_| (random.below(case.sorted_rows), random.below(2880))).collect();
+        let want: Vec<f64> = places.iter().map(|&(row, out)| case.definition(kind, row, out)).collect();
+        let sample: Vec<f64> = places.iter().map(|&(row, out)| got[row * 2880 + out]).collect();
+        assert!(got.iter().all(|v| v.is_finite()));
+        assert_rows(&format!("{kind:?} {rows}x2880"), &sample, &want, want.len(), limit(kind));
+    }
+}
