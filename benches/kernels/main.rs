@@ -2,9 +2,14 @@
 
 #![allow(clippy::print_stdout)]
 
+mod embed;
 mod gemm;
+mod gemv_head;
+mod gemv_out;
+mod gemv_qkv;
 mod harness;
 mod moe_small;
+mod pack_panels;
 mod rms_norm;
 mod route;
 
@@ -16,9 +21,14 @@ fn main() -> anyhow::Result<()> {
         anyhow::bail!("{why}");
     }
     let bench = harness::Bench::new(Device::open(0)?, filter)?;
+    embed::run(&bench)?;
     gemm::run(&bench)?;
-    rms_norm::run(&bench)?;
+    gemv_head::run(&bench)?;
+    gemv_out::run(&bench)?;
+    gemv_qkv::run(&bench)?;
     moe_small::run(&bench)?;
+    pack_panels::run(&bench)?;
+    rms_norm::run(&bench)?;
     route::run(&bench)?;
     Ok(())
 }

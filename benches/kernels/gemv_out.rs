@@ -1,0 +1,56 @@
+use ctxserve_backend::DeviceError;
+use ctxserve_cuda::ops::gemv_out::{Call, Dims, GemvOut};
+
+use crate::gemv_qkv::{LAYERS, layers};
+use crate::harness::{Bench, Work};
+
+const Q: usize = 4096;
+const HIDDEN: usize = 2880;
+
+pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
+    if !bench.wants("gemv_out") {
+        return Ok(());
+    }
+    let device = &bench.device;
+    let weights = layers(bench, HIDDEN * Q)?;
+    let values: Vec<f32> = (0..16 * HIDDEN).map(|_| bench.unit()).collect();
+    let (x, bias) = (device.upload(&values)?, device.upload(&values[..HIDDEN])?);
+    // Small, so that the residual stream stays finite over many launches.
+    let heads = device.upload(&vec![0x3c00_u16; 16 * Q])?;
+    let work = |rows: usize| Work {
+        bytes: (HIDDEN * Q * 2 + rows * (Q * 2 + HIDDEN * 8)) as f64,
+        flops: (2 * HIDDEN * Q * rows) as f64,
+    };
+    let dims = |rows| Dims { rows, q_width: Q, hidden: HIDDEN };
+    for rows in [1, 2, 4, 8, 16] {
+        let live = device.upload(&[rows as i32])?;
+        let kernel = GemvOut::load(device, dims(rows))?;
+        println!("  {}", kernel.plan());
+        bench.time(&format!("gemv_out {rows} rows"), work(rows), 2 * LAYERS, |layer| {
+            let weights = &weights[layer % LAYERS];
+            kernel.issue(device, &Call { weights, bias: &bias, heads: &heads, x: &x, live: &live })
+        })?;
+    }
+    let live = device.upload(&[1])?;
+    let plan = *GemvOut::load(device, dims(1))?.plan();
+    let bytes_of_stage = plan.warps * plan.variant.tiles * 1024;
+    let ring = plan.variant.stages * bytes_of_stage;
+    for stages in [2, 3, 4] {
+        for width in [1, 8] {
+            for launch_early in [false, true] {
+                let mut plan = plan;
+                plan.shared = plan.shared - ring + stages * bytes_of_stage;
+                plan.variant.stages = stages;
+                (plan.width, plan.launch_early) = (width, launch_early);
+                let kernel = GemvOut::with_plan(device, dims(1), plan)?;
+                let early = if launch_early { "early" } else { "late" };
+                let name = format!("gemv_out 1 row, {stages} stages, width {width}, {early}");
+                bench.time(&name, work(1), 2 * LAYERS, |layer| {
+                    let weights = &weights[layer % LAYERS];
+                    kernel.issue(device, &Call { weights, bias: &bias, heads: &heads, x: &x, live: &live })
+                })?;
+            }
+        }
+    }
+    Ok(())
+}

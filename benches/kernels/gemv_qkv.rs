@@ -1,0 +1,91 @@
+use ctxserve_backend::DeviceError;
+use ctxserve_cuda::driver::Buffer;
+use ctxserve_cuda::ops::gemv_out;
+use ctxserve_cuda::ops::gemv_qkv::{Call, Dims, GemvQkv};
+use half::bf16;
+
+use crate::harness::{Bench, Work};
+
+pub(crate) const LAYERS: usize = 24;
+const COLS: usize = 2880;
+const Q: usize = 4096;
+const KV: usize = 512;
+const OUTPUTS: usize = Q + 2 * KV;
+
+/// Every layer's weights, the same random bits in memory of their own.
+pub(crate) fn layers(bench: &Bench, len: usize) -> Result<Vec<Buffer<u16>>, DeviceError> {
+    let bits: Vec<u16> = (0..len).map(|_| bf16::from_f32(bench.unit() * 0.02).to_bits()).collect();
+    (0..LAYERS).map(|_| bench.device.upload(&bits)).collect()
+}
+
+pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
+    if !bench.wants("gemv_qkv") {
+        return Ok(());
+    }
+    let device = &bench.device;
+    let values: Vec<f32> = (0..16 * COLS).map(|_| bench.unit()).collect();
+    let weights = layers(bench, OUTPUTS * COLS)?;
+    let (x, vector) = (device.upload(&values)?, device.upload(&values[..OUTPUTS])?);
+    let (positions, inv_freq) = (device.upload(&[70_000; 16])?, device.upload(&values[..32])?);
+    let (q, kv) = (device.zeros(16 * Q)?, device.zeros(16 * 2 * KV)?);
+    let live = (0..=16).map(|rows| device.upload(&[rows])).collect::<Result<Vec<_>, _>>()?;
+    let call = |layer: usize, rows: usize| Call {
+        weights: &weights[layer % LAYERS],
+        bias: &vector,
+        norm: &vector,
+        x: &x,
+        live: &live[rows],
+        positions: &positions,
+        inv_freq: &inv_freq,
+        q: &q,
+        kv: &kv,
+        norm_cols: COLS,
+        eps: 1e-5,
+        mscale: 1.3,
+    };
+    let work = |rows: usize| Work {
+        bytes: (OUTPUTS * COLS * 2 + rows * (COLS * 4 + Q * 2 + KV * 8)) as f64,
+        flops: (2 * OUTPUTS * COLS * rows) as f64,
+    };
+    let dims = |rows| Dims { rows, cols: COLS, q_width: Q, kv_width: KV };
+    for rows in [1, 2, 4, 8, 16] {
+        let kernel = GemvQkv::load(device, dims(rows))?;
+        println!("  {}", kernel.plan());
+        bench.time(&format!("gemv_qkv {rows} rows"), work(rows), 2 * LAYERS, |layer| {
+            kernel.issue(device, &call(layer, rows))
+        })?;
+    }
+    let plan = *GemvQkv::load(device, dims(1))?.plan();
+    let bytes_of_stage = plan.warps * plan.variant.tiles * 1024;
+    for stages in [2, 3] {
+        for width in [1, 8] {
+            for launch_early in [false, true] {
+                let mut plan = plan;
+                plan.shared += (stages - plan.variant.stages) * bytes_of_stage;
+                plan.variant.stages = stages;
+                (plan.width, plan.launch_early) = (width, launch_early);
+                let kernel = GemvQkv::with_plan(device, dims(1), plan)?;
+                let early = if launch_early { "early" } else { "late" };
+                let name = format!("gemv_qkv 1 row, {stages} stages, width {width}, {early}");
+                bench.time(&name, work(1), 2 * LAYERS, |layer| kernel.issue(device, &call(layer, 1)))?;
+            }
+        }
+    }
+
+    // As in a layer, less attention between them: both, alternately.
+    let of_out = layers(bench, COLS * Q)?;
+    for rows in [1, 4, 16] {
+        let kernel = GemvQkv::load(device, dims(rows))?;
+        let out = gemv_out::GemvOut::load(device, gemv_out::Dims { rows, q_width: Q, hidden: COLS })?;
+        let both = Work {
+            bytes: work(rows).bytes + (COLS * Q * 2) as f64,
+            flops: work(rows).flops + (2 * COLS * Q * rows) as f64,
+        };
+        bench.time(&format!("gemv_qkv and gemv_out, {rows} rows"), both, LAYERS, |layer| {
+            kernel.issue(device, &call(layer, rows))?;
+            let (weights, live) = (&of_out[layer], &live[rows]);
+            out.issue(device, &gemv_out::Call { weights, bias: &vector, heads: &q, x: &x, live })
+        })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,323 @@
+//! How a product of few token rows is launched: what `gemv_qkv`, `gemv_out` and `gemv_head` share.
+
+use std::fmt;
+
+use ctxserve_backend::DeviceError;
+
+use crate::driver::{Device, Facts, Kernel, Launch};
+
+/// Most panels of 64 columns that one warp takes, and most warps.
+const MAX_SLICE: usize = 8;
+const MAX_WARPS: usize = 16;
+/// Warps that keep enough loads in flight; more only cost registers.
+const GOOD_WARPS: usize = 9;
+
+/// What is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Most token rows, 1 to 16.
+    pub rows: usize,
+    /// Columns of the matrix, a multiple of 64.
+    pub cols: usize,
+    /// Its rows, a multiple of 8.
+    pub outputs: usize,
+    /// Whether the input is normed on the way in.
+    pub normed: bool,
+    /// Whether a block takes several rounds of tiles: long matrices.
+    pub walks: bool,
+}
+
+/// A compiled variant: tiles of 8 outputs of a block, stages of a warp's ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Variant {
+    /// Tiles of 8 outputs that a block multiplies at a time.
+    pub tiles: usize,
+    /// Stages of one panel and all tiles.
+    pub stages: usize,
+}
+
+/// How it is launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// The compiled variant.
+    pub variant: Variant,
+    /// Token rows that the kernel is compiled for: 1, 8 or 16.
+    pub width: usize,
+    /// Token rows of one launch; fewer than asked for where shared memory is short.
+    pub lines: usize,
+    /// Warps of a block.
+    pub warps: usize,
+    /// Panels of 64 columns that a warp takes.
+    pub slice: usize,
+    /// Thread blocks.
+    pub blocks: usize,
+    /// Rounds of `variant.tiles` tiles that every block has, if blocks walk.
+    pub full: usize,
+    /// Tiles of a block in a last round, if blocks walk.
+    pub tail: usize,
+    /// Bytes of shared memory.
+    pub shared: usize,
+    /// Lets the next kernel start at once, not when the last weights are on their way.
+    pub launch_early: bool,
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { variant: Variant { tiles, stages }, lines, warps, slice, blocks, shared, .. } = self;
+        write!(
+            f,
+            "{blocks} blocks of {tiles} tiles, {warps} warps x {slice} panels, {stages} stages, {lines} rows, \
+             {} KiB",
+            shared.div_ceil(1024)
+        )
+    }
+}
+
+/// Maps a shape to a launch: the first of `variants` that fits the device's shared memory.
+///
+/// # Errors
+/// Dimensions that the kernels do not take.
+pub fn plan(
+    op: &'static str,
+    shape: &Shape,
+    facts: &Facts,
+    variants: &[Variant],
+) -> Result<Plan, DeviceError> {
+    let Shape { rows, cols, outputs, .. } = *shape;
+    let panels = cols / 64;
+    let fits = (1..=16).contains(&rows)
+        && cols.is_multiple_of(64)
+        && (1..=MAX_SLICE * MAX_WARPS).contains(&panels)
+        && outputs.is_multiple_of(8)
+        && (1..=1 << 24).contains(&outputs);
+    if !fits {
+        return Err(DeviceError::new(op, format!("{rows} rows by {outputs} x {cols} is no shape for it")));
+    }
+    let (slice, warps) = split(panels);
+    for lines in [rows, rows.min(8), rows.min(4), 1] {
+        for &variant in variants {
+            let shared = shared(shape, variant, lines, warps);
+            if shared > facts.shared_memory as usize {
+                continue;
+            }
+            let (tiles, width) = (outputs / 8, if lines == 1 { 1 } else { lines.next_multiple_of(8) });
+            let groups = tiles.div_ceil(variant.tiles);
+            let most = facts.multiprocessors.max(1) as usize;
+            let blocks = if shape.walks { groups.min(most) } else { groups };
+            let full = tiles / (blocks * variant.tiles);
+            let tail = (tiles - full * blocks * variant.tiles).div_ceil(blocks);
+            let launch_early = false;
+            return Ok(Plan {
+                variant,
+                width,
+                lines,
+                warps,
+                slice,
+                blocks,
+                full,
+                tail,
+                shared,
+                launch_early,
+            });
+        }
+    }
+    Err(DeviceError::new(op, format!("{} bytes of shared memory are too few", facts.shared_memory)))
+}
+
+/// Panels of a warp and warps: no warp idle, as even as possible, then about as many as keep memory busy.
+fn split(panels: usize) -> (usize, usize) {
+    let choices = (1..=MAX_SLICE).map(|slice| (slice, panels.div_ceil(slice)));
+    let good = |&(slice, warps): &(usize, usize)| (slice * warps - panels, warps.abs_diff(GOOD_WARPS));
+    choices.filter(|&(_, warps)| warps <= MAX_WARPS).min_by_key(good).unwrap_or((MAX_SLICE, MAX_WARPS))
+}
+
+/// Bytes of shared memory, in the order of kernels/common/gemv.cuh.
+fn shared(shape: &Shape, variant: Variant, lines: usize, warps: usize) -> usize {
+    let ring = warps * variant.stages * variant.tiles * 1024;
+    let tokens = shape.cols * lines * 2;
+    let squares = if shape.normed { (warps * lines).next_multiple_of(4) * 4 } else { 0 };
+    let partials = if shape.walks { 2 * warps * lines * variant.tiles * 32 } else { 0 };
+    ring + tokens + squares + partials
+}
+
+/// `Product` of kernels/common/gemv.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Product {
+    weights: u64,
+    live: u64,
+    outputs: i32,
+    panels: i32,
+    slice: i32,
+    lines: i32,
+    first: i32,
+    full: i32,
+    tail: i32,
+    flags: i32,
+}
+
+/// A loaded variant with its plan.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Loaded {
+    pub(super) shape: Shape,
+    pub(super) plan: Plan,
+    kernel: Kernel,
+}
+
+impl Loaded {
+    /// `name` maps a variant and its width to the kernel's name.
+    pub(super) fn new(
+        device: &Device,
+        file: &'static str,
+        names: &[(Variant, [&'static str; 3])],
+        shape: Shape,
+        plan: Plan,
+    ) -> Result<Self, DeviceError> {
+        let width = [1, 8, 16].iter().position(|&width| width == plan.width);
+        let names = names.iter().find(|(variant, _)| *variant == plan.variant);
+        let (Some((_, names)), Some(width)) = (names, width) else {
+            return Err(DeviceError::new(file, format!("no kernel for {plan}")));
+        };
+        if plan.shared < shared(&shape, plan.variant, plan.lines, plan.warps) {
+            return Err(DeviceError::new(file, format!("too little shared memory in {plan}")));
+        }
+        // The limit is the function's, and other shapes use the same function: it is set as high as it goes.
+        let kernel = device.kernel(file, names[width], device.facts().shared_memory as usize)?;
+        Ok(Self { shape, plan, kernel })
+    }
+
+    /// The launches, as many as rows need: for each its shape and the part of its parameters that products share.
+    pub(super) fn launches(&self, weights: u64, live: u64) -> impl Iterator<Item = (Launch, Product)> + '_ {
+        let (shape, plan) = (&self.shape, &self.plan);
+        (0..shape.rows).step_by(plan.lines).map(move |first| {
+            let launch = Launch {
+                grid: [plan.blocks as u32, 1, 1],
+                block: plan.warps as u32 * 32,
+                shared: plan.shared as u32,
+                overlap: true,
+            };
+            let product = Product {
+                weights,
+                live,
+                outputs: shape.outputs as i32,
+                panels: (shape.cols / 64) as i32,
+                slice: plan.slice as i32,
+                lines: plan.lines.min(shape.rows - first) as i32,
+                first: first as i32,
+                full: plan.full as i32,
+                tail: plan.tail as i32,
+                flags: i32::from(plan.launch_early),
+            };
+            (launch, product)
+        })
+    }
+
+    pub(super) fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+}
+
+/// Names of a variant's kernels, by width.
+macro_rules! variants {
+    ($file:literal: $(($tiles:literal, $stages:literal)),+ $(,)?) => {
+        &[$((
+            $crate::ops::gemv::Variant { tiles: $tiles, stages: $stages },
+            [
+                concat!($file, "_", $tiles, "x", $stages, "_1"),
+                concat!($file, "_", $tiles, "x", $stages, "_8"),
+                concat!($file, "_", $tiles, "x", $stages, "_16"),
+            ],
+        )),+]
+    };
+}
+pub(super) use variants;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(multiprocessors: u32, shared_memory: u32) -> Facts {
+        Facts {
+            name: String::new(),
+            capability: (9, 0),
+            multiprocessors,
+            shared_memory,
+            memory: 0,
+            driver: 13_000,
+        }
+    }
+
+    const QKV: &[Variant] = &[Variant { tiles: 5, stages: 2 }, Variant { tiles: 2, stages: 2 }];
+    const HEAD: &[Variant] = &[Variant { tiles: 5, stages: 3 }, Variant { tiles: 5, stages: 2 }];
+
+    fn shape(rows: usize, cols: usize, outputs: usize, walks: bool) -> Shape {
+        Shape { rows, cols, outputs, normed: true, walks }
+    }
+
+    #[test]
+    fn few_rows_leave_room_for_the_next_kernel() {
+        let facts = facts(132, 232_448);
+        for rows in 1..=4 {
+            let plan = plan("test", &shape(rows, 2880, 5120, false), &facts, QKV).unwrap();
+            assert_eq!((plan.blocks, plan.warps, plan.slice, plan.lines), (128, 9, 5, rows));
+            // Two blocks and what the device keeps for each of them.
+            assert!(2 * (plan.shared + 1024) <= 228 * 1024, "{rows} rows: {plan}");
+        }
+    }
+
+    #[test]
+    fn sixteen_rows_fit_a_large_and_are_split_on_a_small_device() {
+        let on_hopper = plan("test", &shape(16, 2880, 5120, false), &facts(132, 232_448), QKV).unwrap();
+        assert_eq!((on_hopper.lines, on_hopper.width), (16, 16));
+        let on_ada = plan("test", &shape(16, 2880, 5120, false), &facts(142, 101_376), QKV).unwrap();
+        assert_eq!((on_ada.lines, on_ada.width, on_ada.variant.tiles), (8, 8, 2));
+        let head = plan("test", &shape(16, 2880, 201_088, true), &facts(132, 232_448), HEAD).unwrap();
+        assert_eq!((head.lines, head.variant.stages), (16, 2));
+    }
+
+    #[test]
+    fn every_panel_has_one_warp_and_every_warp_a_panel() {
+        for panels in 1..=MAX_SLICE * MAX_WARPS {
+            let (slice, warps) = split(panels);
+            assert!((1..=MAX_SLICE).contains(&slice) && (1..=MAX_WARPS).contains(&warps), "{panels}");
+            assert!(slice * warps >= panels && (warps - 1) * slice < panels, "{panels}: {slice} x {warps}");
+        }
+        assert_eq!((split(45), split(64)), ((5, 9), (8, 8)));
+    }
+
+    /// `Rounds` of kernels/common/gemv.cuh.
+    #[test]
+    fn every_tile_has_one_block() {
+        for outputs in [8, 16, 40, 48, 88, 1608, 5120, 5288, 10_568, 201_088, 201_096] {
+            let (all, plan) = (
+                outputs / 8,
+                plan("test", &shape(1, 64, outputs, true), &facts(132, 232_448), HEAD).unwrap(),
+            );
+            let (tiles, mut seen) = (plan.variant.tiles, vec![0; all]);
+            for block in 0..plan.blocks {
+                let count =
+                    plan.full + usize::from(plan.full * plan.blocks * tiles + block * plan.tail < all);
+                for round in 0..count {
+                    let (start, size) = if round < plan.full {
+                        ((round * plan.blocks + block) * tiles, tiles)
+                    } else {
+                        (plan.full * plan.blocks * tiles + block * plan.tail, plan.tail)
+                    };
+                    assert!(size <= tiles);
+                    (start..(start + size).min(all)).for_each(|tile| seen[tile] += 1);
+                }
+            }
+            assert!(seen.iter().all(|&times| times == 1), "{outputs} outputs: {plan}");
+        }
+    }
+
+    #[test]
+    fn shapes_that_no_kernel_takes_are_refused() {
+        let facts = facts(132, 232_448);
+        for (rows, cols, outputs) in
+            [(0, 64, 8), (17, 64, 8), (1, 72, 8), (1, 0, 8), (1, 64, 12), (1, 8256, 8)]
+        {
+            assert!(plan("test", &shape(rows, cols, outputs, false), &facts, QKV).is_err());
+        }
+    }
+}

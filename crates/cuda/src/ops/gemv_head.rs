@@ -1,0 +1,134 @@
+//! RMSNorm and the LM head for at most 16 rows of logits.
+
+use ctxserve_backend::DeviceError;
+
+use super::gemv::{Loaded, Plan, Product, Shape, Variant, plan, variants};
+use crate::driver::{Buffer, Device, Params};
+
+const OP: &str = "gemv_head";
+const NAMES: &[(Variant, [&str; 3])] = variants!("gemv_head": (5, 3), (5, 2), (2, 2), (1, 2), (5, 4));
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Arguments {
+    product: Product,
+    x: u64,
+    norm: u64,
+    index: u64,
+    logits: u64,
+    vocab: i32,
+    stride: i32,
+    norm_cols: i32,
+    eps: f32,
+}
+
+// SAFETY: mirrors `Params` of kernels/gemv_head.cu.
+unsafe impl Params for Arguments {}
+
+/// What the kernel is loaded for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dims {
+    /// Most rows of logits, 1 to 16.
+    pub rows: usize,
+    /// Width of `x`, padded to a multiple of 64; at most 8192.
+    pub cols: usize,
+    /// Tokens. The matrix has this many rows, rounded up to a multiple of 8.
+    pub vocab: usize,
+    /// Elements from one row of logits to the next, even.
+    pub stride: usize,
+}
+
+/// The loaded kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct GemvHead {
+    loaded: Loaded,
+    dims: Dims,
+}
+
+/// `logits = norm(x[index]) W^T`.
+#[derive(Debug)]
+pub struct Call<'a> {
+    /// Panel layout of `[vocab rounded up to 8, cols]`, bits of bf16. It must have been complete before the launch before
+    /// this one was issued: it is read without waiting for that.
+    pub weights: &'a Buffer<u16>,
+    /// `[cols]`, zero beyond `norm_cols`.
+    pub norm: &'a Buffer<f32>,
+    /// `[rows, cols]` and more, zero beyond `norm_cols`.
+    pub x: &'a Buffer<f32>,
+    /// Row of `x` for each row of logits, inside `x`; the same row where absent.
+    pub index: Option<&'a Buffer<i32>>,
+    /// One integer: rows to do; later rows of `logits` are left alone.
+    pub live: &'a Buffer<i32>,
+    /// `[rows, stride]`, the first `vocab` of each row are written.
+    pub logits: &'a Buffer<f32>,
+    /// Elements that the mean square is over.
+    pub norm_cols: usize,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+impl GemvHead {
+    /// Loads the kernel for a shape.
+    ///
+    /// # Errors
+    /// A shape that it does not take, or no code for this device.
+    pub fn load(device: &Device, dims: Dims) -> Result<Self, DeviceError> {
+        let preferred = [NAMES[0].0, NAMES[1].0, NAMES[2].0, NAMES[3].0];
+        Self::with_plan(device, dims, plan(OP, &shape(dims)?, device.facts(), &preferred)?)
+    }
+
+    /// Loads it with a plan other than its own.
+    ///
+    /// # Errors
+    /// As [`GemvHead::load`]; a plan without a kernel.
+    pub fn with_plan(device: &Device, dims: Dims, plan: Plan) -> Result<Self, DeviceError> {
+        Ok(Self { loaded: Loaded::new(device, OP, NAMES, shape(dims)?, plan)?, dims })
+    }
+
+    /// How it is launched.
+    pub fn plan(&self) -> &Plan {
+        &self.loaded.plan
+    }
+
+    /// Issues it.
+    ///
+    /// # Errors
+    /// Buffers that are too small, or a device fault.
+    pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
+        let Dims { rows, cols, vocab, stride } = self.dims;
+        let fits = call.weights.len() >= vocab.next_multiple_of(8) * cols
+            && call.norm.len() >= cols
+            && call.index.map_or(call.x.len() >= rows * cols, |index| index.len() >= rows)
+            && call.live.len() >= 1
+            && call.logits.len() >= rows * stride
+            && (1..=cols).contains(&call.norm_cols);
+        if !fits {
+            return Err(DeviceError::new(OP, format!("{:?} does not fit its buffers", self.dims)));
+        }
+        for (launch, product) in self.loaded.launches(call.weights.address(), call.live.address()) {
+            let arguments = Arguments {
+                product,
+                x: call.x.address(),
+                norm: call.norm.address(),
+                index: call.index.map_or(0, Buffer::address),
+                logits: call.logits.address(),
+                vocab: vocab as i32,
+                stride: stride as i32,
+                norm_cols: call.norm_cols as i32,
+                eps: call.eps,
+            };
+            // SAFETY: every buffer was checked to be large enough for the shape that the kernel was loaded for; `index` holds
+            // rows of `x` by the caller's plan.
+            unsafe { device.launch(self.loaded.kernel(), &launch, &arguments) }?;
+        }
+        Ok(())
+    }
+}
+
+fn shape(dims: Dims) -> Result<Shape, DeviceError> {
+    let Dims { rows, cols, vocab, stride } = dims;
+    if vocab > stride || !stride.is_multiple_of(2) || i32::try_from(stride).is_err() {
+        return Err(DeviceError::new(OP, format!("rows of {vocab} logits, {stride} apart")));
+    }
+    Ok(Shape { rows, cols, outputs: vocab.next_multiple_of(8), normed: true, walks: true })
+}

@@ -1,0 +1,120 @@
+use ctxserve_cuda::driver::Device;
+use ctxserve_cuda::ops::gemv_qkv::{Call, Dims, GemvQkv};
+
+use crate::common::{Random, assert_rows, device, from_bf16};
+use crate::gemv::{dot, in_panels, matrix, normed, padded, poison_dead, poisoned};
+
+const EPS: f32 = 1e-5;
+const MSCALE: f32 = 1.346_573_6;
+
+struct Case {
+    rows: usize,
+    live: usize,
+    real: usize,
+    heads: usize,
+    kv_heads: usize,
+    pairs: usize,
+}
+
+#[test]
+fn gemv_qkv_equals_its_definition() {
+    let Some((device, _turn)) = device() else { return };
+    let mut random = Random::new();
+    for (rows, live, real, heads, kv_heads, pairs) in [
+        (1, 1, 64, 2, 1, 32),
+        (1, 0, 64, 1, 1, 32),
+        (2, 2, 200, 3, 2, 16),
+        (3, 2, 576, 2, 2, 32),
+        (4, 4, 2880, 2, 1, 32),
+        (5, 5, 640, 1, 1, 8),
+        (8, 7, 1088, 3, 1, 32),
+        (9, 9, 130, 2, 1, 32),
+        (15, 13, 320, 2, 1, 32),
+        (16, 16, 2880, 2, 2, 32),
+        (16, 3, 8192, 1, 1, 32),
+    ] {
+        check(&device, &mut random, &Case { rows, live, real, heads, kv_heads, pairs }, 1);
+    }
+}
+
+#[test]
+fn gemv_qkv_at_the_real_shape() {
+    let Some((device, _turn)) = device() else { return };
+    let mut random = Random::new();
+    for (rows, live) in [(1, 1), (4, 4), (16, 11)] {
+        let case = Case { rows, live, real: 2880, heads: 64, kv_heads: 8, pairs: 32 };
+        check(&device, &mut random, &case, 9);
+    }
+}
+
+/// Compares every `step`th head.
+fn check(device: &Device, random: &mut Random, case: &Case, step: usize) {
+    let Case { rows, live, real, heads, kv_heads, pairs } = *case;
+    let (cols, q_width, kv_width) = (real.next_multiple_of(64), heads * 64, kv_heads * 64);
+    let outputs = q_width + 2 * kv_width;
+    let weights = matrix(random, outputs, cols);
+    let bias = random.units(outputs, 0.5);
+    let mut norm = random.units(cols, 2.0);
+    norm[real..].fill(0.0);
+    let scale = 10_f32.powf(random.unit() * 2.0);
+    let mut x = padded(random, rows, real, cols, scale);
+    poison_dead(&mut x, live, cols);
+    let positions: Vec<i32> =
+        (0..rows).map(|row| if row == 0 { 131_071 } else { random.below(131_072) as i32 }).collect();
+    let inv_freq: Vec<f32> = (0..pairs).map(|i| 150_000_f32.powf(-(i as f32) / 32.0)).collect();
+    let (q, kv) = (poisoned::<u16>(device, rows * q_width), poisoned::<f32>(device, rows * 2 * kv_width));
+    let call = Call {
+        weights: &device.upload(&in_panels(&weights, outputs, cols)).unwrap(),
+        bias: &device.upload(&bias).unwrap(),
+        norm: &device.upload(&norm).unwrap(),
+        x: &device.upload(&x).unwrap(),
+        live: &device.upload(&[live as i32]).unwrap(),
+        positions: &device.upload(&positions).unwrap(),
+        inv_freq: &device.upload(&inv_freq).unwrap(),
+        q: &q,
+        kv: &kv,
+        norm_cols: real,
+        eps: EPS,
+        mscale: MSCALE,
+    };
+    let kernel = GemvQkv::load(device, Dims { rows, cols, q_width, kv_width }).unwrap();
+    kernel.issue(device, &call).unwrap();
+    let (q, kv) = (q.read(0, q.len()).unwrap(), kv.read(0, kv.len()).unwrap());
+
+    let what = format!("gemv_qkv {rows} rows ({live} live) of {real}: {}", kernel.plan());
+    let (mut got, mut want) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+    for row in 0..live {
+        let (operand, inverse) = normed(&x[row * cols..][..cols], &norm, real, f64::from(EPS));
+        let output = |at: usize| dot(&operand, &weights[at * cols..][..cols]) * inverse + f64::from(bias[at]);
+        for head in (0..heads + 2 * kv_heads).step_by(step) {
+            let mut y: Vec<f64> = (head * 64..head * 64 + 64).map(output).collect();
+            if head < heads + kv_heads {
+                // Permuted: pairs side by side.
+                let pair = |i: usize| {
+                    let (low, high) = (y[2 * i], y[2 * i + 1]);
+                    let angle = if i < pairs { positions[row] as f32 * inv_freq[i] } else { 0.0 };
+                    let (sin, cos) = f64::from(angle).sin_cos();
+                    let (sin, cos) = (sin * f64::from(MSCALE), cos * f64::from(MSCALE));
+                    (low * cos - high * sin, high * cos + low * sin)
+                };
+                let (low, high): (Vec<_>, Vec<_>) = (0..32).map(pair).unzip();
+                y = [low, high].concat();
+            }
+            let of_q = head < heads;
+            want[usize::from(!of_q)].extend(y);
+            if of_q {
+                got[0].extend(from_bf16(&q[row * q_width + head * 64..][..64]));
+            } else {
+                let at = row * 2 * kv_width + (head - heads) * 64;
+                got[1].extend(kv[at..at + 64].iter().map(|&v| f64::from(v)));
+            }
+        }
+    }
+    assert_rows(&format!("{what}, q"), &got[0], &want[0], 64, 4e-3);
+    assert_rows(&format!("{what}, kv"), &got[1], &want[1], 64, 2e-4);
+    assert!(q[live * q_width..].iter().all(|&v| v == 0xffff), "{what}: q beyond the live rows was written");
+    assert!(
+        kv[live * 2 * kv_width..].iter().all(|v| v.to_bits() == u32::MAX),
+        "{what}: kv beyond the live rows was written"
+    );
+}
