@@ -8,6 +8,7 @@ mod gemv_head;
 mod gemv_out;
 mod gemv_qkv;
 mod harness;
+mod moe_gemm;
 mod moe_small;
 mod pack_panels;
 mod rms_norm;
@@ -26,6 +27,7 @@ fn main() -> anyhow::Result<()> {
     gemv_head::run(&bench)?;
     gemv_out::run(&bench)?;
     gemv_qkv::run(&bench)?;
+    moe_gemm::run(&bench)?;
     moe_small::run(&bench)?;
     pack_panels::run(&bench)?;
     rms_norm::run(&bench)?;
