@@ -25,101 +25,72 @@ struct Params {
     int sums;              // floats of shared memory for partial sums (small)
 };
 
-KERNEL __launch_bounds__(THREADS, 2) moe_down_small(const __grid_constant__ Params p) {
+KERNEL __launch_bounds__(MOST_THREADS, 2) moe_down_small(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char shared[];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, strip = blockIdx.x;
-    char* const ring = shared + warp * (STAGES * STAGE);
-    float* const sums = reinterpret_cast<float*>(shared + RING);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, threads = blockDim.x;
+    const int strip = blockIdx.x, row16 = threadIdx.x % 16;
+    char* const ring = shared + warp * RING;
+    float* const sums = reinterpret_cast<float*>(shared + warps * RING);
     float* const products = sums + p.sums;  // [pairs][16]
-    const Work work = work_at(shared + RING + (p.sums + p.capacity * 16) * 4, p.capacity);
-    const Strips weights{p.weights, p.hidden / 16, p.inner / 64};
-    const int pieces = weights.pieces(), live = min(*p.live, p.capacity / p.top_k);
+    const Work work = work_at(shared + warps * RING + (p.sums + p.capacity * 16) * 4, p.capacity);
+    const int strips = p.hidden / 16, tiles = p.inner / 64, pieces = (tiles + PIECE - 1) / PIECE;
+    const int live = min(*p.live, p.capacity / p.top_k);
     const int segments = list_work(work, p.choice, live * p.top_k, p.capacity, p.experts, 8);
 
-    // Unit and segment are the same here: one strip of each expert.
-    Cursor now{0, 0, 0, 0};
-    now.step(warp, pieces, 1);
-    Cursor ahead = now;
-    auto fetch_next = [&](int stage) {
-        if (ahead.unit < segments)
-            fetch(weights, work.segments[ahead.segment].expert, strip, ahead.piece, shared_address(ring) + stage * STAGE);
-        copy_commit();
-        ahead.step(WARPS, pieces, 1);
-    };
-    for (int stage = 0; stage < STAGES; ++stage) fetch_next(stage);
-    int most = 1;
-    for (int segment = 0; segment < segments; ++segment) most = max(most, static_cast<int>(work.segments[segment].count));
-    const int window = p.sums / (pieces * most * 16);
+    // A unit is this block's strip of one segment's expert.
+    auto row_of = [](int pair) { return pair; };
+    Sharer<decltype(row_of)> sharer{{work, p.weights + strip * strip_bytes(tiles), strips * strip_bytes(tiles), 1, tiles, pieces, 1,
+                                     warp, warps, shared_address(ring) + lane * 16, segments},
+                                    reinterpret_cast<const uint4*>(p.a), ring, row_of, 0, 0};
+    sharer.reader.start(0);
+    const int most = segments > 0 ? most_tokens(work, 0, segments, 1) : 1, window = p.sums / (pieces * most * 16);
     // Item i is (segment, token, row of 16); the first one of a thread gets its bias early.
-    auto bias_of = [&](int segment, int row) {
-        return __ldg(p.bias + static_cast<size_t>(work.segments[segment].expert) * p.hidden + strip * 16 + row);
+    auto bias_at = [&](int segment) {
+        return __ldg(p.bias + static_cast<size_t>(work.segments[segment].expert) * p.hidden + strip * 16 + row16);
     };
-    const int item = threadIdx.x / 16 / most, row16 = threadIdx.x % 16;
-    float bias = item < min(window, segments) ? bias_of(item, row16) : 0;
+    const int ahead = threadIdx.x / 16 / most;
+    float bias = ahead < min(window, segments) ? bias_at(ahead) : 0;
 
     pdl_wait();
     pdl_launch();
-    // What a thread adds to at the end, and by which weight: fetched while the weights stream.
-    float* const target = p.x + static_cast<size_t>(threadIdx.x / 16) * p.hidden + strip * 16 + row16;
-    const bool adds = static_cast<int>(threadIdx.x) < live * 16;
-    const float before = adds ? *target : 0;
-
-    for (int base = 0, stage = 0; base < segments; base += window) {
-        const int top = min(base + window, segments);
-        while (now.unit < top) {
-            const Segment segment = work.segments[now.segment];
-            Tokens<1> tokens;
-            tokens.at[0] = nullptr;
-            if (lane / 4 < segment.count) {
-                const size_t from = work.pairs[segment.first + lane / 4];
-                tokens.at[0] = reinterpret_cast<const uint4*>(p.a + from * p.inner) + lane % 4;
-            }
-            tokens.load(now.piece, weights.tiles);
-            copy_wait<STAGES - 1>();
-            __syncwarp();
-            float acc[1][4];
-            multiply<1>(ring + stage * STAGE, min(PIECE, weights.tiles - now.piece * PIECE), tokens, acc);
-            float* to = sums + (((now.unit - base) * pieces + now.piece) * most + lane % 4 * 2) * 16 + lane / 4;
-            if (lane % 4 * 2 < segment.count) to[0] = acc[0][0], to[8] = acc[0][2];
-            if (lane % 4 * 2 + 1 < segment.count) to[16] = acc[0][1], to[24] = acc[0][3];
-            __syncwarp();
-            fetch_next(stage);
-            stage = stage == STAGES - 1 ? 0 : stage + 1;
-            now.step(WARPS, pieces, 1);
-        }
+    for (int base = 0; base < segments; base += window) {
+        const int count = min(window, segments - base);
+        sharer.multiply_units(count, sums, most);
         __syncthreads();
-        for (int i = threadIdx.x; i < (top - base) * most * 16; i += THREADS) {
-            const int at = base + i / 16 / most, token = i / 16 % most, row = i % 16;
-            if (base > 0 || i >= THREADS) bias = bias_of(at, row);
-            const Segment segment = work.segments[at];
+        for (int item = threadIdx.x; item < count * most * 16; item += threads) {
+            const int unit = item / 16 / most, token = item / 16 % most;
+            if (base > 0 || item >= threads) bias = bias_at(base + unit);
+            const Segment segment = work.segments[base + unit];
             if (token >= segment.count) continue;
-            const float* from = sums + ((at - base) * pieces * most + token) * 16 + row;
+            const float* from = sums + (unit * pieces * most + token) * 16 + row16;
             float sum = 0;
             for (int piece = 0; piece < pieces; ++piece, from += most * 16) sum += from[0];
-            products[work.pairs[segment.first + token] * 16 + row] = fmaf(sum, FP4_UNIT, bias);
+            products[work.pairs[segment.first + token] * 16 + row16] = fmaf(sum, FP4_UNIT, bias);
         }
         __syncthreads();
     }
     copy_wait<0>();
-    if (!adds) return;
-    const int row = threadIdx.x / 16;
-    float sum = 0;
-    for (int slot = 0; slot < p.top_k; ++slot)
-        sum = fmaf(p.weight[row * p.top_k + slot], products[(row * p.top_k + slot) * 16 + row16], sum);
-    *target = before + sum;
+    for (int row = threadIdx.x / 16; row < live; row += threads / 16) {
+        float sum = 0;
+        for (int slot = 0; slot < p.top_k; ++slot)
+            sum = fmaf(p.weight[row * p.top_k + slot], products[(row * p.top_k + slot) * 16 + row16], sum);
+        float* const x = p.x + static_cast<size_t>(row) * p.hidden + strip * 16 + row16;
+        *x += sum;
+    }
 }
 
-KERNEL __launch_bounds__(THREADS, 1) moe_down_large(const __grid_constant__ Params p) {
+KERNEL __launch_bounds__(MOST_THREADS, 1) moe_down_large(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) char shared[];
-    const int warp = threadIdx.x / 32;
-    const Work work = work_at(shared + RING, p.capacity);
-    const Strips weights{p.weights, p.hidden / 16, p.inner / 64};
-    const int units = weights.strips * list_work(work, p.choice, min(*p.live * p.top_k, p.capacity), p.capacity, p.experts, 16);
-    const int begin = static_cast<int>(static_cast<int64_t>(units) * blockIdx.x / gridDim.x);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    char* const ring = shared + warp * RING;
+    const Work work = work_at(shared + warps * RING, p.capacity);
+    const int strips = p.hidden / 16, tiles = p.inner / 64, pieces = (tiles + PIECE - 1) / PIECE;
+    const int units = strips * list_work(work, p.choice, min(*p.live * p.top_k, p.capacity), p.capacity, p.experts, 16);
+    const int begin = static_cast<int>(static_cast<int64_t>(units) * blockIdx.x / gridDim.x) + warp;
     const int end = static_cast<int>(static_cast<int64_t>(units) * (blockIdx.x + 1) / gridDim.x);
-    auto row_of = [&](int pair) { return pair; };
+    auto row_of = [](int pair) { return pair; };
     auto done = [&](const Segment& segment, int strip, int tile, const float (&sum)[4]) {
-        const int lane = threadIdx.x % 32, row = strip * 16 + lane / 4, token = tile * 8 + lane % 4 * 2;
+        const int row = strip * 16 + lane / 4, token = tile * 8 + lane % 4 * 2;
         const float* bias = p.bias + static_cast<size_t>(segment.expert) * p.hidden + row;
         const float low = __ldg(bias), high = __ldg(bias + 8);
 #pragma unroll
@@ -131,11 +102,12 @@ KERNEL __launch_bounds__(THREADS, 1) moe_down_large(const __grid_constant__ Para
         }
     };
     Streamer<decltype(row_of), decltype(done)> streamer{
-        weights, work, reinterpret_cast<const uint4*>(p.a), shared + warp * (STAGES * STAGE), row_of, done};
-    streamer.run(begin, end, [] {
-        pdl_wait();
-        pdl_launch();
-    });
+        {work, p.weights, strips * strip_bytes(tiles), strips, tiles, pieces, warps, 0, 1, shared_address(ring) + lane * 16, end},
+        reinterpret_cast<const uint4*>(p.a), ring, row_of, done};
+    streamer.reader.start(begin);
+    pdl_wait();
+    pdl_launch();
+    streamer.run(begin, end);
 }
 
 // One block a row.

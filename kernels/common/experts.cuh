@@ -8,12 +8,11 @@
 
 #define METHOD __device__ __forceinline__
 
-constexpr int WARPS = 16;
-constexpr int THREADS = WARPS * 32;
-constexpr int PIECE = 3;                                       // tiles of a piece
-constexpr int STAGE = PIECE * (TILE_CODES + TILE_SCALES);      // bytes of a ring's stage: codes, then scales
-constexpr int STAGES = 3;
-constexpr int RING = WARPS * STAGES * STAGE;                   // bytes of shared memory
+constexpr int MOST_THREADS = 512;
+constexpr int PIECE = 3;                                   // tiles of a piece
+constexpr int STAGE = PIECE * (TILE_CODES + TILE_SCALES);  // bytes of a ring's stage: codes, then scales
+constexpr int STAGES = 4;
+constexpr int RING = STAGES * STAGE;                       // bytes of a warp's ring
 
 // One expert and up to `group` of the tokens that chose it.
 struct __align__(8) Segment {
@@ -28,8 +27,6 @@ struct Work {
     uint32_t* totals;    // [8]
 };
 
-DEVICE constexpr int work_bytes(int pairs) { return pairs * 8 + (pairs * 2 + 15) / 16 * 16 + (pairs + 15) / 16 * 16 + 32; }
-
 DEVICE Work work_at(char* shared, int pairs) {
     Work work;
     work.segments = reinterpret_cast<Segment*>(shared);
@@ -40,11 +37,11 @@ DEVICE Work work_at(char* shared, int pairs) {
 }
 
 // Lists the active experts in order and their pairs in order, `group` tokens a segment. Returns the number of segments. All
-// threads take part; `capacity` is what `work` was made for, `live` the pairs there are. At most 128 experts.
+// threads take part, at least 128; `capacity` is what `work` was made for, `live` the pairs there are. At most 128 experts.
 DEVICE int list_work(const Work& work, const int* choice, int live, int capacity, int experts, int group) {
     const int thread = threadIdx.x, lane = thread % 32, words = (capacity + 3) / 4;
     uint8_t* bytes = reinterpret_cast<uint8_t*>(work.chosen);
-    for (int i = thread; i < words * 4; i += THREADS) {
+    for (int i = thread; i < words * 4; i += blockDim.x) {
         // An index that no router writes must not lead out of bounds.
         bytes[i] = i < live ? static_cast<uint8_t>(min(static_cast<unsigned>(choice[i]), static_cast<unsigned>(experts - 1))) : 0xff;
     }
@@ -82,42 +79,85 @@ DEVICE int list_work(const Work& work, const int* choice, int live, int capacity
     return (work.totals[0] + work.totals[1] + work.totals[2] + work.totals[3]) >> 16;
 }
 
-// The weights: strips of all experts.
-struct Strips {
-    const char* base;
-    int strips;  // of an expert
-    int tiles;   // of a strip
+// One warp's stream of weights, piece after piece through its ring. The list of work is units of one strip each, segment after
+// segment; a warp takes every `unit_step`-th from `unit` on and of each the pieces from `first` on, every `piece_step`-th.
+struct Reader {
+    const Work& work;
+    const char* base;     // strips of expert 0
+    size_t expert_bytes;  // from one expert to the next
+    int strips;           // units of a segment
+    int tiles;            // of a strip
+    int pieces;
+    int unit_step, first, piece_step;
+    uint32_t ring;        // shared address of this lane's first 16 bytes
+    int end;              // units
+    int unit, segment, strip, piece;
+    const char* from;     // this lane's first 16 bytes of the strip at hand
+    int stage;            // offset in the ring of the stage that is read, then filled, next
 
-    METHOD int pieces() const { return (tiles + PIECE - 1) / PIECE; }
+    METHOD void locate() {
+        if (unit < end)
+            from = base + work.segments[segment].expert * expert_bytes + strip * strip_bytes(tiles) + threadIdx.x % 32 * 16;
+    }
+
+    // Places it at a unit and starts the first copies.
+    METHOD void start(int begin) {
+        unit = first < pieces ? begin : end;
+        segment = begin / strips, strip = begin % strips, piece = first, stage = 0;
+        locate();
+#pragma unroll 1
+        for (int i = 0; i < STAGES; ++i) fetch();
+    }
+
+    // Fills the stage that was read last, for STAGES pieces later.
+    METHOD void fetch() {
+        if (unit < end) {
+            const uint32_t to = ring + stage;
+            const char* const codes = from + piece * (PIECE * TILE_CODES);
+            const int count = tiles - piece * PIECE;
+            copy_async_16(to, codes);
+            if (count > 1) copy_async_16(to + TILE_CODES, codes + TILE_CODES);
+            if (count > 2) copy_async_16(to + 2 * TILE_CODES, codes + 2 * TILE_CODES);
+            if (static_cast<int>(threadIdx.x % 32) < 2 * min(count, PIECE))
+                copy_async_16(to + PIECE * TILE_CODES, from + tiles * TILE_CODES + piece * (PIECE * TILE_SCALES));
+            piece += piece_step;
+            if (piece >= pieces) {
+                piece = first;
+                unit += unit_step;
+                strip += unit_step;
+                while (strip >= strips) strip -= strips, ++segment;
+                locate();
+            }
+        }
+        copy_commit();
+        stage = stage == (STAGES - 1) * STAGE ? 0 : stage + STAGE;
+    }
 };
-
-// Copies piece `piece` of a strip to a stage. The caller commits.
-DEVICE void fetch(const Strips& weights, int expert, int strip, int piece, uint32_t stage) {
-    const int lane = threadIdx.x % 32, count = min(PIECE, weights.tiles - piece * PIECE);
-    const char* from = weights.base + (static_cast<size_t>(expert) * weights.strips + strip) * strip_bytes(weights.tiles);
-    const char* codes = from + piece * (PIECE * TILE_CODES) + lane * 16;
-    const char* scales = from + weights.tiles * TILE_CODES + piece * (PIECE * TILE_SCALES) + lane * 16;
-#pragma unroll
-    for (int tile = 0; tile < PIECE; ++tile)
-        if (tile < count) copy_async_16(stage + tile * TILE_CODES + lane * 16, codes + tile * TILE_CODES);
-    if (lane < count * 2) copy_async_16(stage + PIECE * TILE_CODES + lane * 16, scales);
-}
 
 // The operands of one lane for one piece and NT tiles of 8 tokens: columns 2t, 2t + 1, 2t + 8, ... of each block of 32. Activations
 // are stored in that order (fragment order, README.md), so that they are one 16-byte load.
 template <int NT> struct Tokens {
-    const uint4* at[NT];  // of token (tile * 8 + g), at this lane's chunk of the first block; null is no token
+    const uint4* at[NT];  // of token (tile * 8 + g), at this lane's chunk of the first block
     uint4 b[NT][PIECE * 2];
 
-    METHOD void load(int piece, int tiles) {
+    // `row_of(pair)` is the row that a pair multiplies. Lanes beyond the last token repeat it; their products are not used.
+    template <class RowOf> METHOD void select(const uint4* rows, int tiles, const Work& work, const Segment& segment, RowOf row_of) {
+        const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int block = 0; block < PIECE * 2; ++block) {
-            const bool there = piece * PIECE + block / 2 < tiles;
+        for (int n = 0; n < NT; ++n) {
+            const int token = min(n * 8 + lane / 4, segment.count - 1);
+            const size_t row = row_of(work.pairs[segment.first + token]);
+            at[n] = rows + row * (tiles * 8) + lane % 4;
+        }
+    }
+
+    METHOD void load(int piece, int count) {
 #pragma unroll
-            for (int n = 0; n < NT; ++n) {
-                b[n][block] = make_uint4(0, 0, 0, 0);
-                if (there && at[n] != nullptr) b[n][block] = at[n][(piece * PIECE * 2 + block) * 4];
-            }
+        for (int n = 0; n < NT; ++n) {
+            const uint4* const from = at[n] + piece * (PIECE * 8);
+#pragma unroll
+            for (int block = 0; block < PIECE * 2; ++block)
+                if (block < 2 || block / 2 < count) b[n][block] = from[block * 4];
         }
     }
 };
@@ -165,95 +205,96 @@ DEVICE void multiply(const char* stage, int count, const Tokens<NT>& tokens, flo
     }
 }
 
-// A place in the list of (segment, strip, piece), in that order, of which a warp takes some.
-struct Cursor {
-    int unit, segment, strip, piece;  // unit counts (segment, strip)
+// A warp has the same pieces of every strip, so that it keeps its part of the tokens; partial sums of up to 8 tokens meet in
+// shared memory: sums[unit][piece][token][16 rows], 2^-14 of the products.
+template <class RowOf> struct Sharer {
+    Reader reader;
+    const uint4* rows;  // fp16 [.., tiles * 64] in fragment order
+    const char* ring;   // this warp's
+    RowOf row_of;
+    int segment, strip;
 
-    METHOD void step(int by, int pieces, int strips) {
-        piece += by;
-        while (piece >= pieces) {
-            piece -= pieces;
-            ++unit;
-            if (++strip == strips) strip = 0, ++segment;
+    // The next `units` units; `most` is the room for tokens in `sums`.
+    METHOD void multiply_units(int units, float* sums, int most) {
+        const int lane = threadIdx.x % 32, token = lane % 4 * 2, pieces = reader.pieces, tiles = reader.tiles;
+        Tokens<1> held;
+        Segment now;
+        float* to = sums + token * 16 + lane / 4;
+        for (int unit = 0, known = -1; unit < units; ++unit, to += pieces * most * 16) {
+            const bool fresh = known != segment;
+            if (fresh) {
+                known = segment;
+                now = reader.work.segments[segment];
+                held.select(rows, tiles, reader.work, now, row_of);
+            }
+            for (int piece = reader.first; piece < pieces; piece += reader.piece_step) {
+                const int count = min(PIECE, tiles - piece * PIECE);
+                if (fresh || pieces > reader.piece_step) held.load(piece, count);
+                copy_wait<STAGES - 1>();
+                __syncwarp();
+                float acc[1][4];
+                multiply<1>(ring + reader.stage, count, held, acc);
+                float* const out = to + piece * most * 16;
+                if (token < now.count) out[0] = acc[0][0], out[8] = acc[0][2];
+                if (token + 1 < now.count) out[16] = acc[0][1], out[24] = acc[0][3];
+                __syncwarp();
+                reader.fetch();
+            }
+            if (++strip == reader.strips) strip = 0, ++segment;
         }
     }
 };
 
-// A warp computes whole strips: units begin + warp, begin + warp + WARPS, ... < end. `row_of(pair)` is the row of `tokens` that
-// a pair multiplies; `done(segment, strip, tile of 8 tokens, d)` gets 2^-14 of the products.
-template <class RowOf, class Done>
-struct Streamer {
-    const Strips& weights;
-    const Work& work;
-    const uint4* tokens;  // fp16 [.., tiles * 64] in fragment order
-    char* ring;           // this warp's
+// The most tokens of a segment among those of units begin .. end.
+DEVICE int most_tokens(const Work& work, int begin, int end, int strips) {
+    int most = 1;
+    for (int segment = begin / strips; segment <= (end - 1) / strips; ++segment)
+        most = max(most, static_cast<int>(work.segments[segment].count));
+    return most;
+}
+
+// A warp computes whole strips, for up to 16 tokens of an expert. `done(segment, strip, tile of 8 tokens, d)` gets 2^-14 of the
+// products.
+template <class RowOf, class Done> struct Streamer {
+    Reader reader;
+    const uint4* rows;  // fp16 [.., tiles * 64] in fragment order
+    const char* ring;   // this warp's
     RowOf row_of;
     Done done;
 
-    METHOD void fetch_at(const Cursor& at, int end, int stage) {
-        if (at.unit < end)
-            fetch(weights, work.segments[at.segment].expert, at.strip, at.piece, shared_address(ring) + stage * STAGE);
-        copy_commit();
-    }
-
-    // One piece a step: the stage just read is filled for STAGES pieces later.
-    METHOD void next(Cursor& at) {
-        if (++at.piece < weights.pieces()) return;
-        at.piece = 0;
-        at.unit += WARPS;
-        at.strip += WARPS;
-        while (at.strip >= weights.strips) at.strip -= weights.strips, ++at.segment;
-    }
-
-    template <int NT> METHOD void strip_of(const Cursor& now, const Segment& segment, Cursor& ahead, int end, int& stage) {
-        const int lane = threadIdx.x % 32, pieces = weights.pieces();
-        Tokens<NT> t;
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-            const int token = n * 8 + lane / 4;
-            t.at[n] = nullptr;
-            if (token < segment.count) {
-                const size_t row = row_of(work.pairs[segment.first + token]);
-                t.at[n] = tokens + row * (weights.tiles * 8) + lane % 4;
-            }
-        }
+    template <int NT> METHOD void strip_of(const Segment& segment, int strip) {
+        const int pieces = reader.pieces, tiles = reader.tiles;
+        Tokens<NT> tokens;
+        tokens.select(rows, tiles, reader.work, segment, row_of);
         float sum[NT][4];
 #pragma unroll
         for (int n = 0; n < NT; ++n) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0;
+#pragma unroll 1
         for (int piece = 0; piece < pieces; ++piece) {
-            t.load(piece, weights.tiles);
+            const int count = min(PIECE, tiles - piece * PIECE);
+            tokens.load(piece, count);
             copy_wait<STAGES - 1>();
             __syncwarp();
             float acc[NT][4];
-            multiply<NT>(ring + stage * STAGE, min(PIECE, weights.tiles - piece * PIECE), t, acc);
+            multiply<NT>(ring + reader.stage, count, tokens, acc);
 #pragma unroll
             for (int n = 0; n < NT; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i) sum[n][i] += acc[n][i];
             __syncwarp();
-            fetch_at(ahead, end, stage);
-            next(ahead);
-            stage = stage == STAGES - 1 ? 0 : stage + 1;
+            reader.fetch();
         }
 #pragma unroll
-        for (int n = 0; n < NT; ++n) done(segment, now.strip, n, sum[n]);
+        for (int n = 0; n < NT; ++n) done(segment, strip, n, sum[n]);
     }
 
-    // `wait` runs between the first fetches and the first use of tokens.
-    template <class Wait> METHOD void run(int begin, int end, Wait wait) {
-        const int first = begin + threadIdx.x / 32;
-        Cursor now{first, first / weights.strips, first % weights.strips, 0}, ahead = now;
-        for (int stage = 0; stage < STAGES; ++stage) {
-            fetch_at(ahead, end, stage);
-            next(ahead);
-        }
-        wait();
-        for (int stage = 0; now.unit < end;) {
-            const Segment segment = work.segments[now.segment];
-            if (segment.count <= 8) strip_of<1>(now, segment, ahead, end, stage);
-            else strip_of<2>(now, segment, ahead, end, stage);
-            now.piece = weights.pieces() - 1;
-            next(now);
+    METHOD void run(int begin, int end) {
+        int segment = begin / reader.strips, strip = begin % reader.strips;
+        for (int unit = begin; unit < end; unit += reader.unit_step, strip += reader.unit_step) {
+            while (strip >= reader.strips) strip -= reader.strips, ++segment;
+            const Segment now = reader.work.segments[segment];
+            if (now.count <= 8) strip_of<1>(now, strip);
+            else strip_of<2>(now, strip);
         }
         copy_wait<0>();
     }

@@ -2,7 +2,7 @@
 
 use ctxserve_backend::DeviceError;
 
-use super::moe_gate_up::{MOST_ROWS, Plan, Shape, THREADS, plan_strips};
+use super::moe_gate_up::{MOST_ROWS, Plan, Shape, plan_strips};
 use super::pack_mxfp4::{Rows, Strips};
 use crate::driver::{Buffer, Device, Facts, Kernel, Launch, Params};
 
@@ -67,7 +67,8 @@ pub struct Call<'a> {
 
 /// The launch for `rows` rows: with few, a block for each strip of 16 columns of x.
 pub fn plan(rows: usize, shape: &Shape, facts: &Facts) -> Plan {
-    let plan = plan_strips(rows, shape.top_k, shape.inner, rows * shape.top_k * 64, facts);
+    let products = rows * shape.top_k * 64;
+    let plan = plan_strips(rows, shape.top_k, shape.inner, products, facts);
     if plan.shares_strips { Plan { blocks: shape.hidden as u32 / 16, ..plan } } else { plan }
 }
 
@@ -126,7 +127,8 @@ impl MoeDown {
             sums: plan.sums as i32,
         };
         let kernel = if plan.shares_strips { &self.small } else { &self.large };
-        let launch = Launch { grid: [plan.blocks, 1, 1], block: THREADS, shared: plan.shared, overlap: true };
+        let launch =
+            Launch { grid: [plan.blocks, 1, 1], block: plan.warps * 32, shared: plan.shared, overlap: true };
         // SAFETY: every buffer was checked to be large enough; the kernel bounds experts and pairs itself.
         unsafe { device.launch(kernel, &launch, &arguments) }?;
         if plan.shares_strips {

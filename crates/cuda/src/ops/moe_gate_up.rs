@@ -11,11 +11,11 @@ use crate::driver::{Buffer, Device, Facts, Kernel, Launch, Params};
 const OP: &str = "moe_gate_up";
 
 // As in kernels/common/experts.cuh.
-pub(super) const THREADS: u32 = 512;
-const WARPS: usize = 16;
+const MOST_WARPS: usize = 16;
+const FEWEST_WARPS: usize = 4;
 const PIECE: usize = 3;
-const STAGES: usize = 3;
-const RING: usize = WARPS * STAGES * PIECE * (512 + 32);
+const STAGES: usize = 4;
+const RING: usize = STAGES * PIECE * (512 + 32);
 /// Most rows of the kernels that split a strip's columns over warps.
 const FEW: usize = 8;
 /// Most rows of this path.
@@ -56,6 +56,8 @@ pub struct Plan {
     pub shares_strips: bool,
     /// Blocks.
     pub blocks: u32,
+    /// Warps of a block.
+    pub warps: u32,
     /// Bytes of shared memory.
     pub shared: u32,
     /// Floats of it for partial sums.
@@ -65,7 +67,8 @@ pub struct Plan {
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let how = if self.shares_strips { "warps share strips" } else { "a strip a warp" };
-        write!(f, "{how}, {} blocks, {} bytes shared, {} sums", self.blocks, self.shared, self.sums)
+        let Self { blocks, warps, shared, sums, .. } = self;
+        write!(f, "{how}, {blocks} blocks of {warps} warps, {shared} bytes shared, {sums} sums")
     }
 }
 
@@ -77,18 +80,27 @@ fn work_bytes(pairs: usize) -> usize {
 /// What both products plan alike: `cols` columns of a strip; `kept`, bytes of shared memory besides ring, sums and work. Two
 /// blocks of few rows fit a multiprocessor together, so that the next kernel starts while this one runs.
 pub(super) fn plan_strips(rows: usize, top_k: usize, cols: usize, kept: usize, facts: &Facts) -> Plan {
-    let pairs = rows * top_k;
-    let fixed = RING + work_bytes(pairs);
+    let (pairs, shared) = (rows * top_k, facts.shared_memory as usize);
+    // Rings of 16 warps need 104 KB.
+    let most_warps = if shared < 128 * 1024 { MOST_WARPS / 2 } else { MOST_WARPS };
+    let plan = |shares_strips, warps: usize, sums: usize| Plan {
+        shares_strips,
+        blocks: facts.multiprocessors,
+        warps: warps as u32,
+        shared: (warps * RING + work_bytes(pairs) + kept + sums * 4) as u32,
+        sums: sums as u32,
+    };
     if rows > FEW {
-        return Plan { shares_strips: false, blocks: facts.multiprocessors, shared: fixed as u32, sums: 0 };
+        return plan(false, most_warps, 0);
     }
+    // As many pieces for each warp.
+    let pieces = cols.div_ceil(64 * PIECE);
+    let warps = pieces.div_ceil(pieces.div_ceil(most_warps)).max(FEWEST_WARPS);
     // Room for one strip of one expert at the least.
-    let least = cols.div_ceil(64 * PIECE) * 16 * pairs.min(8);
-    let half = (facts.shared_memory as usize + RESERVED) / 2 - RESERVED;
-    let room = half.saturating_sub(fixed + kept) / 4;
-    let sums = (room.min(MOST_SUMS) / 16 * 16).max(least);
-    let shared = fixed + kept + sums * 4;
-    Plan { shares_strips: true, blocks: facts.multiprocessors, shared: shared as u32, sums: sums as u32 }
+    let least = pieces * 16 * pairs.min(8);
+    let room = ((shared + RESERVED) / 2 - RESERVED) / 4;
+    let room = room.saturating_sub(plan(true, warps, 0).shared as usize / 4);
+    plan(true, warps, (room.min(MOST_SUMS) / 16 * 16).max(least))
 }
 
 /// The launch for `rows` rows.
@@ -202,7 +214,8 @@ impl MoeGateUp {
             limit: call.limit,
         };
         let kernel = if plan.shares_strips { &self.small } else { &self.large };
-        let launch = Launch { grid: [plan.blocks, 1, 1], block: THREADS, shared: plan.shared, overlap: true };
+        let launch =
+            Launch { grid: [plan.blocks, 1, 1], block: plan.warps * 32, shared: plan.shared, overlap: true };
         // SAFETY: every buffer was checked to be large enough; the kernel bounds experts and pairs itself.
         unsafe { device.launch(kernel, &launch, &arguments) }
     }
@@ -229,7 +242,7 @@ pub(super) mod tests {
     fn two_blocks_of_few_rows_fit_a_multiprocessor() {
         for rows in 1..=8 {
             let plan = plan(rows, &CONTEXT_1, &facts(232_448));
-            assert!(plan.shares_strips && plan.blocks == 132, "{plan}");
+            assert!(plan.shares_strips && plan.blocks == 132 && plan.warps == 15, "{plan}");
             assert!(2 * (plan.shared as usize + RESERVED) <= 228 * 1024, "{rows}: {plan}");
             // Eleven strips of four experts are a block's share of one row.
             assert!(plan.sums as usize >= if rows == 1 { 11 * 15 * 16 } else { 8 * 15 * 16 }, "{plan}");
@@ -252,7 +265,8 @@ pub(super) mod tests {
 
     #[test]
     fn a_plan_can_be_read() {
-        let plan = Plan { shares_strips: true, blocks: 132, shared: 100_000, sums: 4096 };
-        assert_eq!(plan.to_string(), "warps share strips, 132 blocks, 100000 bytes shared, 4096 sums");
+        let plan = Plan { shares_strips: true, blocks: 132, warps: 15, shared: 100_000, sums: 4096 };
+        let words = "warps share strips, 132 blocks of 15 warps, 100000 bytes shared, 4096 sums";
+        assert_eq!(plan.to_string(), words);
     }
 }
