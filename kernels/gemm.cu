@@ -1,6 +1,8 @@
 // Dense products of bf16 operands, float32 sums: y[token, out] = sum over k of x[token, k] * w[out, k]. The weights are operand A
 // (64 rows an instruction), the tokens operand B, both as the panel layout holds them: a bulk copy brings a tile of 64 k of either.
-// Persistent blocks: one warp copies into a ring, two warpgroups multiply 64 weight rows each by up to MAX tokens.
+// On Hopper persistent blocks: one warp copies into a ring, two warpgroups multiply 64 weight rows each by up to MAX tokens. Elsewhere
+// eight warps copy and multiply 16 rows each by 64 tokens, with mma.sync.
+#include "common/panels.cuh"
 #include "common/wgmma.cuh"
 
 struct Params {
@@ -20,8 +22,6 @@ struct Params {
 // What becomes of the sums.
 enum Output { STORE_F32, STORE_BF16, ADD_F32 };
 
-#ifdef HOPPER
-
 constexpr int ROWS = 128;     // weight rows of a tile
 constexpr int GROUP = 8;      // token tiles that are swept together, for reuse in L2
 constexpr int CONSUMERS = 8;  // warps
@@ -36,6 +36,8 @@ DEVICE Place place(int at, int row_tiles, int token_tiles, int tokens) {
     return {rest / size * ROWS, (group * GROUP + rest % size) * tokens};
 }
 
+// Sums of the 16 weight rows from `row` on, of this warp, for N tokens. Of d, lane (g, t) holds at 4 j.. {row g: tokens 8 j + 2 t, + 1},
+// {row g + 8: the same}.
 template <int N, Output OUT> DEVICE void store(const Params& p, const float (&d)[N / 2], int row, int token, int live) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int low = row + g, high = row + g + 8;
@@ -80,6 +82,57 @@ template <int N, Output OUT> DEVICE void store(const Params& p, const float (&d)
         }
     }
 }
+
+// The portable path: 64 tokens a tile, every warp copies.
+template <Output OUT> DEVICE void gemm_portable(const Params& p) {
+    constexpr int TOKENS = 64, STAGES = 3, STAGE_BYTES = (ROWS + TOKENS) * 128, THREADS = CONSUMERS * 32;
+    extern __shared__ __align__(1024) char shared[];
+    const uint32_t stages = shared_address(shared);
+    pdl_wait();
+    pdl_launch();
+    const int live = min(*p.live, p.tokens), steps = p.cols / 64, warp = threadIdx.x / 32;
+    const int row_tiles = (p.w_rows + ROWS - 1) / ROWS, token_tiles = (live + TOKENS - 1) / TOKENS;
+    for (int tile = blockIdx.x; tile < row_tiles * token_tiles; tile += gridDim.x) {
+        const Place at = place(tile, row_tiles, token_tiles, TOKENS);
+        const char* w = static_cast<const char*>(p.w) + static_cast<size_t>(at.row) * 128;
+        const char* x = static_cast<const char*>(p.x) + static_cast<size_t>(at.token) * 128;
+        const auto fill = [&](int step) {
+            if (step < steps) {
+                const uint32_t to = stages + step % STAGES * STAGE_BYTES;
+                copy_lines<ROWS, THREADS>(to, w + static_cast<size_t>(step) * p.w_rows * 128, p.w_rows - at.row);
+                copy_lines<TOKENS, THREADS>(to + ROWS * 128, x + static_cast<size_t>(step) * p.capacity * 128, live - at.token);
+            }
+            copy_commit();
+        };
+        // The tile before has been read.
+        __syncthreads();
+        fill(0);
+        fill(1);
+        float d[TOKENS / 8][4] = {};
+        for (int step = 0; step < steps; ++step) {
+            copy_wait<1>();
+            __syncthreads();
+            fill(step + 2);
+            const uint32_t from = stages + step % STAGES * STAGE_BYTES;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                uint32_t a[4];
+                load_a(a, from, warp * 16, k);
+#pragma unroll
+                for (int j = 0; j < TOKENS / 8; j += 2) {
+                    uint32_t b[4];
+                    load_b(b, from + ROWS * 128, j * 8, k);
+                    mma_bf16(d[j], a[0], a[1], a[2], a[3], b[0], b[1]);
+                    mma_bf16(d[j + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
+                }
+            }
+        }
+        copy_wait<0>();
+        store<TOKENS, OUT>(p, reinterpret_cast<const float(&)[TOKENS / 2]>(d), at.row + warp * 16, at.token, live);
+    }
+}
+
+#ifdef HOPPER
 
 template <int N, int STAGES, int STAGE_BYTES, Output OUT>
 DEVICE void consume(const Params& p, Ring<STAGES, CONSUMERS>& ring, uint32_t stages, int row, int token, int live) {
@@ -177,3 +230,9 @@ DEFINE(gemm_add_256, 256, 4, ADD_F32)
 DEFINE(gemm_f32_128, 128, 6, STORE_F32)
 DEFINE(gemm_bf16_128, 128, 6, STORE_BF16)
 DEFINE(gemm_add_128, 128, 6, ADD_F32)
+
+#define DEFINE_PORTABLE(NAME, OUT) \
+    KERNEL __launch_bounds__(256) NAME(const __grid_constant__ Params p) { gemm_portable<OUT>(p); }
+DEFINE_PORTABLE(gemm_f32_portable, STORE_F32)
+DEFINE_PORTABLE(gemm_bf16_portable, STORE_BF16)
+DEFINE_PORTABLE(gemm_add_portable, ADD_F32)

@@ -1,10 +1,12 @@
 // The experts' products for rows sorted by expert (moe_sort): gate and up with SwiGLU, and down. Weights are MXFP4 strips, operand A of
 // wgmma from registers: a warp turns the 16 rows of a strip into fp16, block scale multiplied in, while the products of the 64 columns
-// before run. Activations are fp16 panels, operand B. One warp copies both into a ring; two warpgroups use it.
+// before run. Activations are fp16 panels, operand B. One warp copies both into a ring; two warpgroups use it. The portable path has
+// the same tiles and mma.sync.
 //
 // Range: a row's weights are taken relative to its largest block scale, R: code * 2^(s - R + 1) in fp16 (at most 12; exact down to
 // s = R - 24, then fading), and the sum is multiplied by 2^(R - 128) in float32.
 #include "common/mxfp4.cuh"
+#include "common/panels.cuh"
 #include "common/wgmma.cuh"
 
 struct Params {
@@ -89,8 +91,6 @@ DEVICE float swiglu(float gate, float up, float alpha, float limit) {
     return __fdividef(gate, 1.0f + __expf(-alpha * gate)) * (up + 1.0f);
 }
 
-#ifdef HOPPER
-
 constexpr int STRIPS = 8;  // of a tile, one a warp
 constexpr int CONSUMERS = STRIPS;
 constexpr int A_BYTES = STRIPS * (TILE_CODES + TILE_SCALES);
@@ -126,6 +126,67 @@ DEVICE void store(const Params& p, const float (&d)[N / 2], int expert, int stri
         }
     }
 }
+
+// The portable path: a tile's rows by 64 at a time.
+template <Output OUT> DEVICE void moe_gemm_portable(const Params& p) {
+    constexpr int TOKENS = 64, STAGES = 4, STAGE_BYTES = TOKENS * 128, THREADS = STRIPS * 32;
+    extern __shared__ __align__(1024) char shared[];
+    const uint32_t stages = shared_address(shared);
+    pdl_wait();
+    pdl_launch();
+    const int row_tiles = (p.rows + STRIPS * STRIP_ROWS - 1) / (STRIPS * STRIP_ROWS), steps = p.cols / TILE_COLS;
+    const int work = *p.count * row_tiles, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int at = blockIdx.x; at < work; at += gridDim.x) {
+        const int4 tile = p.tiles[at / row_tiles];
+        const int strip = at % row_tiles * STRIPS + warp;
+        const bool real = strip * STRIP_ROWS < p.rows;
+        const size_t row = static_cast<size_t>(tile.x) * p.rows + (real ? strip * STRIP_ROWS : 0);
+        const uint32_t offsets = scale_offsets(p.exponents[row + lane / 4], p.exponents[row + 8 + lane / 4]);
+        const char* codes = p.w + row / STRIP_ROWS * strip_bytes(steps) + lane * 16;
+        const char* scales = p.w + row / STRIP_ROWS * strip_bytes(steps) + steps * TILE_CODES + lane / 4 * 4;
+        for (int done = 0; done < tile.z; done += TOKENS) {
+            const char* x = static_cast<const char*>(p.x) + static_cast<size_t>(tile.y + done) * 128;
+            const auto fill = [&](int step) {
+                if (step < steps)
+                    copy_lines<TOKENS, THREADS>(stages + step % STAGES * STAGE_BYTES, x + static_cast<size_t>(step) * p.capacity * 128,
+                                                tile.z - done);
+                copy_commit();
+            };
+            // The piece before has been read.
+            __syncthreads();
+            fill(0);
+            fill(1);
+            uint4 words = load_streaming(codes);
+            uint32_t scale = *reinterpret_cast<const uint32_t*>(scales);
+            float d[TOKENS / 8][4] = {};
+            for (int step = 0; step < steps; ++step) {
+                uint32_t a[4][4];
+                dequantise(words, scale, offsets, a);
+                if (step + 1 < steps) {
+                    words = load_streaming(codes + (step + 1) * TILE_CODES);
+                    scale = *reinterpret_cast<const uint32_t*>(scales + (step + 1) * TILE_SCALES);
+                }
+                copy_wait<1>();
+                __syncthreads();
+                fill(step + 2);
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+#pragma unroll
+                    for (int j = 0; j < TOKENS / 8; j += 2) {
+                        uint32_t b[4];
+                        load_b(b, stages + step % STAGES * STAGE_BYTES, j * 8, k);
+                        mma_fp16(d[j], a[k][0], a[k][1], a[k][2], a[k][3], b[0], b[1]);
+                        mma_fp16(d[j + 1], a[k][0], a[k][1], a[k][2], a[k][3], b[2], b[3]);
+                    }
+            }
+            copy_wait<0>();
+            if (real)
+                store<TOKENS, OUT>(p, reinterpret_cast<const float(&)[TOKENS / 2]>(d), tile.x, strip, tile.y + done, tile.z - done, offsets);
+        }
+    }
+}
+
+#ifdef HOPPER
 
 // Copies of one lane of the copying warp: strips' codes, their scales, the activations.
 struct Copy {
@@ -260,3 +321,9 @@ template <int MAX, int STAGES, Output OUT> DEVICE void moe_gemm(const Params& p)
 SIZES(moe_gate_up, SWIGLU)
 SIZES(moe_down_f32, DOWN_F32)
 SIZES(moe_down_bf16, DOWN_BF16)
+
+#define DEFINE_PORTABLE(NAME, OUT) \
+    KERNEL __launch_bounds__(256) NAME(const __grid_constant__ Params p) { moe_gemm_portable<OUT>(p); }
+DEFINE_PORTABLE(moe_gate_up_portable, SWIGLU)
+DEFINE_PORTABLE(moe_down_f32_portable, DOWN_F32)
+DEFINE_PORTABLE(moe_down_bf16_portable, DOWN_BF16)

@@ -89,13 +89,6 @@ DEVICE uint64_t wgmma_descriptor(uint32_t address) {
     return SWIZZLE_128 | EIGHT_LINES | UNUSED | ((address & 0x3ffff) >> 4);
 }
 
-// The transpose of an 8 x 8 matrix of 16-bit numbers: lane (g, t) gives {row g: cols 2 t, 2 t + 1} and gets {col g: rows 2 t, 2 t + 1}.
-DEVICE uint32_t transpose8(uint32_t v) {
-    uint32_t turned;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(v));
-    return turned;
-}
-
 // D[64 x N] += A[64 x 16] B[N x 16]^T, float32 sums. Of D, warp w of the group holds rows 16 w..; its lane (g, t)
 // holds d[4 j..] = {row g: cols 8 j + 2 t, + 1}, {row g + 8: the same}. A in registers is laid out as for mma_fp16.
 template <int N> struct Wgmma;

@@ -5,7 +5,6 @@ use ctxserve_backend::DeviceError;
 use crate::driver::{Buffer, Device, Kernel, Launch, Params};
 
 const OP: &str = "gemm";
-const BLOCK: u32 = 384;
 /// Weight rows of a tile.
 const ROWS: usize = 128;
 /// Bytes of a step of 64 of one row.
@@ -46,7 +45,10 @@ struct Variant {
     kernel: Kernel,
     /// Most tokens of a tile.
     tokens: usize,
+    threads: u32,
     shared: u32,
+    /// Blocks of the device.
+    blocks: usize,
 }
 
 /// The loaded kernels.
@@ -54,7 +56,6 @@ struct Variant {
 pub struct Gemm {
     /// By output, then narrow and wide.
     variants: [[Variant; 2]; 3],
-    blocks: usize,
 }
 
 /// `y[token, out] (+)= sum over k of x[token, k] * w[out, k] + bias[out]`, float32 sums.
@@ -85,24 +86,44 @@ pub struct Call<'a> {
 }
 
 impl Gemm {
-    /// Loads the kernels.
+    /// Loads the kernels: those for Hopper, or the portable ones.
     ///
     /// # Errors
-    /// A device that is not Hopper, or no code for it.
+    /// No code for this device.
     pub fn load(device: &Device) -> Result<Self, DeviceError> {
         if !device.facts().is_hopper() {
-            return Err(DeviceError::new(OP, format!("{} is not a Hopper device", device.facts().name)));
+            return Self::portable(device);
         }
         let variant = |function, tokens, stages| {
             let shared = stages * (ROWS + tokens) * LINE;
-            Ok(Variant { kernel: device.kernel(OP, function, shared)?, tokens, shared: shared as u32 })
+            let kernel = device.kernel(OP, function, shared)?;
+            let blocks = device.facts().multiprocessors as usize;
+            Ok(Variant { kernel, tokens, threads: 384, shared: shared as u32, blocks })
         };
         let variants = [
             [variant("gemm_f32_128", 128, 6)?, variant("gemm_f32_256", 256, 4)?],
             [variant("gemm_bf16_128", 128, 6)?, variant("gemm_bf16_256", 256, 4)?],
             [variant("gemm_add_128", 128, 6)?, variant("gemm_add_256", 256, 4)?],
         ];
-        Ok(Self { variants, blocks: device.facts().multiprocessors as usize })
+        Ok(Self { variants })
+    }
+
+    /// Loads the kernels that run on every device.
+    ///
+    /// # Errors
+    /// No code for this device.
+    pub fn portable(device: &Device) -> Result<Self, DeviceError> {
+        const TOKENS: usize = 64;
+        const STAGES: usize = 3;
+        let variant = |function| {
+            let shared = STAGES * (ROWS + TOKENS) * LINE;
+            let kernel = device.kernel(OP, function, shared)?;
+            let blocks = 2 * device.facts().multiprocessors as usize;
+            Ok([Variant { kernel, tokens: TOKENS, threads: 256, shared: shared as u32, blocks }; 2])
+        };
+        let variants =
+            [variant("gemm_f32_portable")?, variant("gemm_bf16_portable")?, variant("gemm_add_portable")?];
+        Ok(Self { variants })
     }
 
     /// Issues it.
@@ -153,8 +174,8 @@ impl Gemm {
             tokens: tokens as i32,
         };
         let launch = Launch {
-            grid: [tiles.min(self.blocks) as u32, 1, 1],
-            block: BLOCK,
+            grid: [tiles.min(variant.blocks) as u32, 1, 1],
+            block: variant.threads,
             shared: variant.shared,
             overlap: true,
         };

@@ -45,27 +45,17 @@ struct ExponentArguments {
 // SAFETY: mirrors `ExponentParams` of kernels/moe_gemm.cu.
 unsafe impl Params for ExponentArguments {}
 
-/// A kernel for tiles of some height.
+/// Tile heights.
+const HEIGHTS: [usize; 4] = [16, 32, 64, 256];
+
+/// A kernel for tiles of some height, and its launch.
 #[derive(Clone, Copy, Debug)]
-struct Size {
-    height: usize,
-    stages: usize,
+struct Variant {
+    kernel: Kernel,
     threads: u32,
-    /// Of a multiprocessor.
+    shared: u32,
+    /// Blocks of a multiprocessor.
     blocks: usize,
-}
-
-const SIZES: [Size; 4] = [
-    Size { height: 16, stages: 16, threads: 288, blocks: 2 },
-    Size { height: 32, stages: 12, threads: 288, blocks: 2 },
-    Size { height: 64, stages: 8, threads: 288, blocks: 2 },
-    Size { height: 256, stages: 6, threads: 384, blocks: 1 },
-];
-
-impl Size {
-    fn shared(&self) -> usize {
-        self.stages * (self.height * LINE + ROWS / STRIP_ROWS * TILE_BYTES)
-    }
 }
 
 /// The tile height (of `moe_sort`) that suits `rows` rows with `slots` of `experts` experts each, spread evenly or not too unevenly.
@@ -99,8 +89,8 @@ pub enum Output<'a> {
 /// The loaded kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct MoeGemm {
-    /// By output, then size.
-    kernels: [[Kernel; 4]; 3],
+    /// By output, then height.
+    variants: [[Variant; 4]; 3],
     exponents: Kernel,
     multiprocessors: usize,
 }
@@ -137,37 +127,67 @@ pub struct Call<'a> {
 }
 
 impl MoeGemm {
-    /// Loads the kernels.
+    /// Loads the kernels: those for Hopper, or the portable ones.
     ///
     /// # Errors
-    /// A device that is not Hopper, or no code for it.
+    /// No code for this device.
     pub fn load(device: &Device) -> Result<Self, DeviceError> {
         if !device.facts().is_hopper() {
-            return Err(DeviceError::new(OP, format!("{} is not a Hopper device", device.facts().name)));
+            return Self::portable(device);
         }
-        let kernel = |function, size: usize| device.kernel(OP, function, SIZES[size].shared());
-        let kernels = [
+        let narrow = |function, height: usize, stages: usize| {
+            let shared = stages * (height * LINE + ROWS / STRIP_ROWS * TILE_BYTES);
+            let kernel = device.kernel(OP, function, shared)?;
+            Ok::<_, DeviceError>(Variant { kernel, threads: 288, shared: shared as u32, blocks: 2 })
+        };
+        let wide =
+            |function| Ok::<_, DeviceError>(Variant { threads: 384, blocks: 1, ..narrow(function, 256, 6)? });
+        let variants = [
             [
-                kernel("moe_gate_up_16", 0)?,
-                kernel("moe_gate_up_32", 1)?,
-                kernel("moe_gate_up_64", 2)?,
-                kernel("moe_gate_up_256", 3)?,
+                narrow("moe_gate_up_16", 16, 16)?,
+                narrow("moe_gate_up_32", 32, 12)?,
+                narrow("moe_gate_up_64", 64, 8)?,
+                wide("moe_gate_up_256")?,
             ],
             [
-                kernel("moe_down_f32_16", 0)?,
-                kernel("moe_down_f32_32", 1)?,
-                kernel("moe_down_f32_64", 2)?,
-                kernel("moe_down_f32_256", 3)?,
+                narrow("moe_down_f32_16", 16, 16)?,
+                narrow("moe_down_f32_32", 32, 12)?,
+                narrow("moe_down_f32_64", 64, 8)?,
+                wide("moe_down_f32_256")?,
             ],
             [
-                kernel("moe_down_bf16_16", 0)?,
-                kernel("moe_down_bf16_32", 1)?,
-                kernel("moe_down_bf16_64", 2)?,
-                kernel("moe_down_bf16_256", 3)?,
+                narrow("moe_down_bf16_16", 16, 16)?,
+                narrow("moe_down_bf16_32", 32, 12)?,
+                narrow("moe_down_bf16_64", 64, 8)?,
+                wide("moe_down_bf16_256")?,
             ],
         ];
+        Self::new(device, variants)
+    }
+
+    /// Loads the kernels that run on every device.
+    ///
+    /// # Errors
+    /// No code for this device.
+    pub fn portable(device: &Device) -> Result<Self, DeviceError> {
+        const STAGES: usize = 4;
+        const TOKENS: usize = 64;
+        let variant = |function| {
+            let shared = STAGES * TOKENS * LINE;
+            let kernel = device.kernel(OP, function, shared)?;
+            Ok::<_, DeviceError>([Variant { kernel, threads: 256, shared: shared as u32, blocks: 2 }; 4])
+        };
+        let variants = [
+            variant("moe_gate_up_portable")?,
+            variant("moe_down_f32_portable")?,
+            variant("moe_down_bf16_portable")?,
+        ];
+        Self::new(device, variants)
+    }
+
+    fn new(device: &Device, variants: [[Variant; 4]; 3]) -> Result<Self, DeviceError> {
         let exponents = device.kernel(OP, "moe_exponents", 0)?;
-        Ok(Self { kernels, exponents, multiprocessors: device.facts().multiprocessors as usize })
+        Ok(Self { variants, exponents, multiprocessors: device.facts().multiprocessors as usize })
     }
 
     /// Issues what finds each weight row's largest block scale, once at load: strips of `rows` rows of all experts to as many bytes.
@@ -215,7 +235,7 @@ impl MoeGemm {
             Output::F32(y) => (1, y.address(), y.len(), capacity * rows, 0.0, 0.0),
             Output::Bf16(y) => (2, y.address(), y.len(), capacity * rows, 0.0, 0.0),
         };
-        let size = SIZES.iter().position(|size| size.height == height);
+        let variant = HEIGHTS.iter().position(|&known| known == height).map(|at| self.variants[output][at]);
         let fits = cols > 0
             && cols.is_multiple_of(64)
             && rows.is_multiple_of(if output == 0 { 128 } else { STRIP_ROWS })
@@ -227,13 +247,12 @@ impl MoeGemm {
             && len >= wanted
             && call.tiles.len() >= 4 * most_tiles
             && call.counts.len() >= 2;
-        let (Some(at), true) = (size, fits) else {
+        let (Some(variant), true) = (variant, fits) else {
             let what = format!(
                 "{experts} experts of {rows} x {cols}, {capacity} rows in tiles of {height}, do not fit the buffers"
             );
             return Err(DeviceError::new(OP, what));
         };
-        let size = SIZES[at];
         let arguments = Arguments {
             w: call.w.address(),
             exponents: call.exponents.address(),
@@ -250,12 +269,12 @@ impl MoeGemm {
         };
         let most = (most_tiles * rows.div_ceil(ROWS)).max(1);
         let launch = Launch {
-            grid: [most.min(size.blocks * self.multiprocessors) as u32, 1, 1],
-            block: size.threads,
-            shared: size.shared() as u32,
+            grid: [most.min(variant.blocks * self.multiprocessors) as u32, 1, 1],
+            block: variant.threads,
+            shared: variant.shared,
             overlap: true,
         };
         // SAFETY: every buffer was checked to be large enough; tiles lie within `capacity` by the caller's plan.
-        unsafe { device.launch(&self.kernels[output][at], &launch, &arguments) }
+        unsafe { device.launch(&variant.kernel, &launch, &arguments) }
     }
 }

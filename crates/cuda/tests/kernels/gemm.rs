@@ -104,10 +104,7 @@ fn limit(kind: Kind) -> f64 {
 }
 
 /// With weights that pick one element of x each, any mistake of layout shows as a value from elsewhere, by name.
-#[test]
-fn gemm_puts_every_element_in_its_place() {
-    let Some((device, _turn)) = device() else { return };
-    let gemm = Gemm::load(&device).unwrap();
+fn check_puts_every_element_in_its_place(device: &Device, gemm: &Gemm) {
     for tokens in [32, 64, 128, 192, 256, 300] {
         let s = Shape {
             live: tokens,
@@ -131,7 +128,7 @@ fn gemm_puts_every_element_in_its_place() {
             bias: vec![0.0; s.outs],
             before: vec![-1.0; (tokens + 5) * s.stride],
         };
-        let got = run(&device, &gemm, s, &inputs);
+        let got = run(device, gemm, s, &inputs);
         let wrong: Vec<String> = (0..tokens * s.outs)
             .filter_map(|at| {
                 let (token, out) = (at / s.outs, at % s.outs);
@@ -150,10 +147,8 @@ fn gemm_puts_every_element_in_its_place() {
     }
 }
 
-#[test]
-fn gemm_equals_its_definition() {
-    let Some((device, _turn)) = device() else { return };
-    let (gemm, mut random) = (Gemm::load(&device).unwrap(), Random::new());
+fn check_equals_its_definition(device: &Device, gemm: &Gemm) {
+    let mut random = Random::new();
     for (case, (live, tokens)) in [
         (1, 1),
         (3, 17),
@@ -182,7 +177,7 @@ fn gemm_equals_its_definition() {
                 kind,
             };
             let inputs = random_inputs(&mut random, s);
-            let got = run(&device, &gemm, s, &inputs);
+            let got = run(device, gemm, s, &inputs);
             let all = || (0..live).flat_map(|token| (0..s.outs).map(move |out| (token, out)));
             let want: Vec<f64> = all().map(|(token, out)| definition(s, &inputs, token, out)).collect();
             let live_values: Vec<f64> = all().map(|(token, out)| got[token * s.stride + out]).collect();
@@ -193,10 +188,8 @@ fn gemm_equals_its_definition() {
 }
 
 /// The model's own shapes, checked at sampled elements; more tiles than multiprocessors.
-#[test]
-fn gemm_of_real_shapes() {
-    let Some((device, _turn)) = device() else { return };
-    let (gemm, mut random) = (Gemm::load(&device).unwrap(), Random::new());
+fn check_of_real_shapes(device: &Device, gemm: &Gemm) {
+    let mut random = Random::new();
     for (tokens, cols, outs, kind) in [
         (1000, 2880, 5120, Kind::F32),
         (2053, 4096, 2880, Kind::Add),
@@ -205,7 +198,7 @@ fn gemm_of_real_shapes() {
     ] {
         let s = Shape { live: tokens, tokens, cols, w_rows: outs, outs, stride: outs, bias: true, kind };
         let inputs = random_inputs(&mut random, s);
-        let got = run(&device, &gemm, s, &inputs);
+        let got = run(device, gemm, s, &inputs);
         let places: Vec<(usize, usize)> = (0..4000)
             .map(|_| (random.below(tokens), random.below(outs)))
             .chain([(tokens - 1, outs - 1)])
@@ -219,10 +212,8 @@ fn gemm_of_real_shapes() {
 }
 
 /// A token's bits do not depend on its neighbours in a tile, nor on the launch's size class.
-#[test]
-fn gemm_rows_do_not_depend_on_neighbours() {
-    let Some((device, _turn)) = device() else { return };
-    let (gemm, mut random) = (Gemm::load(&device).unwrap(), Random::new());
+fn check_rows_do_not_depend_on_neighbours(device: &Device, gemm: &Gemm) {
+    let mut random = Random::new();
     let base = Shape {
         live: 300,
         tokens: 300,
@@ -234,7 +225,7 @@ fn gemm_rows_do_not_depend_on_neighbours() {
         kind: Kind::F32,
     };
     let inputs = random_inputs(&mut random, base);
-    let all = run(&device, &gemm, base, &inputs);
+    let all = run(device, gemm, base, &inputs);
     for tokens in [20, 90, 170, 299] {
         let s = Shape { live: tokens, tokens, ..base };
         let part = Inputs {
@@ -243,7 +234,41 @@ fn gemm_rows_do_not_depend_on_neighbours() {
             bias: inputs.bias.clone(),
             before: inputs.before[..(tokens + 5) * s.stride].to_vec(),
         };
-        let got = run(&device, &gemm, s, &part);
+        let got = run(device, gemm, s, &part);
         assert!(got[..tokens * s.stride] == all[..tokens * s.stride], "{tokens} tokens differ from 300");
     }
+}
+
+#[test]
+fn gemm_puts_every_element_in_its_place() {
+    let Some((device, _turn)) = device() else { return };
+    check_puts_every_element_in_its_place(&device, &Gemm::load(&device).unwrap());
+}
+
+#[test]
+fn gemm_equals_its_definition() {
+    let Some((device, _turn)) = device() else { return };
+    check_equals_its_definition(&device, &Gemm::load(&device).unwrap());
+}
+
+#[test]
+fn gemm_of_real_shapes() {
+    let Some((device, _turn)) = device() else { return };
+    check_of_real_shapes(&device, &Gemm::load(&device).unwrap());
+}
+
+#[test]
+fn gemm_rows_do_not_depend_on_neighbours() {
+    let Some((device, _turn)) = device() else { return };
+    check_rows_do_not_depend_on_neighbours(&device, &Gemm::load(&device).unwrap());
+}
+
+#[test]
+fn gemm_portable_passes_the_same() {
+    let Some((device, _turn)) = device() else { return };
+    let gemm = Gemm::portable(&device).unwrap();
+    check_puts_every_element_in_its_place(&device, &gemm);
+    check_equals_its_definition(&device, &gemm);
+    check_of_real_shapes(&device, &gemm);
+    check_rows_do_not_depend_on_neighbours(&device, &gemm);
 }

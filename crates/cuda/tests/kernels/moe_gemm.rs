@@ -185,10 +185,8 @@ fn limit(kind: Kind) -> f64 {
 }
 
 /// With activations that pick one column each, any mistake of layout shows as a weight from elsewhere, by name.
-#[test]
-fn moe_gemm_puts_every_weight_in_its_place() {
-    let Some((device, _turn)) = device() else { return };
-    let (gemm, mut random) = (MoeGemm::load(&device).unwrap(), Random::new());
+fn check_puts_every_weight_in_its_place(device: &Device, gemm: &MoeGemm) {
+    let mut random = Random::new();
     for height in HEIGHTS {
         let (rows, cols, rows_of) = (208, 192, [200, 0, 37, 8]);
         let strips = Strips::random(&mut random, rows_of.len(), rows, cols, usual);
@@ -196,7 +194,7 @@ fn moe_gemm_puts_every_weight_in_its_place() {
         let picks = |row: usize| (row * 13 + 5) % cols;
         case.x = vec![0; case.sorted_rows * cols];
         (0..case.sorted_rows).for_each(|row| case.x[row * cols + picks(row)] = f16::ONE.to_bits());
-        let got = case.run(&device, &gemm, Kind::F32);
+        let got = case.run(device, gemm, Kind::F32);
         let wrong: Vec<String> = (0..case.sorted_rows * rows)
             .filter_map(|at| {
                 let (row, out) = (at / rows, at % rows);
@@ -213,10 +211,8 @@ fn moe_gemm_puts_every_weight_in_its_place() {
     }
 }
 
-#[test]
-fn moe_gemm_equals_its_definition() {
-    let Some((device, _turn)) = device() else { return };
-    let (gemm, mut random) = (MoeGemm::load(&device).unwrap(), Random::new());
+fn check_equals_its_definition(device: &Device, gemm: &MoeGemm) {
+    let mut random = Random::new();
     for (at, rows_of) in [
         vec![1],
         vec![3, 0, 16, 17],
@@ -236,7 +232,7 @@ fn moe_gemm_equals_its_definition() {
                 let bias = random.units(rows_of.len() * rows, 1.0);
                 let mut case = Case::new(strips, rows_of, height, bias);
                 case.x = to_f16(&random.units(case.sorted_rows * cols, 3.0));
-                let got = case.run(&device, &gemm, kind);
+                let got = case.run(device, gemm, kind);
                 let outs = if kind == Kind::GateUp { rows / 2 } else { rows };
                 // All of the first and last sorted rows, some of the others.
                 let checked: Vec<usize> =
@@ -264,10 +260,8 @@ fn moe_gemm_equals_its_definition() {
 }
 
 /// Scale bytes from 0 to 254. Within 24 of a row's largest a weight is exact; below, the error is 2^-24 of the largest.
-#[test]
-fn moe_gemm_takes_every_scale() {
-    let Some((device, _turn)) = device() else { return };
-    let (gemm, mut random) = (MoeGemm::load(&device).unwrap(), Random::new());
+fn check_takes_every_scale(device: &Device, gemm: &MoeGemm) {
+    let mut random = Random::new();
     let (rows, cols, rows_of) = (256, 128, [40, 9]);
     for height in [16, 256] {
         let mut base = vec![0; rows_of.len() * rows];
@@ -282,7 +276,7 @@ fn moe_gemm_takes_every_scale() {
         let x = f16::from_f32(1.0 / 64.0);
         case.x = vec![0; case.sorted_rows * cols];
         (0..case.sorted_rows).for_each(|row| case.x[row * cols + picks(row)] = x.to_bits());
-        let got = case.run(&device, &gemm, Kind::F32);
+        let got = case.run(device, gemm, Kind::F32);
         for (at, got) in got.iter().enumerate() {
             let (row, out) = (at / rows, at % rows);
             let weight_row = case.expert(row) * rows + out;
@@ -302,17 +296,15 @@ fn moe_gemm_takes_every_scale() {
 }
 
 /// The model's own shapes, checked at sampled elements.
-#[test]
-fn moe_gemm_of_real_shapes() {
-    let Some((device, _turn)) = device() else { return };
-    let (gemm, mut random) = (MoeGemm::load(&device).unwrap(), Random::new());
+fn check_of_real_shapes(device: &Device, gemm: &MoeGemm) {
+    let mut random = Random::new();
     let rows_of = [300, 0, 1, 700, 256, 64, 13, 500];
     for (kind, rows) in [(Kind::GateUp, 5760), (Kind::Bf16, 2880)] {
         let strips = Strips::random(&mut random, rows_of.len(), rows, 2880, usual);
         let bias = random.units(rows_of.len() * rows, 1.0);
         let mut case = Case::new(strips, &rows_of, height(459, 4, 8), bias);
         case.x = to_f16(&random.units(case.sorted_rows * 2880, 1.0));
-        let got = case.run(&device, &gemm, kind);
+        let got = case.run(device, gemm, kind);
         let places: Vec<(usize, usize)> =
             (0..2000).map(|_| (random.below(case.sorted_rows), random.below(2880))).collect();
         let want: Vec<f64> = places.iter().map(|&(row, out)| case.definition(kind, row, out)).collect();
@@ -320,4 +312,38 @@ fn moe_gemm_of_real_shapes() {
         assert!(got.iter().all(|v| v.is_finite()));
         assert_rows(&format!("{kind:?} {rows}x2880"), &sample, &want, want.len(), limit(kind));
     }
+}
+
+#[test]
+fn moe_gemm_puts_every_weight_in_its_place() {
+    let Some((device, _turn)) = device() else { return };
+    check_puts_every_weight_in_its_place(&device, &MoeGemm::load(&device).unwrap());
+}
+
+#[test]
+fn moe_gemm_equals_its_definition() {
+    let Some((device, _turn)) = device() else { return };
+    check_equals_its_definition(&device, &MoeGemm::load(&device).unwrap());
+}
+
+#[test]
+fn moe_gemm_takes_every_scale() {
+    let Some((device, _turn)) = device() else { return };
+    check_takes_every_scale(&device, &MoeGemm::load(&device).unwrap());
+}
+
+#[test]
+fn moe_gemm_of_real_shapes() {
+    let Some((device, _turn)) = device() else { return };
+    check_of_real_shapes(&device, &MoeGemm::load(&device).unwrap());
+}
+
+#[test]
+fn moe_gemm_portable_passes_the_same() {
+    let Some((device, _turn)) = device() else { return };
+    let gemm = MoeGemm::portable(&device).unwrap();
+    check_puts_every_weight_in_its_place(&device, &gemm);
+    check_equals_its_definition(&device, &gemm);
+    check_takes_every_scale(&device, &gemm);
+    check_of_real_shapes(&device, &gemm);
 }
