@@ -1,7 +1,7 @@
 // Down projection of the chosen experts and their weighted sum, for small batches:
 // x[row] += sum over slots, in order, of weight[row, slot] * (W_e a[row, slot] + b_e).
 //
-// `small`, for at most 8 rows: a block owns 16 columns of x and does all active experts for them, so nothing meets outside it.
+// `small` and `wide`, for at most 8 rows: a block owns 16 columns of x and does all active experts for them, so nothing meets outside it.
 // `large`: warps compute whole strips into `products`; `combine` adds them to x. Both sum in the same order.
 //
 // Before its pdl_wait a block reads `choice` and `live` and fetches weights by them. That is sound after moe_gate_up alone,
@@ -25,8 +25,9 @@ struct Params {
     int sums;              // floats of shared memory for partial sums (small)
 };
 
-KERNEL __launch_bounds__(MOST_THREADS, 2) moe_down_small(const __grid_constant__ Params p) {
-    extern __shared__ __align__(128) char shared[];
+extern __shared__ __align__(128) char shared[];
+
+template <bool ONE> DEVICE void few_rows(const Params& p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, threads = blockDim.x;
     const int strip = blockIdx.x, row16 = threadIdx.x % 16;
     char* const ring = shared + warp * RING;
@@ -39,7 +40,7 @@ KERNEL __launch_bounds__(MOST_THREADS, 2) moe_down_small(const __grid_constant__
 
     // A unit is this block's strip of one segment's expert.
     auto row_of = [](int pair) { return pair; };
-    Sharer<decltype(row_of)> sharer{{work, p.weights + strip * strip_bytes(tiles), strips * strip_bytes(tiles), 1, tiles, pieces, 1,
+    Sharer<ONE, decltype(row_of)> sharer{{work, p.weights + strip * strip_bytes(tiles), strips * strip_bytes(tiles), 1, tiles, pieces, 1,
                                      warp, warps, shared_address(ring) + lane * 16, segments},
                                     reinterpret_cast<const uint4*>(p.a), ring, row_of, 0, 0};
     sharer.reader.start(0);
@@ -79,8 +80,11 @@ KERNEL __launch_bounds__(MOST_THREADS, 2) moe_down_small(const __grid_constant__
     }
 }
 
+KERNEL __launch_bounds__(MOST_THREADS, 2) moe_down_small(const __grid_constant__ Params p) { few_rows<true>(p); }
+// For more pieces than warps.
+KERNEL __launch_bounds__(MOST_THREADS, 2) moe_down_wide(const __grid_constant__ Params p) { few_rows<false>(p); }
+
 KERNEL __launch_bounds__(MOST_THREADS, 1) moe_down_large(const __grid_constant__ Params p) {
-    extern __shared__ __align__(128) char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     char* const ring = shared + warp * RING;
     const Work work = work_at(shared + warps * RING, p.capacity);

@@ -1,7 +1,7 @@
 // Gate/up of the chosen experts and the clamped SwiGLU, for small batches: a[pair] = SwiGLU(W_e h[row] + b_e) for each of the
 // top_k experts e of a row. Weights are read once for up to 16 tokens of an expert.
 //
-// `small`, for at most 8 rows: the pieces of all units of a block are dealt to its warps, partial sums meet in shared memory.
+// `small` and `wide`, for at most 8 rows: the pieces of all units of a block are dealt to its warps, partial sums meet in shared memory.
 // `large`: a warp computes whole strips. Both sum in the same order.
 #include "common/experts.cuh"
 
@@ -21,6 +21,8 @@ struct Params {
     float alpha;
     float limit;
 };
+
+extern __shared__ __align__(128) char shared[];
 
 // `gate * sigmoid(alpha * gate) * (up + 1)` of the clamped pair; a NaN stays one.
 DEVICE float swiglu(float gate, float up, float alpha, float limit) {
@@ -44,8 +46,7 @@ DEVICE float2 bias_of(const Params& p, int expert, int row) {
 // This block's share of `units`.
 DEVICE int share(int units, int block) { return static_cast<int>(static_cast<int64_t>(units) * block / gridDim.x); }
 
-KERNEL __launch_bounds__(MOST_THREADS, 2) moe_gate_up_small(const __grid_constant__ Params p) {
-    extern __shared__ __align__(128) char shared[];
+template <bool ONE> DEVICE void few_rows(const Params& p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, threads = blockDim.x;
     char* const ring = shared + warp * RING;
     float* const sums = reinterpret_cast<float*>(shared + warps * RING);
@@ -60,7 +61,7 @@ KERNEL __launch_bounds__(MOST_THREADS, 2) moe_gate_up_small(const __grid_constan
     if (begin == end) return;
 
     auto row_of = [&](int pair) { return pair / p.top_k; };
-    Sharer<decltype(row_of)> sharer{
+    Sharer<ONE, decltype(row_of)> sharer{
         {work, p.weights, strips * strip_bytes(tiles), strips, tiles, pieces, 1, warp, warps, shared_address(ring) + lane * 16, end},
         reinterpret_cast<const uint4*>(p.h), ring, row_of, begin / strips, begin % strips};
     sharer.reader.start(begin);
@@ -93,8 +94,11 @@ KERNEL __launch_bounds__(MOST_THREADS, 2) moe_gate_up_small(const __grid_constan
     copy_wait<0>();
 }
 
+KERNEL __launch_bounds__(MOST_THREADS, 2) moe_gate_up_small(const __grid_constant__ Params p) { few_rows<true>(p); }
+// For more pieces than warps.
+KERNEL __launch_bounds__(MOST_THREADS, 2) moe_gate_up_wide(const __grid_constant__ Params p) { few_rows<false>(p); }
+
 KERNEL __launch_bounds__(MOST_THREADS, 1) moe_gate_up_large(const __grid_constant__ Params p) {
-    extern __shared__ __align__(128) char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     char* const ring = shared + warp * RING;
     const Work work = work_at(shared + warps * RING, p.capacity);

@@ -81,7 +81,8 @@ DEVICE int list_work(const Work& work, const int* choice, int live, int capacity
 
 // One warp's stream of weights, piece after piece through its ring. The list of work is units of one strip each, segment after
 // segment; a warp takes every `unit_step`-th from `unit` on and of each the pieces from `first` on, every `piece_step`-th.
-struct Reader {
+// ONE: it has one piece of each unit at most, so that little changes from one copy to the next.
+template <bool ONE> struct Reader {
     const Work& work;
     const char* base;     // strips of expert 0
     size_t expert_bytes;  // from one expert to the next
@@ -92,12 +93,16 @@ struct Reader {
     uint32_t ring;        // shared address of this lane's first 16 bytes
     int end;              // units
     int unit, segment, strip, piece;
-    const char* from;     // this lane's first 16 bytes of the strip at hand
+    const char* codes;    // this lane's first 16 bytes of the piece at hand: its codes,
+    const char* scales;   // its scales
     int stage;            // offset in the ring of the stage that is read, then filled, next
 
     METHOD void locate() {
-        if (unit < end)
-            from = base + work.segments[segment].expert * expert_bytes + strip * strip_bytes(tiles) + threadIdx.x % 32 * 16;
+        if (unit >= end) return;
+        const char* const from =
+            base + work.segments[segment].expert * expert_bytes + strip * strip_bytes(tiles) + threadIdx.x % 32 * 16;
+        codes = from + first * (PIECE * TILE_CODES);
+        scales = from + tiles * TILE_CODES + first * (PIECE * TILE_SCALES);
     }
 
     // Places it at a unit and starts the first copies.
@@ -113,20 +118,25 @@ struct Reader {
     METHOD void fetch() {
         if (unit < end) {
             const uint32_t to = ring + stage;
-            const char* const codes = from + piece * (PIECE * TILE_CODES);
-            const int count = tiles - piece * PIECE;
+            const int count = tiles - (ONE ? first : piece) * PIECE;
             copy_async_16(to, codes);
             if (count > 1) copy_async_16(to + TILE_CODES, codes + TILE_CODES);
             if (count > 2) copy_async_16(to + 2 * TILE_CODES, codes + 2 * TILE_CODES);
-            if (static_cast<int>(threadIdx.x % 32) < 2 * min(count, PIECE))
-                copy_async_16(to + PIECE * TILE_CODES, from + tiles * TILE_CODES + piece * (PIECE * TILE_SCALES));
-            piece += piece_step;
-            if (piece >= pieces) {
-                piece = first;
-                unit += unit_step;
-                strip += unit_step;
-                while (strip >= strips) strip -= strips, ++segment;
-                locate();
+            if (static_cast<int>(threadIdx.x % 32) < 2 * min(count, PIECE)) copy_async_16(to + PIECE * TILE_CODES, scales);
+            if (ONE) {
+                ++unit;
+                codes += strip_bytes(tiles), scales += strip_bytes(tiles);
+                if (++strip == strips) strip = 0, ++segment, locate();
+            } else {
+                piece += piece_step;
+                codes += piece_step * (PIECE * TILE_CODES), scales += piece_step * (PIECE * TILE_SCALES);
+                if (piece >= pieces) {
+                    piece = first;
+                    unit += unit_step;
+                    strip += unit_step;
+                    while (strip >= strips) strip -= strips, ++segment;
+                    locate();
+                }
             }
         }
         copy_commit();
@@ -207,40 +217,53 @@ DEVICE void multiply(const char* stage, int count, const Tokens<NT>& tokens, flo
 
 // A warp has the same pieces of every strip, so that it keeps its part of the tokens; partial sums of up to 8 tokens meet in
 // shared memory: sums[unit][piece][token][16 rows], 2^-14 of the products.
-template <class RowOf> struct Sharer {
-    Reader reader;
+template <bool ONE, class RowOf> struct Sharer {
+    Reader<ONE> reader;
     const uint4* rows;  // fp16 [.., tiles * 64] in fragment order
     const char* ring;   // this warp's
     RowOf row_of;
     int segment, strip;
 
+    METHOD void multiply_piece(const Tokens<1>& held, int count, int tokens, float* out) {
+        const int token = threadIdx.x % 4 * 2;
+        copy_wait<STAGES - 1>();
+        __syncwarp();
+        float acc[1][4];
+        multiply<1>(ring + reader.stage, count, held, acc);
+        if (token < tokens) out[0] = acc[0][0], out[8] = acc[0][2];
+        if (token + 1 < tokens) out[16] = acc[0][1], out[24] = acc[0][3];
+        __syncwarp();
+        reader.fetch();
+    }
+
     // The next `units` units; `most` is the room for tokens in `sums`.
     METHOD void multiply_units(int units, float* sums, int most) {
-        const int lane = threadIdx.x % 32, token = lane % 4 * 2, pieces = reader.pieces, tiles = reader.tiles;
+        const int pieces = reader.pieces, tiles = reader.tiles, first = reader.first;
+        if (first >= pieces) return;
         Tokens<1> held;
-        Segment now;
-        float* to = sums + token * 16 + lane / 4;
-        for (int unit = 0, known = -1; unit < units; ++unit, to += pieces * most * 16) {
-            const bool fresh = known != segment;
-            if (fresh) {
-                known = segment;
-                now = reader.work.segments[segment];
-                held.select(rows, tiles, reader.work, now, row_of);
+        float* to = sums + (first * most + threadIdx.x % 4 * 2) * 16 + threadIdx.x % 32 / 4;
+        while (units > 0) {
+            // What is left of the segment.
+            const int run = min(units, reader.strips - strip);
+            const Segment now = reader.work.segments[segment];
+            held.select(rows, tiles, reader.work, now, row_of);
+            const int count = min(PIECE, tiles - first * PIECE);
+            if (ONE) held.load(first, count);
+#pragma unroll 1
+            for (int unit = 0; unit < run; ++unit, to += pieces * most * 16) {
+                if (ONE) {
+                    multiply_piece(held, count, now.count, to);
+                } else {
+#pragma unroll 1
+                    for (int piece = first; piece < pieces; piece += reader.piece_step) {
+                        held.load(piece, min(PIECE, tiles - piece * PIECE));
+                        multiply_piece(held, min(PIECE, tiles - piece * PIECE), now.count, to + (piece - first) * most * 16);
+                    }
+                }
             }
-            for (int piece = reader.first; piece < pieces; piece += reader.piece_step) {
-                const int count = min(PIECE, tiles - piece * PIECE);
-                if (fresh || pieces > reader.piece_step) held.load(piece, count);
-                copy_wait<STAGES - 1>();
-                __syncwarp();
-                float acc[1][4];
-                multiply<1>(ring + reader.stage, count, held, acc);
-                float* const out = to + piece * most * 16;
-                if (token < now.count) out[0] = acc[0][0], out[8] = acc[0][2];
-                if (token + 1 < now.count) out[16] = acc[0][1], out[24] = acc[0][3];
-                __syncwarp();
-                reader.fetch();
-            }
-            if (++strip == reader.strips) strip = 0, ++segment;
+            units -= run;
+            strip += run;
+            if (strip == reader.strips) strip = 0, ++segment;
         }
     }
 };
@@ -256,7 +279,7 @@ DEVICE int most_tokens(const Work& work, int begin, int end, int strips) {
 // A warp computes whole strips, for up to 16 tokens of an expert. `done(segment, strip, tile of 8 tokens, d)` gets 2^-14 of the
 // products.
 template <class RowOf, class Done> struct Streamer {
-    Reader reader;
+    Reader<false> reader;
     const uint4* rows;  // fp16 [.., tiles * 64] in fragment order
     const char* ring;   // this warp's
     RowOf row_of;

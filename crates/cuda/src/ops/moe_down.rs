@@ -2,7 +2,7 @@
 
 use ctxserve_backend::DeviceError;
 
-use super::moe_gate_up::{MOST_ROWS, Plan, Shape, plan_strips};
+use super::moe_gate_up::{MOST_ROWS, Plan, Shape, Split, plan_strips};
 use super::pack_mxfp4::{Rows, Strips};
 use crate::driver::{Buffer, Device, Facts, Kernel, Launch, Params};
 
@@ -35,6 +35,7 @@ unsafe impl Params for Arguments {}
 #[derive(Clone, Copy, Debug)]
 pub struct MoeDown {
     small: Kernel,
+    wide: Kernel,
     large: Kernel,
     combine: Kernel,
 }
@@ -69,7 +70,10 @@ pub struct Call<'a> {
 pub fn plan(rows: usize, shape: &Shape, facts: &Facts) -> Plan {
     let products = rows * shape.top_k * 64;
     let plan = plan_strips(rows, shape.top_k, shape.inner, products, facts);
-    if plan.shares_strips { Plan { blocks: shape.hidden as u32 / 16, ..plan } } else { plan }
+    match plan.split {
+        Split::Strip => plan,
+        _ => Plan { blocks: shape.hidden as u32 / 16, ..plan },
+    }
 }
 
 impl MoeDown {
@@ -81,6 +85,7 @@ impl MoeDown {
         let shared = device.facts().shared_memory as usize;
         Ok(Self {
             small: device.kernel(OP, "moe_down_small", shared)?,
+            wide: device.kernel(OP, "moe_down_wide", shared)?,
             large: device.kernel(OP, "moe_down_large", shared)?,
             combine: device.kernel(OP, "moe_down_combine", 0)?,
         })
@@ -103,7 +108,7 @@ impl MoeDown {
             && call.weight.len() >= rows * top_k
             && call.live.len() >= 1
             && call.x.len() >= rows * hidden
-            && (plan.shares_strips || call.products.len() >= rows * top_k * hidden);
+            && (plan.split != Split::Strip || call.products.len() >= rows * top_k * hidden);
         if !fits {
             return Err(DeviceError::new(OP, format!("{rows} rows of {shape:?} do not fit")));
         }
@@ -126,12 +131,16 @@ impl MoeDown {
             capacity: (rows * top_k) as i32,
             sums: plan.sums as i32,
         };
-        let kernel = if plan.shares_strips { &self.small } else { &self.large };
+        let kernel = match plan.split {
+            Split::Piece => &self.small,
+            Split::Pieces => &self.wide,
+            Split::Strip => &self.large,
+        };
         let launch =
             Launch { grid: [plan.blocks, 1, 1], block: plan.warps * 32, shared: plan.shared, overlap: true };
         // SAFETY: every buffer was checked to be large enough; the kernel bounds experts and pairs itself.
         unsafe { device.launch(kernel, &launch, &arguments) }?;
-        if plan.shares_strips {
+        if plan.split != Split::Strip {
             return Ok(());
         }
         let launch = Launch { grid: [rows as u32, 1, 1], block: COMBINE_THREADS, shared: 0, overlap: true };
@@ -149,7 +158,7 @@ mod tests {
     fn few_rows_have_a_block_a_strip_and_two_fit_a_multiprocessor() {
         for rows in 1..=8 {
             let plan = plan(rows, &CONTEXT_1, &facts(232_448));
-            assert!(plan.shares_strips && plan.blocks == 180, "{plan}");
+            assert!(plan.split == Split::Piece && plan.blocks == 180, "{plan}");
             assert!(2 * (plan.shared + 1024) <= 228 * 1024, "{rows}: {plan}");
         }
         assert_eq!(plan(9, &CONTEXT_1, &facts(232_448)).blocks, 132);

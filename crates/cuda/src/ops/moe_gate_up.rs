@@ -49,11 +49,22 @@ impl Shape {
     }
 }
 
+/// How a block's warps divide the strips.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// Few rows: a warp has one piece of each strip.
+    Piece,
+    /// Few rows, more pieces than warps: a warp has some of them.
+    Pieces,
+    /// A warp has whole strips.
+    Strip,
+}
+
 /// How a call is launched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// Whether warps share strips (few rows) or each does whole ones.
-    pub shares_strips: bool,
+    /// What a warp does.
+    pub split: Split,
     /// Blocks.
     pub blocks: u32,
     /// Warps of a block.
@@ -66,9 +77,13 @@ pub struct Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let how = if self.shares_strips { "warps share strips" } else { "a strip a warp" };
-        let Self { blocks, warps, shared, sums, .. } = self;
-        write!(f, "{how}, {blocks} blocks of {warps} warps, {shared} bytes shared, {sums} sums")
+        let Self { split, blocks, warps, shared, sums } = self;
+        let each = match split {
+            Split::Piece => "one piece",
+            Split::Pieces => "some pieces",
+            Split::Strip => "whole strips",
+        };
+        write!(f, "{each} a warp, {blocks} blocks of {warps} warps, {shared} bytes shared, {sums} sums")
     }
 }
 
@@ -83,24 +98,25 @@ pub(super) fn plan_strips(rows: usize, top_k: usize, cols: usize, kept: usize, f
     let (pairs, shared) = (rows * top_k, facts.shared_memory as usize);
     // Rings of 16 warps need 104 KB.
     let most_warps = if shared < 128 * 1024 { MOST_WARPS / 2 } else { MOST_WARPS };
-    let plan = |shares_strips, warps: usize, sums: usize| Plan {
-        shares_strips,
+    let plan = |split, warps: usize, sums: usize| Plan {
+        split,
         blocks: facts.multiprocessors,
         warps: warps as u32,
         shared: (warps * RING + work_bytes(pairs) + kept + sums * 4) as u32,
         sums: sums as u32,
     };
     if rows > FEW {
-        return plan(false, most_warps, 0);
+        return plan(Split::Strip, most_warps, 0);
     }
     // As many pieces for each warp.
     let pieces = cols.div_ceil(64 * PIECE);
     let warps = pieces.div_ceil(pieces.div_ceil(most_warps)).max(FEWEST_WARPS);
+    let split = if pieces <= warps { Split::Piece } else { Split::Pieces };
     // Room for one strip of one expert at the least.
     let least = pieces * 16 * pairs.min(8);
     let room = ((shared + RESERVED) / 2 - RESERVED) / 4;
-    let room = room.saturating_sub(plan(true, warps, 0).shared as usize / 4);
-    plan(true, warps, (room.min(MOST_SUMS) / 16 * 16).max(least))
+    let room = room.saturating_sub(plan(split, warps, 0).shared as usize / 4);
+    plan(split, warps, (room.min(MOST_SUMS) / 16 * 16).max(least))
 }
 
 /// The launch for `rows` rows.
@@ -134,6 +150,7 @@ unsafe impl Params for Arguments {}
 #[derive(Clone, Copy, Debug)]
 pub struct MoeGateUp {
     small: Kernel,
+    wide: Kernel,
     large: Kernel,
 }
 
@@ -171,6 +188,7 @@ impl MoeGateUp {
         let shared = device.facts().shared_memory as usize;
         Ok(Self {
             small: device.kernel(OP, "moe_gate_up_small", shared)?,
+            wide: device.kernel(OP, "moe_gate_up_wide", shared)?,
             large: device.kernel(OP, "moe_gate_up_large", shared)?,
         })
     }
@@ -213,7 +231,11 @@ impl MoeGateUp {
             alpha: call.alpha,
             limit: call.limit,
         };
-        let kernel = if plan.shares_strips { &self.small } else { &self.large };
+        let kernel = match plan.split {
+            Split::Piece => &self.small,
+            Split::Pieces => &self.wide,
+            Split::Strip => &self.large,
+        };
         let launch =
             Launch { grid: [plan.blocks, 1, 1], block: plan.warps * 32, shared: plan.shared, overlap: true };
         // SAFETY: every buffer was checked to be large enough; the kernel bounds experts and pairs itself.
@@ -242,12 +264,12 @@ pub(super) mod tests {
     fn two_blocks_of_few_rows_fit_a_multiprocessor() {
         for rows in 1..=8 {
             let plan = plan(rows, &CONTEXT_1, &facts(232_448));
-            assert!(plan.shares_strips && plan.blocks == 132 && plan.warps == 15, "{plan}");
+            assert!(plan.split == Split::Piece && plan.blocks == 132 && plan.warps == 15, "{plan}");
             assert!(2 * (plan.shared as usize + RESERVED) <= 228 * 1024, "{rows}: {plan}");
             // Eleven strips of four experts are a block's share of one row.
             assert!(plan.sums as usize >= if rows == 1 { 11 * 15 * 16 } else { 8 * 15 * 16 }, "{plan}");
         }
-        assert!(!plan(9, &CONTEXT_1, &facts(232_448)).shares_strips);
+        assert_eq!(plan(9, &CONTEXT_1, &facts(232_448)).split, Split::Strip);
     }
 
     #[test]
@@ -265,8 +287,8 @@ pub(super) mod tests {
 
     #[test]
     fn a_plan_can_be_read() {
-        let plan = Plan { shares_strips: true, blocks: 132, warps: 15, shared: 100_000, sums: 4096 };
-        let words = "warps share strips, 132 blocks of 15 warps, 100000 bytes shared, 4096 sums";
+        let plan = Plan { split: Split::Piece, blocks: 132, warps: 15, shared: 100_000, sums: 4096 };
+        let words = "one piece a warp, 132 blocks of 15 warps, 100000 bytes shared, 4096 sums";
         assert_eq!(plan.to_string(), words);
     }
 }
