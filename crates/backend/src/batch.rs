@@ -114,7 +114,8 @@ impl Batch {
             }
             let last = slice.start + slice.rows.len() - 1;
             for (group, table) in slice.tables.iter().enumerate() {
-                if table.pages.iter().any(|&page| page as usize >= pages[group]) {
+                // The largest, not the first that is too large: that loop runs over vectors.
+                if table.pages.iter().max().is_some_and(|&page| page as usize >= pages[group]) {
                     return fail("a page id is outside its pool");
                 }
                 let first = spec.first_visible(group, slice.start);

@@ -113,5 +113,6 @@ pub fn run<B: Backend, R: Backend>(
     suite.attention(&make, &reference)?;
     suite.independence(&make)?;
     suite.sampling(&make, &reference)?;
+    suite.feeds(&make)?;
     Ok(Report { seed, cases: suite.into_cases() })
 }

@@ -1,5 +1,7 @@
 //! The cases.
 
+mod feeds;
+
 use std::sync::Arc;
 
 use ctxserve_core::{Encoding, SamplingParams};

@@ -262,11 +262,16 @@ impl<B: Backend> Loaded<B> {
 
     /// Samples from the normed embeddings of the batch's tokens.
     pub(super) fn sample(&mut self, batch: &Batch) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
+        let pending = self.start(batch)?;
+        self.backend.collect(pending)
+    }
+
+    /// Starts what [`Loaded::sample`] waits for.
+    pub(super) fn start(&mut self, batch: &Batch) -> Result<B::Pending, DeviceError> {
         let b = &mut self.backend;
         b.begin(batch, &self.kv, VOCAB)?;
         let x = b.embed(&self.embedding, batch)?;
         let logits = b.logits(&self.ones, 1e-12, &self.copy_hidden, &x, batch)?;
-        let pending = b.sample(&logits, batch)?;
-        b.collect(pending)
+        b.sample(&logits, batch)
     }
 }
