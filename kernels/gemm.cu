@@ -135,7 +135,7 @@ template <Output OUT> DEVICE void gemm_portable(const Params& p) {
 #ifdef HOPPER
 
 template <int N, int STAGES, int STAGE_BYTES, Output OUT>
-DEVICE void consume(const Params& p, Ring<STAGES, CONSUMERS>& ring, uint32_t stages, int row, int token, int live) {
+DEVICE void consume(const Params& p, Ring<STAGES, 1, CONSUMERS>& ring, uint32_t stages, int row, int token, int live) {
     const int warp = threadIdx.x / 32, steps = p.cols / 64;
     float d[N / 2] = {};
     uint32_t before = 0;
@@ -163,7 +163,7 @@ template <int MAX, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) uint64_t barriers[2 * STAGES];
     const uint32_t stages = shared_address(shared);
-    Ring<STAGES, CONSUMERS> ring(shared_address(barriers));
+    Ring<STAGES, 1, CONSUMERS> ring(shared_address(barriers));
     if (threadIdx.x == 0) ring.init();
     __syncthreads();
     pdl_wait();

@@ -1,7 +1,7 @@
 // The experts' products for rows sorted by expert (moe_sort): gate and up with SwiGLU, and down. Weights are MXFP4 strips, operand A of
 // wgmma from registers: a warp turns the 16 rows of a strip into fp16, block scale multiplied in, while the products of the 64 columns
-// before run. Activations are fp16 panels, operand B. One warp copies both into a ring; two warpgroups use it. The portable path has
-// the same tiles and mma.sync.
+// before run. Activations are fp16 panels, operand B. Two warps copy into a ring (one alone could not issue that many small copies fast
+// enough); two warpgroups use it. The portable path has the same tiles and mma.sync.
 //
 // Range: a row's weights are taken relative to its largest block scale, R: code * 2^(s - R + 1) in fp16 (at most 12; exact down to
 // s = R - 24, then fading), and the sum is multiplied by 2^(R - 128) in float32.
@@ -92,7 +92,7 @@ DEVICE float swiglu(float gate, float up, float alpha, float limit) {
 }
 
 constexpr int STRIPS = 8;  // of a tile, one a warp
-constexpr int CONSUMERS = STRIPS;
+constexpr int CONSUMERS = STRIPS, COPIERS = 2;  // warps
 constexpr int A_BYTES = STRIPS * (TILE_CODES + TILE_SCALES);
 
 // Sums of one strip for N sorted rows from `first` on, of which `tokens` are to be stored.
@@ -188,15 +188,15 @@ template <Output OUT> DEVICE void moe_gemm_portable(const Params& p) {
 
 #ifdef HOPPER
 
-// Copies of one lane of the copying warp: strips' codes, their scales, the activations.
+// What one lane of a copying warp copies in each step.
 struct Copy {
     const char* from;
     size_t stride;
-    uint32_t to, bytes;
+    uint32_t to, apart, bytes;
 };
 
 template <int N, int MAX, int STAGES, Output OUT>
-DEVICE void consume(const Params& p, Ring<STAGES, CONSUMERS>& ring, uint32_t stages, int4 tile, int row_tile) {
+DEVICE void consume(const Params& p, Ring<STAGES, COPIERS, CONSUMERS>& ring, uint32_t stages, int4 tile, int row_tile) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, steps = p.cols / TILE_COLS;
     const int strip = row_tile * STRIPS + warp;
     const bool real = strip * STRIP_ROWS < p.rows;
@@ -247,7 +247,7 @@ template <int MAX, int STAGES, Output OUT> DEVICE void moe_gemm(const Params& p)
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) uint64_t barriers[2 * STAGES];
     const uint32_t stages = shared_address(shared);
-    Ring<STAGES, CONSUMERS> ring(shared_address(barriers));
+    Ring<STAGES, COPIERS, CONSUMERS> ring(shared_address(barriers));
     if (threadIdx.x == 0) ring.init();
     __syncthreads();
     pdl_wait();
@@ -258,29 +258,29 @@ template <int MAX, int STAGES, Output OUT> DEVICE void moe_gemm(const Params& p)
     if (warp >= CONSUMERS) {
         if constexpr (MAX == 256) registers_shrink<24>();
         proxy_fence();
-        for (int at = blockIdx.x; warp == CONSUMERS && at < work; at += gridDim.x) {
+        const uint32_t to_codes = stages + STAGES * MAX * 128, to_scales = to_codes + STRIPS * TILE_CODES;
+        for (int at = blockIdx.x; warp < CONSUMERS + COPIERS && at < work; at += gridDim.x) {
             const int4 tile = p.tiles[at / row_tiles];
             const int first = at % row_tiles * STRIPS, strips = min(STRIPS, p.rows / STRIP_ROWS - first);
-            const size_t strip = static_cast<size_t>(tile.x) * (p.rows / STRIP_ROWS) + first + lane % STRIPS;
-            const uint32_t to_a = stages + STAGES * MAX * 128;
+            const char* strip = p.w + (static_cast<size_t>(tile.x) * (p.rows / STRIP_ROWS) + first + lane) * strip_bytes(steps);
             Copy copy = {};
-            uint32_t apart = A_BYTES;
-            if (lane < STRIPS && lane < strips)
-                copy = {p.w + strip * strip_bytes(steps), TILE_CODES, to_a + lane * TILE_CODES, TILE_CODES};
-            else if (lane >= STRIPS && lane - STRIPS < strips)
-                copy = {p.w + strip * strip_bytes(steps) + steps * TILE_CODES, TILE_SCALES,
-                        to_a + STRIPS * TILE_CODES + (lane - STRIPS) * TILE_SCALES, TILE_SCALES};
-            if (lane == 2 * STRIPS) {
-                copy = {static_cast<const char*>(p.x) + static_cast<size_t>(tile.y) * 128, static_cast<size_t>(p.capacity) * 128, stages,
-                        static_cast<uint32_t>(tile.z) * 128};
-                apart = MAX * 128;
+            uint32_t bytes;
+            if (warp == CONSUMERS) {
+                if (lane < strips) copy = {strip, TILE_CODES, to_codes + lane * TILE_CODES, A_BYTES, TILE_CODES};
+                bytes = strips * TILE_CODES;
+            } else {
+                if (lane < strips)
+                    copy = {strip + steps * TILE_CODES, TILE_SCALES, to_scales + lane * TILE_SCALES, A_BYTES, TILE_SCALES};
+                if (lane == STRIPS)
+                    copy = {static_cast<const char*>(p.x) + static_cast<size_t>(tile.y) * 128, static_cast<size_t>(p.capacity) * 128,
+                            stages, MAX * 128, static_cast<uint32_t>(tile.z) * 128};
+                bytes = strips * TILE_SCALES + tile.z * 128;
             }
-            const uint32_t bytes = strips * (TILE_CODES + TILE_SCALES) + tile.z * 128;
             for (int step = 0; step < steps; ++step) {
                 ring.wait_empty();
                 if (lane == 0) barrier_expect(ring.full(), bytes);
                 __syncwarp();
-                if (copy.bytes) bulk_load(copy.to + ring.stage * apart, copy.from, copy.bytes, ring.full());
+                if (copy.bytes) bulk_load(copy.to + ring.stage * copy.apart, copy.from, copy.bytes, ring.full());
                 copy.from += copy.stride;
                 ring.advance();
             }
@@ -315,9 +315,9 @@ template <int MAX, int STAGES, Output OUT> DEVICE void moe_gemm(const Params& p)
     KERNEL __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ Params p) { BODY(MAX, STAGES, OUT); }
 #define SIZES(NAME, OUT)                          \
     DEFINE(NAME##_256, 384, 1, 256, 6, OUT)      \
-    DEFINE(NAME##_64, 288, 2, 64, 8, OUT)        \
-    DEFINE(NAME##_32, 288, 2, 32, 12, OUT)       \
-    DEFINE(NAME##_16, 288, 2, 16, 16, OUT)
+    DEFINE(NAME##_64, 320, 2, 64, 8, OUT)        \
+    DEFINE(NAME##_32, 320, 2, 32, 12, OUT)       \
+    DEFINE(NAME##_16, 320, 2, 16, 16, OUT)
 SIZES(moe_gate_up, SWIGLU)
 SIZES(moe_down_f32, DOWN_F32)
 SIZES(moe_down_bf16, DOWN_BF16)

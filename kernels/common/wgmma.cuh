@@ -40,9 +40,9 @@ DEVICE void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t ba
                  : "memory");
 }
 
-// A ring of STAGES stages of shared memory between one warp that fills them by bulk copies and WARPS warps that use them. Each side walks
-// it with its own cursor. `barriers` is 2 * STAGES barriers: full ones, then empty ones.
-template <int STAGES, int WARPS> struct Ring {
+// A ring of STAGES stages of shared memory between FILLERS warps that fill them by bulk copies and USERS warps that use them. Each warp
+// walks it with its own cursor. `barriers` is 2 * STAGES barriers: full ones, then empty ones.
+template <int STAGES, int FILLERS, int USERS> struct Ring {
     uint32_t barriers;
     int stage = 0;
     uint32_t parity = 0;
@@ -50,8 +50,8 @@ template <int STAGES, int WARPS> struct Ring {
     __device__ __forceinline__ explicit Ring(uint32_t barriers) : barriers(barriers) {}
     __device__ __forceinline__ void init() const {
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(barriers + 8 * i, 1);
-            barrier_init(barriers + 8 * (STAGES + i), WARPS);
+            barrier_init(barriers + 8 * i, FILLERS);
+            barrier_init(barriers + 8 * (STAGES + i), USERS);
         }
         barrier_init_fence();
     }

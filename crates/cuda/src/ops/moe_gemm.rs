@@ -138,7 +138,7 @@ impl MoeGemm {
         let narrow = |function, height: usize, stages: usize| {
             let shared = stages * (height * LINE + ROWS / STRIP_ROWS * TILE_BYTES);
             let kernel = device.kernel(OP, function, shared)?;
-            Ok::<_, DeviceError>(Variant { kernel, threads: 288, shared: shared as u32, blocks: 2 })
+            Ok::<_, DeviceError>(Variant { kernel, threads: 320, shared: shared as u32, blocks: 2 })
         };
         let wide =
             |function| Ok::<_, DeviceError>(Variant { threads: 384, blocks: 1, ..narrow(function, 256, 6)? });
