@@ -42,8 +42,10 @@ DEVICE int list_work(const Work& work, const int* choice, int live, int capacity
     const int thread = threadIdx.x, lane = thread % 32, words = (capacity + 3) / 4;
     uint8_t* bytes = reinterpret_cast<uint8_t*>(work.chosen);
     for (int i = thread; i < words * 4; i += blockDim.x) {
-        // An index that no router writes must not lead out of bounds.
-        bytes[i] = i < live ? static_cast<uint8_t>(min(static_cast<unsigned>(choice[i]), static_cast<unsigned>(experts - 1))) : 0xff;
+        // Read whether live or not, so that both loads are under way at once. An index that no router writes must not lead
+        // out of bounds.
+        const unsigned expert = min(static_cast<unsigned>(choice[min(i, capacity - 1)]), static_cast<unsigned>(experts - 1));
+        bytes[i] = i < live ? static_cast<uint8_t>(expert) : 0xff;
     }
     __syncthreads();
     uint32_t mine = 0, sum = 0;
