@@ -13,6 +13,7 @@ mod moe_small;
 mod pack_panels;
 mod rms_norm;
 mod route;
+mod sampler;
 
 use ctxserve_cuda::driver::{Device, unavailable};
 
@@ -32,5 +33,6 @@ fn main() -> anyhow::Result<()> {
     pack_panels::run(&bench)?;
     rms_norm::run(&bench)?;
     route::run(&bench)?;
+    sampler::run(&bench)?;
     Ok(())
 }

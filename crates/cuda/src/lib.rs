@@ -6,3 +6,5 @@
 
 pub mod driver;
 pub mod ops;
+pub mod probe;
+pub mod sampler;

@@ -20,3 +20,5 @@ pub mod pack_mxfp4;
 pub mod pack_panels;
 pub mod rms_norm;
 pub mod route;
+pub mod sample_pick;
+pub mod sample_scan;

@@ -31,3 +31,4 @@ mod pack_mxfp4;
 mod pack_panels;
 mod rms_norm;
 mod route;
+mod sampler;

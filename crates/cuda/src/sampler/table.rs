@@ -1,0 +1,239 @@
+//! What a sampling row looks like to the kernels.
+
+use ctxserve_backend::SampleRow;
+use ctxserve_core::TokenId;
+
+use crate::ops::sample_pick::ALTERNATIVES;
+use crate::ops::sample_scan::{ADJUSTED, BANNED, DRAWN, LOGPROBS, Line, PART, SEEN};
+
+/// The line of a row whose lists start at `lists`, if it has any.
+pub(super) fn line(row: &SampleRow, lists: Option<u32>) -> Line {
+    let params = &*row.params;
+    let mut line = Line {
+        top_p: 1.0,
+        repetition: params.repetition_penalty,
+        frequency: params.frequency_penalty,
+        presence: params.presence_penalty,
+        lists: lists.unwrap_or(0),
+        ..Line::default()
+    };
+    if lists.is_some() {
+        line.flags |= ADJUSTED;
+    }
+    if let Some(wanted) = params.logprobs {
+        line.flags |= LOGPROBS;
+        line.alternatives = wanted.min(ALTERNATIVES) as u32;
+    }
+    if !params.is_greedy() {
+        let inverse = 1.0 / f64::from(params.temperature);
+        line.flags |= DRAWN;
+        line.uniform = uniform(row.seed, row.step);
+        line.top_p = f64::from(params.top_p.min(1.0));
+        line.min_p = params.min_p;
+        line.top_k = params.top_k;
+        line.inverse = (inverse as f32).min(f32::MAX);
+        // Beyond that nothing but the best weighs anything, and products with the rest could overflow.
+        if inverse < 1e30 {
+            line.inverse_rest = (inverse - f64::from(line.inverse)) as f32;
+        }
+    }
+    line
+}
+
+/// Draw number `step` of stream `seed`, as the CPU defines it: SplitMix64's output function over a counter whose origin is the mixed
+/// seed, 53 bits.
+fn uniform(seed: u64, step: u64) -> f64 {
+    const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+    let mix = |z: u64| {
+        let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    };
+    let counter = step.wrapping_add(1).wrapping_mul(GOLDEN);
+    let bits = mix(mix(seed.wrapping_add(GOLDEN)).wrapping_add(counter));
+    (bits >> 11) as f64 / (1_u64 << 53) as f64
+}
+
+/// One logit to change: by a bias, by penalties, or to minus infinity.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Entry {
+    id: TokenId,
+    bias: f32,
+    marks: u32,
+}
+
+/// The adjustments of a step's rows: each id of a row once, sorted by part.
+#[derive(Debug)]
+pub(super) struct Lists {
+    /// Of each id, the row (as counted by `row`) that entered it last, and where in `entries` it is.
+    places: Vec<(u32, u32)>,
+    row: u32,
+    entries: Vec<Entry>,
+    /// Entries before each part.
+    offsets: Vec<u32>,
+    words: Vec<u32>,
+}
+
+impl Lists {
+    pub(super) fn new(vocab: usize) -> Self {
+        Self {
+            places: vec![(0, 0); vocab],
+            row: 0,
+            entries: Vec::new(),
+            offsets: vec![0; vocab.div_ceil(PART) + 1],
+            words: Vec::new(),
+        }
+    }
+
+    /// Starts a step.
+    pub(super) fn clear(&mut self) {
+        self.words.clear();
+    }
+
+    /// All lists of the step.
+    pub(super) fn words(&self) -> &[u32] {
+        &self.words
+    }
+
+    /// Appends the lists of a row and returns where they start; `None` if it changes no logit.
+    pub(super) fn add(&mut self, row: &SampleRow) -> Option<u32> {
+        let params = &*row.params;
+        if row.banned.is_empty() && params.logit_bias.is_empty() && !params.has_penalties() {
+            return None;
+        }
+        self.row = self.row.checked_add(1).unwrap_or_else(|| {
+            self.places.fill((0, 0));
+            1
+        });
+        self.entries.clear();
+        for &(id, bias) in &params.logit_bias {
+            self.enter(id, |entry| entry.bias += bias);
+        }
+        if params.repetition_penalty != 1.0 {
+            for &id in row.prompt.iter().chain(row.generated.iter()) {
+                self.enter(id, |entry| entry.marks |= SEEN);
+            }
+        }
+        if params.has_penalties() {
+            for &id in row.generated.iter() {
+                self.enter(id, |entry| entry.marks += 1);
+            }
+        }
+        for &id in row.banned.iter() {
+            self.enter(id, |entry| entry.marks |= BANNED);
+        }
+        if self.entries.is_empty() { None } else { Some(self.pack()) }
+    }
+
+    fn enter(&mut self, id: TokenId, change: impl FnOnce(&mut Entry)) {
+        // Ids beyond the vocabulary have no logit.
+        let Some(place) = self.places.get_mut(id as usize) else { return };
+        if place.0 != self.row {
+            *place = (self.row, self.entries.len() as u32);
+            self.entries.push(Entry { id, bias: 0.0, marks: 0 });
+        }
+        if let Some(entry) = self.entries.get_mut(place.1 as usize) {
+            change(entry);
+        }
+    }
+
+    /// Offsets, then entries, counting-sorted by part.
+    fn pack(&mut self) -> u32 {
+        let start = self.words.len();
+        self.offsets.fill(0);
+        for entry in &self.entries {
+            self.offsets[entry.id as usize / PART + 1] += 1;
+        }
+        let mut sum = 0;
+        for offset in &mut self.offsets {
+            sum += *offset;
+            *offset = sum;
+        }
+        self.words.extend_from_slice(&self.offsets);
+        let base = self.words.len();
+        self.words.resize(base + 3 * self.entries.len(), 0);
+        for entry in &self.entries {
+            let next = &mut self.offsets[entry.id as usize / PART];
+            let at = base + 3 * *next as usize;
+            self.words[at..at + 3].copy_from_slice(&[entry.id, entry.bias.to_bits(), entry.marks]);
+            *next += 1;
+        }
+        start as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use ctxserve_core::SamplingParams;
+
+    use super::*;
+
+    fn entries(lists: &Lists, start: usize, parts: usize) -> Vec<(u32, Entry)> {
+        let words = &lists.words()[start..];
+        (0..parts as u32)
+            .flat_map(|part| (words[part as usize]..words[part as usize + 1]).map(move |at| (part, at)))
+            .map(|(part, at)| {
+                let at = parts + 1 + 3 * at as usize;
+                let entry =
+                    Entry { id: words[at], bias: f32::from_bits(words[at + 1]), marks: words[at + 2] };
+                (part, entry)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn an_id_is_entered_once_with_all_that_is_said_of_it() {
+        let mut lists = Lists::new(3000);
+        let mut row = SampleRow::new(Arc::new(SamplingParams {
+            logit_bias: vec![(2999, 2.0), (5, 1.0), (3000, 9.0)],
+            repetition_penalty: 1.5,
+            frequency_penalty: 0.5,
+            ..SamplingParams::default()
+        }));
+        row.prompt = Arc::from([5, 7, 7, 1024]);
+        row.generated = Arc::new(vec![1024, 9, 1024]);
+        row.banned = Arc::from([7, u32::MAX]);
+        assert_eq!(lists.add(&row), Some(0));
+        let start = lists.words().len();
+        assert_eq!(lists.add(&row), Some(start as u32));
+        let entry = |id, bias, marks| Entry { id, bias, marks };
+        let want = vec![
+            (0, entry(5, 1.0, SEEN)),
+            (0, entry(7, 0.0, SEEN | BANNED)),
+            (0, entry(9, 0.0, SEEN | 1)),
+            (1, entry(1024, 0.0, SEEN | 2)),
+            (2, entry(2999, 2.0, 0)),
+        ];
+        for start in [0, start] {
+            assert_eq!(entries(&lists, start, 3), want);
+        }
+        lists.clear();
+        assert!(lists.words().is_empty());
+        assert_eq!(lists.add(&SampleRow::new(Arc::default())), None);
+    }
+
+    #[test]
+    fn draws_are_those_of_the_cpu() {
+        for seed in [0, 1, 42, u64::MAX] {
+            for step in [0, 1, 2, 1000, u64::MAX] {
+                assert_eq!(uniform(seed, step), ctxserve_cpu::uniform(seed, step));
+            }
+        }
+    }
+
+    #[test]
+    fn the_inverse_temperature_is_exact_and_finite() {
+        for temperature in [1.0, 0.7, 2.0, 1e-3, f32::MIN_POSITIVE, 1e-45] {
+            let params = SamplingParams { temperature, ..SamplingParams::default() };
+            let line = line(&SampleRow::new(Arc::new(params)), None);
+            let sum = f64::from(line.inverse) + f64::from(line.inverse_rest);
+            let want = (1.0 / f64::from(temperature)).min(f64::from(f32::MAX));
+            assert!(
+                (sum / want - 1.0).abs() < if want < 1e30 { 1e-14 } else { 1e-7 },
+                "{temperature}: {sum}"
+            );
+        }
+    }
+}

@@ -1,0 +1,91 @@
+// First half of sampling: adjusts the logits of each row in place (bias, penalties, bans), checks them, and leaves for every
+// part of 1,024 columns its greatest logit and, where asked for, its sums of weights. One warp a part, so a row's sums are made in
+// the same order whatever else is in the batch. Reads the logits once.
+#include "common/sample.cuh"
+
+struct Params {
+    const Line* table;   // [1 + rows]; line 0 is the header
+    float* logits;       // [rows, stride]
+    Partial* partials;   // [rows, parts]
+    int vocab, stride, parts;
+};
+
+constexpr int THREADS = 256;
+
+// Changes the logits that the row's list names in this part, as the CPU does, rounding for rounding. Flags of the values before.
+DEVICE uint32_t adjust(const Line& line, const uint32_t* lists, float* row, int part, int parts) {
+    const uint32_t* offsets = lists + line.lists;
+    const Entry* entries = reinterpret_cast<const Entry*>(offsets + parts + 1);
+    const uint32_t first = offsets[part], last = offsets[part + 1];
+    uint32_t flags = 0;
+    for (uint32_t at = first + (threadIdx.x & 31); at < last; at += 32) {
+        const Entry entry = entries[at];
+        float z = row[entry.id];
+        if (!(z < __uint_as_float(0x7f800000))) flags |= TAINTED;
+        if (z > minus_infinity()) flags |= FINITE;
+        z = __fadd_rn(z, entry.bias);
+        if (entry.marks & SEEN) z = z > 0 ? __fdiv_rn(z, line.repetition) : __fmul_rn(z, line.repetition);
+        const uint32_t count = entry.marks & COUNT;
+        if (count) z = __fsub_rn(z, __fadd_rn(__fmul_rn(static_cast<float>(count), line.frequency), line.presence));
+        if (entry.marks & BANNED) z = minus_infinity();
+        row[entry.id] = z;
+    }
+    __syncwarp();
+    return flags;
+}
+
+// Sum of weights relative to `best`: fours in float32, the rest in float64.
+DEVICE double mass(const float (&v)[32], float best, float inverse, float inverse_rest) {
+    double sum = 0;
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) {
+        const float a = weight(v[i], best, inverse, inverse_rest), b = weight(v[i + 1], best, inverse, inverse_rest);
+        const float c = weight(v[i + 2], best, inverse, inverse_rest), d = weight(v[i + 3], best, inverse, inverse_rest);
+        sum += static_cast<double>((a + b) + (c + d));
+    }
+    return warp_sum(sum);
+}
+
+KERNEL __launch_bounds__(THREADS, 4) sample_scan(const __grid_constant__ Params p) {
+    pdl_wait();
+    pdl_launch();
+    const Header& header = *reinterpret_cast<const Header*>(p.table);
+    const int lane = threadIdx.x & 31;
+    const int items = static_cast<int>(header.live) * p.parts;
+    // Neighbouring parts go to different multiprocessors: one row is spread over all of them.
+    for (int item = blockIdx.x + gridDim.x * (threadIdx.x >> 5); item < items; item += gridDim.x * (THREADS / 32)) {
+        const int r = item / p.parts, part = item - r * p.parts;
+        const Line& line = p.table[r + 1];
+        float* row = p.logits + static_cast<size_t>(r) * p.stride;
+        const uint32_t wants = line.flags;
+        uint32_t flags = 0;
+        if (wants & ADJUSTED) flags = adjust(line, header.lists, row, part, p.parts);
+        float v[32];
+        load_part(v, row, part, p.vocab);
+
+        float best = minus_infinity();
+        bool fine = true;
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            fine = fine && v[i] < __uint_as_float(0x7f800000);  // neither NaN nor +inf
+            best = fmaxf(best, v[i]);
+        }
+        best = warp_max(best);
+        uint32_t at = PART;
+#pragma unroll
+        for (int i = 31; i >= 0; --i) {
+            if (v[i] == best) at = part_column(i, lane);
+        }
+        at = __reduce_min_sync(~0u, at);
+        if (!fine) flags |= TAINTED;
+        if (best > minus_infinity()) flags |= FINITE;
+        flags = __reduce_or_sync(~0u, flags);
+
+        Partial found = {best, part * PART + (at < PART ? at : 0), flags, 0, 0.0, 0.0};
+        if (best > minus_infinity() && (wants & (DRAWN | LOGPROBS))) {
+            if (wants & DRAWN) found.mass = mass(v, best, line.inverse, line.inverse_rest);
+            if (wants & LOGPROBS) found.plain = mass(v, best, 1.0f, 0.0f);
+        }
+        if (lane == 0) p.partials[static_cast<size_t>(r) * p.parts + part] = found;
+    }
+}
