@@ -2,12 +2,16 @@
 
 #![allow(clippy::print_stdout)]
 
+mod attention_decode;
+mod attention_prefill;
 mod embed;
 mod gemm;
 mod gemv_head;
 mod gemv_out;
 mod gemv_qkv;
 mod harness;
+mod kv_append;
+mod kv_gather;
 mod moe_gemm;
 mod moe_small;
 mod pack_panels;
@@ -23,11 +27,15 @@ fn main() -> anyhow::Result<()> {
         anyhow::bail!("{why}");
     }
     let bench = harness::Bench::new(Device::open(0)?, filter)?;
+    attention_decode::run(&bench)?;
+    attention_prefill::run(&bench)?;
     embed::run(&bench)?;
     gemm::run(&bench)?;
     gemv_head::run(&bench)?;
     gemv_out::run(&bench)?;
     gemv_qkv::run(&bench)?;
+    kv_append::run(&bench)?;
+    kv_gather::run(&bench)?;
     moe_gemm::run(&bench)?;
     moe_small::run(&bench)?;
     pack_panels::run(&bench)?;

@@ -7,6 +7,8 @@ use crate::driver::{Buffer, Device, Kernel, Launch, Params};
 
 const OP: &str = "attention_prefill";
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
+/// Shared memory of the Hopper kernel: alignment, 192 rows of queries, three tiles of 128 keys and of as many values, barriers.
+const HOPPER_SHARED: usize = 1024 + 192 * 128 + 2 * 3 * 128 * 128 + 4 * 3 * 8;
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -76,7 +78,19 @@ impl AttentionPrefill {
     /// # Errors
     /// No code for this device.
     pub fn load(device: &Device) -> Result<Self, DeviceError> {
-        Self::load_portable(device)
+        if device.facts().is_hopper() { Self::load_hopper(device) } else { Self::load_portable(device) }
+    }
+
+    /// Loads the kernel made of Hopper's own instructions.
+    ///
+    /// # Errors
+    /// Another device.
+    pub fn load_hopper(device: &Device) -> Result<Self, DeviceError> {
+        if !device.facts().is_hopper() {
+            return Err(DeviceError::new(OP, format!("{} is no Hopper device", device.facts().name)));
+        }
+        let kernel = device.kernel(OP, "attention_prefill_hopper", HOPPER_SHARED)?;
+        Ok(Self { kernel, rows: 192, threads: 512, shared: HOPPER_SHARED as u32 })
     }
 
     /// Loads the kernel that runs on every device.

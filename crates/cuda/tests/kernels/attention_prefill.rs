@@ -159,3 +159,14 @@ fn attention_prefill_portable_equals_its_definition() {
     let Some((device, _turn)) = device() else { return };
     suite(&AttentionPrefill::load_portable(&device).unwrap(), &device, &mut Random::new());
 }
+
+#[test]
+fn attention_prefill_hopper_equals_its_definition() {
+    let Some((device, _turn)) = device() else { return };
+    if !device.facts().is_hopper() {
+        println!("skipped: {} is no Hopper device", device.facts().name);
+        AttentionPrefill::load_hopper(&device).unwrap_err();
+        return;
+    }
+    suite(&AttentionPrefill::load_hopper(&device).unwrap(), &device, &mut Random::new());
+}
