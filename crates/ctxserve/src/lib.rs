@@ -1,8 +1,9 @@
 //! The `ctxserve` program as a library: command line, model sources, wiring, subcommands.
 //!
-//! [`run`] reads the command line. [`serve`] turns flags into a running server; [`inspect`] shows what goes into a
-//! model and what comes out. Backends are named in [`device`] alone.
+//! [`run`] reads the command line. [`serve`] turns flags into a running server; [`bench`] measures a model; [`inspect`]
+//! shows what goes into a model and what comes out. Backends are named in [`device`] alone.
 
+pub mod bench;
 pub mod cli;
 pub mod device;
 pub mod hub;
@@ -16,6 +17,7 @@ pub mod sampling;
 pub mod serve;
 mod signals;
 pub mod source;
+mod start;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -43,6 +45,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let outcome = match invocation {
         Invocation::Serve(values) => serve::serve(values).map(|()| true),
+        Invocation::Bench { running, measured } => {
+            bench::bench(running, &measured, &mut io::stdout().lock(), &mut io::stderr().lock())
+                .map(|()| true)
+        }
         Invocation::Render(args) => inspect::render(&args, &mut io::stdout().lock()).map(|()| true),
         Invocation::Parse(args) => inspect::parse(&args, &mut io::stdout().lock()),
     };

@@ -20,7 +20,7 @@ pub enum PromptDate {
 
 impl PromptDate {
     /// `YYYY-MM-DD`, now.
-    pub(crate) fn date(&self) -> Option<String> {
+    pub fn date(&self) -> Option<String> {
         match self {
             Self::Today => Some(civil_date(unix_seconds() / 86_400)),
             Self::Fixed(date) => Some(date.clone()),

@@ -1,5 +1,6 @@
-//! The command line: `serve` (the default), `render` and `parse`.
+//! The command line: `serve` (the default), `bench`, `render` and `parse`.
 
+pub mod bench;
 mod numbers;
 pub mod options;
 mod spelling;
@@ -10,10 +11,11 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
-use table::{FLAGS, Takes, Treatment};
+use bench::BENCH;
+use table::{Flag, RUNNING, Takes, Treatment, flags};
 use values::{Given, Origin, Values};
 
-const SUBCOMMANDS: [&str; 3] = ["serve", "render", "parse"];
+const SUBCOMMANDS: [&str; 4] = ["serve", "bench", "render", "parse"];
 
 const MODEL_HELP: &str = "A directory with a checkpoint, a profile (context-1-mxfp4, gpt-oss-20b, gpt-oss-120b), a Hugging \
      Face repository owner/name, demo (a small model with random weights), or replay:FILE (scripted answers). \
@@ -24,6 +26,13 @@ const MODEL_HELP: &str = "A directory with a checkpoint, a profile (context-1-mx
 pub enum Invocation {
     /// Serve a model.
     Serve(Values),
+    /// Measure a model.
+    Bench {
+        /// How it is loaded and run: rows of [`table::RUNNING`].
+        running: Values,
+        /// What is measured: rows of [`bench::BENCH`].
+        measured: Values,
+    },
     /// Print the token ids of a conversation.
     Render(ToolArgs),
     /// Parse token sequences into messages.
@@ -56,7 +65,7 @@ pub fn parse(args: impl IntoIterator<Item = String>) -> Result<Invocation, clap:
     if !explicit {
         rest.insert(0, "serve".to_owned());
     }
-    if rest[0] == "serve" {
+    if rest[0] == "serve" || rest[0] == "bench" {
         let tail = rest.split_off(1);
         let spelled = spelling::normalise(tail)
             .map_err(|what| command().error(clap::error::ErrorKind::UnknownArgument, what))?;
@@ -66,7 +75,11 @@ pub fn parse(args: impl IntoIterator<Item = String>) -> Result<Invocation, clap:
     Ok(match matches.subcommand() {
         Some(("render", sub)) => Invocation::Render(tool_args(sub)),
         Some(("parse", sub)) => Invocation::Parse(tool_args(sub)),
-        Some((_, sub)) => Invocation::Serve(serve_values(sub)),
+        Some(("bench", sub)) => Invocation::Bench {
+            running: with_model(sub, values_of(sub, RUNNING.iter())),
+            measured: values_of(sub, BENCH.iter()),
+        },
+        Some((_, sub)) => Invocation::Serve(with_model(sub, values_of(sub, flags()))),
         None => Invocation::Serve(Values::default()),
     })
 }
@@ -79,6 +92,7 @@ pub fn command() -> Command {
         .after_help("Without a subcommand, `serve` is meant: `ctxserve --model demo --port 8000`.")
         .subcommand_required(true)
         .subcommand(serve_command())
+        .subcommand(bench_command())
         .subcommand(tool_command(
             "render",
             "Print the prompt of a conversation as JSON: token_ids, and text with control tokens spelled out",
@@ -92,38 +106,49 @@ pub fn command() -> Command {
 }
 
 fn serve_command() -> Command {
-    let model = Arg::new("MODEL").help(MODEL_HELP).conflicts_with("model");
-    let flags = FLAGS.iter().map(|flag| {
-        let arg = Arg::new(flag.name).long(flag.name);
-        let arg = match flag.takes {
-            Takes::Switch => arg
-                .num_args(0..=1)
-                .require_equals(true)
-                .default_missing_value("true")
-                .value_parser(["true", "false"])
-                .hide_possible_values(true)
-                .action(ArgAction::Set)
-                .overrides_with(flag.name),
-            Takes::Value(name) => arg
-                .value_name(name)
-                .action(ArgAction::Set)
-                .overrides_with(flag.name)
-                .allow_negative_numbers(true),
-            Takes::List(name) => arg.value_name(name).num_args(1..).action(ArgAction::Append),
-        };
-        match flag.treatment {
-            Treatment::Honoured => arg.help(flag.help),
-            Treatment::NoOp(_) | Treatment::Only(..) | Treatment::Refused(_) => arg.hide(true),
-        }
-    });
     Command::new("serve")
         .about("Serve a model over HTTP (the default)")
-        .arg(model)
-        .args(flags)
+        .args(model_args(flags()))
         .after_help(
             "`_` and `-` are the same in flag names, and --no-NAME turns a switch off. Other flags of `vllm serve` \
              are accepted and logged where they cannot matter here, or refused with the reason.",
         )
+}
+
+fn bench_command() -> Command {
+    Command::new("bench")
+        .about("Measure a model on this machine, without a server in between")
+        .args(model_args(BENCH.iter().chain(RUNNING)))
+        .after_help(bench::METHOD)
+}
+
+/// MODEL and flags.
+fn model_args(flags: impl Iterator<Item = &'static Flag>) -> impl Iterator<Item = Arg> {
+    let model = Arg::new("MODEL").help(MODEL_HELP).conflicts_with("model");
+    std::iter::once(model).chain(flags.map(arg))
+}
+
+/// A row of a table as clap takes it.
+fn arg(flag: &'static Flag) -> Arg {
+    let arg = Arg::new(flag.name).long(flag.name);
+    let arg = match flag.takes {
+        Takes::Switch => arg
+            .num_args(0..=1)
+            .require_equals(true)
+            .default_missing_value("true")
+            .value_parser(["true", "false"])
+            .hide_possible_values(true)
+            .action(ArgAction::Set)
+            .overrides_with(flag.name),
+        Takes::Value(name) => {
+            arg.value_name(name).action(ArgAction::Set).overrides_with(flag.name).allow_negative_numbers(true)
+        }
+        Takes::List(name) => arg.value_name(name).num_args(1..).action(ArgAction::Append),
+    };
+    match flag.treatment {
+        Treatment::Honoured => arg.help(flag.help),
+        Treatment::NoOp(_) | Treatment::Only(..) | Treatment::Refused(_) => arg.hide(true),
+    }
 }
 
 fn tool_command(name: &'static str, about: &'static str, input: &'static str) -> Command {
@@ -163,13 +188,19 @@ fn tool_args(matches: &ArgMatches) -> ToolArgs {
     }
 }
 
-fn serve_values(matches: &ArgMatches) -> Values {
+/// What was given for flags of a table.
+fn values_of(matches: &ArgMatches, flags: impl Iterator<Item = &'static Flag>) -> Values {
     let mut values = Values::default();
-    for flag in FLAGS {
+    for flag in flags {
         if let Some(given) = matches.get_many::<String>(flag.name) {
             values.offer(flag, Given { values: given.cloned().collect(), origin: Origin::Flag });
         }
     }
+    values
+}
+
+/// The positional MODEL is the flag.
+fn with_model(matches: &ArgMatches, mut values: Values) -> Values {
     if let (Some(model), Some(flag)) = (matches.get_one::<String>("MODEL"), table::find("model")) {
         values.offer(flag, Given { values: vec![model.clone()], origin: Origin::Flag });
     }

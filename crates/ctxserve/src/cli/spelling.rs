@@ -1,9 +1,9 @@
 //! vLLM's spelling rules, applied before clap sees the arguments: `_` is `-`, short spellings such as `-tp`,
 //! negated switches, and flags of other servers answered with our name for them.
 
-use super::table::{ALIASES, FLAGS, FOREIGN, Takes, find};
+use super::table::{ALIASES, FOREIGN, Takes, find, flags};
 
-/// Rewrites the arguments of `serve` to the spellings of the table.
+/// Rewrites arguments to the spellings of the table.
 ///
 /// # Errors
 /// A message for flags that belong to another server, or that spell a JSON value with dots.
@@ -61,8 +61,7 @@ fn join(name: &str, value: Option<&str>) -> String {
 /// The switch that `name` negates: `no-X`, and for `enable-X` also `disable-X` and `no-enable-X`.
 fn negated(name: &str) -> Option<&'static str> {
     let switch = |flag: &&super::table::Flag| flag.takes == Takes::Switch;
-    FLAGS
-        .iter()
+    flags()
         .filter(switch)
         .find(|flag| {
             name.strip_prefix("no-") == Some(flag.name)

@@ -43,7 +43,7 @@ pub struct Flag {
 use Takes::{List, Switch, Value};
 use Treatment::{Honoured, NoOp, Only, Refused};
 
-const fn honoured(name: &'static str, takes: Takes, help: &'static str) -> Flag {
+pub(super) const fn honoured(name: &'static str, takes: Takes, help: &'static str) -> Flag {
     Flag { name, takes, treatment: Honoured, help }
 }
 
@@ -73,18 +73,16 @@ const NO_CORS: &str = "cross-origin requests from browsers are not allowed";
 const NO_TEMPLATE: &str = "prompts are rendered token by token by --chat-format, not by a template";
 const NO_EVENTS: &str = "only the HTTP port is opened";
 
-/// The table.
-pub const FLAGS: &[Flag] = &[
+/// How a model is loaded and run: flags of every subcommand that does.
+pub const RUNNING: &[Flag] = &[
     // Model.
     honoured("model", Value("MODEL"), "Same as the positional MODEL"),
-    honoured("served-model-name", List("NAME"), "Names the API knows the model by [default: MODEL]"),
     honoured("revision", Value("REV"), "Branch, tag or commit of the repository [default: main]"),
     honoured(
         "tokenizer",
         Value("PATH"),
         "tokenizer.json, or a directory that has one [default: the model's]",
     ),
-    honoured("chat-format", Value("NAME"), "Chat protocol: harmony [default: what the model was trained on]"),
     honoured("download-dir", Value("DIR"), "Cache to download into [default: the Hugging Face cache]"),
     honoured("hf-token", Value("TOKEN"), "Hugging Face token [default: HF_TOKEN, then the stored login]"),
     honoured(
@@ -93,16 +91,6 @@ pub const FLAGS: &[Flag] = &[
         "auto, bfloat16 or float32; the CPU computes in float32 whichever is given",
     ),
     honoured("quantization", Value("NAME"), "Asserts how the checkpoint is stored: mxfp4"),
-    honoured(
-        "generation-config",
-        Value("SRC"),
-        "Sampling defaults: auto (the model's own), vllm (neutral) or a directory",
-    ),
-    honoured(
-        "override-generation-config",
-        Value("JSON"),
-        "Sampling defaults, e.g. {\"temperature\":1.0,\"top_p\":0.9}",
-    ),
     honoured(
         "max-model-len",
         Value("TOKENS"),
@@ -116,18 +104,10 @@ pub const FLAGS: &[Flag] = &[
     ),
     only("config-format", Value("FORMAT"), &["auto", "hf"], "only Hugging Face configurations are read"),
     only("tokenizer-mode", Value("MODE"), &["auto", "hf", "slow"], "only tokenizer.json is read"),
-    only("task", Value("TASK"), &["auto", "generate"], "the server generates text, nothing else"),
-    only("runner", Value("RUNNER"), &["auto", "generate"], "the server generates text, nothing else"),
-    only("convert", Value("KIND"), &["auto", "none"], "the server generates text, nothing else"),
     refused(
         "tokenizer-revision",
         Value("REV"),
         "the tokenizer comes with the model; use --tokenizer or --revision",
-    ),
-    no_op(
-        "seed",
-        Value("N"),
-        "a request without a seed draws a fresh one; send seed in the request for a repeatable answer",
     ),
     no_op("trust-remote-code", Switch, "nothing remote is ever run"),
     refused("hf-overrides", Value("JSON"), "a checkpoint is run as its config.json says"),
@@ -211,6 +191,35 @@ pub const FLAGS: &[Flag] = &[
     only("scheduling-policy", Value("POLICY"), &["fcfs"], "requests are served in order of arrival"),
     only("stream-interval", Value("N"), &["1"], "every token is sent as it is sampled"),
     refused("speculative-config", Value("JSON"), "speculation is not supported"),
+    // The program.
+    honoured("config", Value("FILE"), "TOML file of these flags without dashes; flags win"),
+    honoured("log-format", Value("FORMAT"), "text or json, on standard error [default: text]"),
+    honoured("log-level", Value("LEVEL"), "error, warn, info, debug or trace; RUST_LOG wins [default: info]"),
+];
+
+/// How it is served: flags of `serve` alone.
+pub const SERVING: &[Flag] = &[
+    // Requests.
+    honoured("served-model-name", List("NAME"), "Names the API knows the model by [default: MODEL]"),
+    honoured("chat-format", Value("NAME"), "Chat protocol: harmony [default: what the model was trained on]"),
+    honoured(
+        "generation-config",
+        Value("SRC"),
+        "Sampling defaults: auto (the model's own), vllm (neutral) or a directory",
+    ),
+    honoured(
+        "override-generation-config",
+        Value("JSON"),
+        "Sampling defaults, e.g. {\"temperature\":1.0,\"top_p\":0.9}",
+    ),
+    only("task", Value("TASK"), &["auto", "generate"], "the server generates text, nothing else"),
+    only("runner", Value("RUNNER"), &["auto", "generate"], "the server generates text, nothing else"),
+    only("convert", Value("KIND"), &["auto", "none"], "the server generates text, nothing else"),
+    no_op(
+        "seed",
+        Value("N"),
+        "a request without a seed draws a fresh one; send seed in the request for a repeatable answer",
+    ),
     // Chat.
     honoured("tool-call-parser", Value("NAME"), "openai (Harmony); must fit --chat-format"),
     honoured("enable-auto-tool-choice", Switch, "Let the model choose to call tools [default: on]"),
@@ -262,9 +271,6 @@ pub const FLAGS: &[Flag] = &[
         Value("SECONDS"),
         "How long a shutdown waits for answers in progress [default: 30]",
     ),
-    honoured("config", Value("FILE"), "TOML file of these flags without dashes; flags win"),
-    honoured("log-format", Value("FORMAT"), "text or json, on standard error [default: text]"),
-    honoured("log-level", Value("LEVEL"), "error, warn, info, debug or trace; RUST_LOG wins [default: info]"),
     refused("uds", Value("PATH"), "the server listens on TCP"),
     refused("root-path", Value("PATH"), "strip the prefix in the proxy that adds it"),
     refused("ssl-keyfile", Value("FILE"), NO_TLS),
@@ -345,9 +351,14 @@ pub const FOREIGN: &[(&str, &str, &str)] = &[
     ("cache-type-k", "llama-server", "kv-cache-dtype"),
 ];
 
+/// Every flag of `serve`.
+pub fn flags() -> impl Iterator<Item = &'static Flag> {
+    RUNNING.iter().chain(SERVING)
+}
+
 /// The row of `name`, which is without dashes in front and joined by `-`.
 pub fn find(name: &str) -> Option<&'static Flag> {
-    FLAGS.iter().find(|flag| flag.name == name)
+    flags().find(|flag| flag.name == name)
 }
 
 #[cfg(test)]
@@ -356,7 +367,7 @@ mod tests {
 
     #[test]
     fn names_are_unique_and_well_spelled() {
-        let mut names: Vec<_> = FLAGS.iter().map(|flag| flag.name).collect();
+        let mut names: Vec<_> = flags().map(|flag| flag.name).collect();
         names.sort_unstable();
         let count = names.len();
         names.dedup();
@@ -371,7 +382,7 @@ mod tests {
 
     #[test]
     fn every_reason_and_help_is_a_sentence_without_a_stop() {
-        for flag in FLAGS {
+        for flag in flags() {
             let text = match flag.treatment {
                 Treatment::Honoured => flag.help,
                 Treatment::NoOp(why) | Treatment::Only(_, why) | Treatment::Refused(why) => why,

@@ -88,7 +88,7 @@ fn tools_read_a_file_or_standard_input() {
         let args = std::iter::once("ctxserve").chain(line.split_whitespace()).map(str::to_owned);
         match parse(args).unwrap() {
             Invocation::Render(args) | Invocation::Parse(args) => args,
-            other @ Invocation::Serve(_) => panic!("{other:?}"),
+            other @ (Invocation::Serve(_) | Invocation::Bench { .. }) => panic!("{other:?}"),
         }
     };
     let args = tool("parse lines.jsonl --format harmony --model dir");
@@ -96,4 +96,26 @@ fn tools_read_a_file_or_standard_input() {
     assert_eq!(tool("render").format, "harmony");
     assert_eq!(tool("parse -").input, None);
     assert_eq!(tool("render --input a.json").input, Some("a.json".into()));
+}
+
+#[test]
+fn bench_takes_the_flags_that_run_a_model_and_its_own() {
+    let bench = |line: &str| {
+        let args = ["ctxserve", "bench"].into_iter().chain(line.split_whitespace()).map(str::to_owned);
+        parse(args).map(|invocation| match invocation {
+            Invocation::Bench { running, measured } => (running, measured),
+            other => panic!("{other:?}"),
+        })
+    };
+    let (running, measured) =
+        bench("X --max_model_len 4k --batch 1,2 --http --seed 7 --trust-remote-code").unwrap();
+    assert_eq!((running.text("model"), running.text("max-model-len")), (Some("X"), Some("4k")));
+    assert_eq!((measured.text("batch"), measured.text("seed")), (Some("1,2"), Some("7")));
+    assert_eq!(measured.switch("http").unwrap(), Some(true));
+    assert!(running.get("seed").is_none() && measured.get("model").is_none());
+    assert_eq!(running.check().unwrap().len(), 1);
+    for line in ["--port 1", "--api-key k", "--served-model-name n"] {
+        assert!(bench(line).is_err(), "{line}");
+    }
+    assert!(bench("--context-length 5").unwrap_err().to_string().contains("SGLang"));
 }

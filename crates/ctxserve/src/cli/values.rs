@@ -122,8 +122,10 @@ impl Values {
         name: &str,
         read: impl FnOnce(&str) -> Result<T, String>,
     ) -> Result<Option<T>, OptionError> {
-        let (Some(given), Some(text)) = (self.get(name), self.text(name)) else { return Ok(None) };
-        read(text).map(Some).map_err(|what| self.error(name, given, what))
+        let Some((&name, given)) = self.0.get_key_value(name) else { return Ok(None) };
+        let Some(text) = given.values.last() else { return Ok(None) };
+        let wrong = |what| OptionError::Value { name, origin: given.origin.clone(), what };
+        read(text).map(Some).map_err(wrong)
     }
 
     /// A switch.
@@ -132,11 +134,6 @@ impl Values {
     /// A value other than true or false.
     pub fn switch(&self, name: &str) -> Result<Option<bool>, OptionError> {
         self.read(name, |text| text.parse().map_err(|_| format!("expected true or false, got {text:?}")))
-    }
-
-    fn error(&self, name: &str, given: &Given, what: String) -> OptionError {
-        let name = table::find(name).map_or("", |flag| flag.name);
-        OptionError::Value { name, origin: given.origin.clone(), what }
     }
 
     /// Applies the table: refuses what is refused, and says what has no effect.

@@ -1,0 +1,305 @@
+//! From flags to a running engine: what `serve` and `bench` share.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use ctxserve_chat::{ChatFormat, Conversation, Message, Tokenizer};
+use ctxserve_core::{Event, FinishReason, GenerateRequest, RequestId, SamplingParams, StopRules};
+use ctxserve_engine::{Bytes, Engine, EngineConfig, EngineHandle, Runner};
+use ctxserve_models::{LoadOptions, ModelInfo, inspect};
+use ctxserve_server::{ServerConfig, ServerState};
+
+use crate::cli::options::{DeviceOptions, LogOptions, ServeOptions};
+use crate::cli::values::{Values, from_file};
+use crate::device::{self, Plan};
+use crate::logging;
+use crate::memory::{budget, free_bytes};
+use crate::model::{Body, Model};
+use crate::profile;
+use crate::sampling;
+use crate::source::Source;
+
+/// What is run when no model is named.
+const DEFAULT_MODEL: &str = "demo";
+
+/// What was asked for; nothing is opened yet.
+pub(crate) struct Asked {
+    /// Every flag.
+    pub(crate) options: ServeOptions,
+    /// What the flags were read from, files and profile included.
+    pub(crate) values: Values,
+    name: String,
+    source: Source,
+    plan: Plan,
+}
+
+impl Asked {
+    /// Reads flags, `--config` and the model's profile, and starts the log.
+    ///
+    /// # Errors
+    /// Flags that make no sense or that this build cannot honour.
+    pub(crate) fn read(mut values: Values) -> anyhow::Result<Self> {
+        if let Some(path) = values.text("config").map(PathBuf::from) {
+            values.offer_all(from_file(&path)?);
+        }
+        let asked = values.text("model").map(str::to_owned);
+        let name = asked.as_deref().unwrap_or(DEFAULT_MODEL).to_owned();
+        let profile = profile::find(&name)?;
+        let place =
+            profile.as_ref().and_then(|(_, profile)| profile.text("model")).unwrap_or(&name).to_owned();
+        let profile_name = profile.as_ref().map(|(name, _)| *name);
+        if let Some((_, profile)) = profile {
+            values.offer_all(profile);
+        }
+        logging::start(&LogOptions::new(&values)?);
+        let options = ServeOptions::new(&values, |name| std::env::var(name).ok())?;
+        tracing::info!("ctxserve {}", env!("CARGO_PKG_VERSION"));
+        if asked.is_none() {
+            tracing::warn!(
+                "no model named: this is demo, whose weights are random and whose answers mean nothing"
+            );
+        }
+        if let Some(profile) = profile_name {
+            tracing::info!("profile {profile}: {place}");
+        }
+        options.notes.iter().for_each(|note| tracing::warn!("{note}"));
+        let source: Source = place.parse()?;
+        let plan = device::plan(&options.device, options.engine.max_batched_tokens)?;
+        plan.notes.iter().for_each(|note| tracing::warn!("{note}"));
+        Ok(Self { options, values, name, source, plan })
+    }
+
+    /// Finds the model, downloads it if need be, and settles every limit. No weight is read.
+    ///
+    /// # Errors
+    /// A model that cannot be found or run, and limits that it or the memory does not have.
+    pub(crate) fn open(self) -> anyhow::Result<Opened> {
+        let start = Instant::now();
+        let Self { options, values, name, source, plan } = self;
+        let model = Model::open(&source, &name, &options.model)?;
+        let load = LoadOptions { page_size: options.device.page_size, kv_dtype: plan.kv_dtype };
+        let info = match &model.body {
+            Body::Checkpoint(checkpoint) => Some(inspect(checkpoint, &load)?),
+            Body::Script(_) => None,
+        };
+        let family = info.as_ref().map(|info| info.family);
+        let format = model.format(options.model.chat_format.as_deref(), family)?;
+        ServeOptions::check_parsers(&values, format.name())?;
+        describe(&model, info.as_ref(), format.name());
+        let (engine, room) = engine_config(&options, info.as_ref(), plan.chunk)?;
+        let server = server_config(&options, &model, info.as_ref(), &*format)?;
+        let times = StartTimes { open: start.elapsed(), ..StartTimes::default() };
+        Ok(Opened { info, engine, room, server, model, format, device: options.device, load, times })
+    }
+}
+
+/// A model that can be started.
+pub(crate) struct Opened {
+    /// The model's facts; a script has none.
+    pub(crate) info: Option<ModelInfo>,
+    /// The engine's limits.
+    pub(crate) engine: EngineConfig,
+    /// Bytes free beside the weights, if known.
+    pub(crate) room: Option<usize>,
+    /// The server's settings.
+    pub(crate) server: ServerConfig,
+    model: Model,
+    format: Arc<dyn ChatFormat>,
+    device: DeviceOptions,
+    load: LoadOptions,
+    times: StartTimes,
+}
+
+impl Opened {
+    /// Loads the weights, starts the engine and generates one token.
+    ///
+    /// # Errors
+    /// Weights that cannot be read or do not fit, and a model that cannot generate.
+    pub(crate) fn start(self) -> anyhow::Result<Started> {
+        let mut times = self.times;
+        let mut start = Instant::now();
+        let mut lap = || std::mem::replace(&mut start, Instant::now()).elapsed();
+        let root = self.model.root;
+        let runner: Box<dyn Runner> = match self.model.body {
+            Body::Checkpoint(checkpoint) => device::open(&checkpoint, &self.device, self.load)?,
+            Body::Script(runner) => Box::new(runner),
+        };
+        times.weights = lap();
+        let engine = Engine::start(runner, self.engine)?;
+        engine.info().kv.to_string().lines().for_each(|line| tracing::info!("{line}"));
+        times.engine = lap();
+        if self.info.is_some() {
+            warm_up(&engine, &*self.format).context("the first token")?;
+        }
+        times.first_token = lap();
+        let Self { server, format, .. } = self;
+        Ok(Started { engine, root, server, tokenizer: self.model.tokenizer, format, times })
+    }
+}
+
+/// A running engine and what a server needs beside it.
+pub(crate) struct Started {
+    /// The engine.
+    pub(crate) engine: EngineHandle,
+    /// Where the model came from.
+    pub(crate) root: String,
+    /// The server's settings.
+    pub(crate) server: ServerConfig,
+    /// Where the time went.
+    pub(crate) times: StartTimes,
+    tokenizer: Arc<Tokenizer>,
+    format: Arc<dyn ChatFormat>,
+}
+
+impl Started {
+    /// What the routes share.
+    ///
+    /// # Errors
+    /// Settings that contradict each other.
+    pub(crate) fn state(&self) -> anyhow::Result<ServerState> {
+        let (tokenizer, format) = (Arc::clone(&self.tokenizer), Arc::clone(&self.format));
+        Ok(ServerState::new(self.engine.clone(), tokenizer, format, self.server.clone())?)
+    }
+}
+
+/// The parts of a start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct StartTimes {
+    /// Finding the model, downloads included, and reading its configuration, headers and tokenizer.
+    pub(crate) open: Duration,
+    /// Weights onto the device.
+    pub(crate) weights: Duration,
+    /// Memory of the KV cache, and the engine's thread.
+    pub(crate) engine: Duration,
+    /// The first token.
+    pub(crate) first_token: Duration,
+}
+
+impl fmt::Display for StartTimes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [open, weights, engine, first] =
+            [self.open, self.weights, self.engine, self.first_token].map(|part| part.as_secs_f64());
+        write!(f, "open {open:.1}, weights {weights:.1}, KV cache {engine:.1}, first token {first:.1}")
+    }
+}
+
+fn describe(model: &Model, info: Option<&ModelInfo>, format: &str) {
+    tracing::info!("model: {}", model.root);
+    if let Some(info) = info {
+        tracing::info!("{}", info.description);
+    }
+    tracing::info!("tokenizer: {} ids; chat format: {format}", model.tokenizer.len());
+    if let Some(info) = info
+        && model.tokenizer.len() > info.vocab_size
+    {
+        let (ids, logits) = (model.tokenizer.len(), info.vocab_size);
+        tracing::warn!(
+            "the tokenizer has {ids} ids and the model {logits}: texts that need the others are refused"
+        );
+    }
+}
+
+/// The engine's limits, with a KV cache that fits into memory beside the weights, and the bytes free there if known.
+fn engine_config(
+    options: &ServeOptions,
+    info: Option<&ModelInfo>,
+    chunk: usize,
+) -> anyhow::Result<(EngineConfig, Option<usize>)> {
+    let engine = &options.engine;
+    let (mut kv_bytes, mut max_model_len, mut room) = (options.device.kv_bytes, engine.max_model_len, None);
+    if let Some(info) = info {
+        let weights = usize::try_from(info.weight_bytes).unwrap_or(usize::MAX);
+        let free = free_bytes().map(|free| {
+            if weights > free {
+                tracing::warn!("the weights take {} and {} of memory are free", Bytes(weights), Bytes(free));
+            }
+            free.saturating_sub(weights)
+        });
+        let budget = budget(&info.kv, info.max_context, chunk, engine, kv_bytes, free)?;
+        let left = free.map_or_else(|| "an unknown amount".to_owned(), |free| Bytes(free).to_string());
+        tracing::info!(
+            "memory: weights {}, KV cache up to {}, {left} free beside the weights",
+            Bytes(weights),
+            Bytes(budget.bytes)
+        );
+        if let Some(full) = budget.shortened_from {
+            tracing::warn!(
+                "sequences are limited to {} tokens instead of {full}: the KV cache has {}; see \
+                 --kv-cache-memory-bytes and --kv-cache-dtype",
+                budget.max_model_len,
+                Bytes(budget.bytes),
+            );
+        }
+        (kv_bytes, max_model_len, room) = (Some(budget.bytes), Some(budget.max_model_len), free);
+    }
+    let config = EngineConfig {
+        max_num_seqs: engine.max_num_seqs,
+        max_batched_tokens: chunk,
+        max_model_len,
+        kv_bytes,
+        max_queued_requests: engine.max_queued_requests,
+        max_queued_tokens: engine.max_queued_tokens,
+    };
+    Ok((config, room))
+}
+
+fn server_config(
+    options: &ServeOptions,
+    model: &Model,
+    info: Option<&ModelInfo>,
+    format: &dyn ChatFormat,
+) -> anyhow::Result<ServerConfig> {
+    let vocab = info.map_or_else(|| model.tokenizer.len(), |info| info.vocab_size);
+    if let Some(id) = format.stop_ids().iter().find(|&&id| id as usize >= vocab) {
+        bail!("chat format {} ends turns with token {id}, and the model has {vocab}", format.name());
+    }
+    let defaults = sampling::defaults(
+        &options.model.generation,
+        model.generation_config(),
+        &options.model.overrides,
+        vocab,
+    )?;
+    let names = &options.model.served_names;
+    Ok(ServerConfig {
+        served_model_names: if names.is_empty() { vec![model.name.clone()] } else { names.clone() },
+        model_root: model.root.clone(),
+        api_keys: options.http.api_keys.clone(),
+        default_sampling: defaults.sampling,
+        default_max_tokens: defaults.max_tokens,
+        eos: info.map(|info| info.eos.clone()).unwrap_or_default(),
+        enable_auto_tool_choice: options.http.auto_tools,
+        drain_timeout: options.http.drain,
+        ..ServerConfig::default()
+    })
+}
+
+/// Generates one token: a model that cannot is found out here and not by the first client.
+fn warm_up(engine: &EngineHandle, format: &dyn ChatFormat) -> anyhow::Result<()> {
+    let hello = Message::User { name: None, content: "Hello".to_owned() };
+    let mut prompt = format.render(&Conversation { messages: vec![hello], ..Conversation::default() })?;
+    prompt.truncate(engine.info().max_model_len.saturating_sub(1).max(1));
+    let vocab = engine.info().vocab_size;
+    prompt.retain(|&id| (id as usize) < vocab);
+    let mut events = engine.submit(GenerateRequest {
+        id: RequestId(u64::MAX),
+        prompt: prompt.into(),
+        sampling: SamplingParams::greedy(),
+        stop: StopRules::default(),
+        max_tokens: 1,
+    })?;
+    let mut tokens = 0;
+    while let Some(event) = events.blocking_next() {
+        match event {
+            Event::Token(_) => tokens += 1,
+            Event::Finished { reason: FinishReason::Error(what) | FinishReason::Fault(what), .. } => {
+                bail!(what)
+            }
+            Event::Finished { .. } if tokens == 0 => bail!("the model generated nothing"),
+            Event::Admitted | Event::Finished { .. } => {}
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,421 @@
+//! The device as the model sees it.
+
+use std::collections::HashMap;
+
+use ctxserve_backend::{
+    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvPlan, Moe, Role,
+    RopeTable, SampleError, Sampled,
+};
+use ctxserve_core::{Encoding, Matrix};
+
+use crate::driver::{Buffer, Device, Graph};
+use crate::kernels::Kernels;
+use crate::kv::CudaKv;
+use crate::ops::attention::HEAD_DIM;
+use crate::sampler::{Pending, Sampler};
+use crate::step::{Capacity, Description, Shape};
+use crate::weights::{CudaExperts, CudaMatrix, CudaVector, Packer};
+use crate::workspace::{Widths, Workspace, scratch_lines};
+
+/// Rows that a decode step is recorded for; a batch takes the next larger one.
+const BUCKETS: [usize; 11] = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256];
+
+/// What the operator decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// Which device.
+    pub ordinal: u32,
+    /// Most rows of a step.
+    pub max_rows: usize,
+    /// Most sequences of a step.
+    pub max_sequences: usize,
+    /// Longest sequence.
+    pub max_context: usize,
+    /// Whether decode steps are recorded and replayed as graphs.
+    pub graphs: bool,
+}
+
+/// `Backend` on one CUDA device.
+#[derive(Debug)]
+pub struct CudaBackend {
+    device: Device,
+    options: CudaOptions,
+    kernels: Kernels,
+    packer: Packer,
+    widths: Widths,
+    state: Option<State>,
+    /// What the grids of the step being issued are made for.
+    extent: Extent,
+    /// Whether the step being issued was described already: [`Backend::step`] does so before it records.
+    described: bool,
+}
+
+/// What exists once the KV cache does.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) description: Description,
+    pub(crate) work: Workspace,
+    pub(crate) widths: Widths,
+    pub(crate) sampler: Sampler,
+    pub(crate) rope: Option<(RopeTable, Buffer<f32>)>,
+    /// By rows. A bucket runs as it is when it first comes, which loads its kernels; it is recorded when it comes again.
+    graphs: HashMap<usize, Option<Graph>>,
+}
+
+/// Rows that grids are made for: those of the step, or those of its bucket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Extent {
+    /// Tokens.
+    pub(crate) rows: usize,
+    /// Leading sequences of one row.
+    pub(crate) decode: usize,
+    /// Other sequences.
+    pub(crate) prefill: usize,
+    /// Rows of logits.
+    pub(crate) logits: usize,
+}
+
+impl Extent {
+    /// Rows that panels are laid out for.
+    pub(crate) fn capacity(&self) -> usize {
+        self.rows.next_multiple_of(8)
+    }
+}
+
+impl From<Shape> for Extent {
+    fn from(shape: Shape) -> Self {
+        let Shape { rows, decode, prefill, logits } = shape;
+        Self { rows, decode, prefill, logits }
+    }
+}
+
+/// The residual stream, of which there is one.
+#[derive(Debug)]
+pub struct HiddenRows(());
+
+/// Heads of the one step in the making.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadRows {
+    /// Rotated queries.
+    Queries,
+    /// Attention's output.
+    Attended,
+}
+
+/// Logits in the workspace.
+#[derive(Clone, Copy, Debug)]
+pub struct LogitRows {
+    rows: usize,
+    vocab: usize,
+}
+
+impl CudaBackend {
+    /// Opens a device.
+    ///
+    /// # Errors
+    /// Why it cannot be used.
+    pub fn new(options: CudaOptions) -> Result<Self, DeviceError> {
+        let device = Device::open(options.ordinal)?;
+        let kernels = Kernels::load(&device)?;
+        let packer = Packer::new(&device, Some(kernels.experts))?;
+        let (widths, extent) = (Widths::default(), Extent::default());
+        Ok(Self { device, options, kernels, packer, widths, state: None, extent, described: false })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What an op needs of the step in the making.
+    pub(crate) fn step_parts(
+        &mut self,
+        op: &'static str,
+    ) -> Result<(&Device, &mut Kernels, &State, Extent), DeviceError> {
+        let Some(state) = &self.state else {
+            return Err(DeviceError::new(op, "the KV cache was never allocated"));
+        };
+        Ok((&self.device, &mut self.kernels, state, self.extent))
+    }
+
+    /// Puts the rotary frequencies on the device; every layer of a model has the same.
+    pub(crate) fn load_rope(&mut self, rope: &RopeTable) -> Result<(), DeviceError> {
+        const OP: &str = "attention_input";
+        let Some(state) = &mut self.state else {
+            return Err(DeviceError::new(OP, "the KV cache was never allocated"));
+        };
+        if state.rope.as_ref().is_some_and(|(known, _)| known == rope) {
+            return Ok(());
+        }
+        if rope.inv_freq.len() > HEAD_DIM / 2 {
+            return Err(DeviceError::new(OP, format!("heads of {} elements", 2 * rope.inv_freq.len())));
+        }
+        // The angle is rounded to f32 before its cosine is taken, as in the reference.
+        let mut values: Vec<f32> = rope.inv_freq.iter().map(|&f| f as f32).collect();
+        values.resize(HEAD_DIM / 2, 0.0);
+        state.rope = Some((rope.clone(), self.device.upload(&values)?));
+        Ok(())
+    }
+
+    /// The rows that a step is recorded for, if it can be.
+    fn bucket(&self, shape: &Shape) -> Option<usize> {
+        let most = self.options.max_sequences.min(self.options.max_rows);
+        let fits = self.options.graphs && shape.is_decode() && shape.logits == shape.rows && shape.rows > 0;
+        BUCKETS.into_iter().find(|&rows| rows >= shape.rows && rows <= most).filter(|_| fits)
+    }
+
+    fn check(batch: &Batch, kv: &CudaKv, vocab: usize) -> Result<(), DeviceError> {
+        let plan = kv.plan();
+        batch.check(&plan.spec, &plan.pages, vocab).map_err(|e| DeviceError::new("begin", e.to_string()))
+    }
+
+    /// Issues the description of a batch and sets the extent.
+    fn describe_batch(&mut self, batch: &Batch, bucket: Option<usize>) -> Result<(), DeviceError> {
+        let Some(state) = &mut self.state else {
+            return Err(DeviceError::new("begin", "the KV cache was never allocated"));
+        };
+        let shape = state.description.begin(&self.device, batch, &self.kernels.prefill)?;
+        self.extent = match bucket {
+            Some(rows) => Extent { rows, decode: rows, prefill: 0, logits: rows },
+            None => Extent::from(shape),
+        };
+        Ok(())
+    }
+
+    fn issue_sampling(&mut self) -> Result<(), DeviceError> {
+        let logits = self.extent.logits;
+        let Some(state) = &mut self.state else {
+            return Err(DeviceError::new("sample", "the KV cache was never allocated"));
+        };
+        state.sampler.issue(&state.work.logits, logits)
+    }
+}
+
+impl Backend for CudaBackend {
+    type Matrix = CudaMatrix;
+    type Experts = CudaExperts;
+    type Vector = CudaVector;
+    type Kv = CudaKv;
+    type Hidden = HiddenRows;
+    type Heads = HeadRows;
+    type Logits = LogitRows;
+    type Pending = Pending;
+
+    fn describe(&self) -> String {
+        let facts = self.device.facts();
+        let (major, minor) = facts.capability;
+        format!("{} (compute capability {major}.{minor})", facts.name)
+    }
+
+    fn steps_in_flight(&self) -> usize {
+        2
+    }
+
+    fn accepts(&self, encoding: Encoding) -> bool {
+        matches!(encoding, Encoding::Bf16 | Encoding::Mxfp4)
+    }
+
+    fn load_matrix(
+        &mut self,
+        matrix: Matrix,
+        bias: Option<Vec<f32>>,
+        role: Role<'_>,
+    ) -> Result<CudaMatrix, DeviceError> {
+        let loaded = self.packer.matrix(&self.device, matrix, bias, role)?;
+        let widths = &mut self.widths;
+        match role {
+            Role::Qkv(spec) => {
+                widths.hidden = widths.hidden.max(loaded.cols);
+                widths.heads = widths.heads.max(spec.heads);
+                widths.kv_heads = widths.kv_heads.max(spec.kv_heads);
+            }
+            Role::Embedding { head: true } | Role::Head => {
+                widths.hidden = widths.hidden.max(loaded.cols);
+                widths.vocab = widths.vocab.max(loaded.rows);
+            }
+            Role::Embedding { head: false } | Role::Output(_) | Role::Router => {}
+        }
+        Ok(loaded)
+    }
+
+    fn load_vector(&mut self, values: Vec<f32>) -> Result<CudaVector, DeviceError> {
+        self.packer.vector(&self.device, values)
+    }
+
+    fn load_experts(&mut self, weights: ExpertWeights, spec: &ExpertSpec) -> Result<CudaExperts, DeviceError> {
+        let loaded = self.packer.experts(&self.device, weights, spec)?;
+        let widths = &mut self.widths;
+        widths.hidden = widths.hidden.max(loaded.hidden);
+        widths.inner = widths.inner.max(loaded.inner);
+        widths.experts = widths.experts.max(spec.experts);
+        widths.top_k = widths.top_k.max(spec.top_k);
+        Ok(loaded)
+    }
+
+    fn allocate_kv(&mut self, plan: &KvPlan) -> Result<CudaKv, DeviceError> {
+        self.packer.finish();
+        let kv = CudaKv::new(&self.device, plan)?;
+        let (rows, sequences) = (self.options.max_rows, self.options.max_sequences);
+        let scratch_lines = scratch_lines(self.options.max_context, rows);
+        let capacity = Capacity { rows, sequences, scratch_lines };
+        let widths = self.widths;
+        self.state = Some(State {
+            description: Description::new(&self.device, capacity, plan)?,
+            work: Workspace::new(&self.device, &widths, capacity)?,
+            widths,
+            sampler: Sampler::new(&self.device, sequences, widths.vocab, widths.stride())?,
+            rope: None,
+            graphs: HashMap::new(),
+        });
+        self.device.synchronize()?;
+        Ok(kv)
+    }
+
+    fn begin(&mut self, batch: &Batch, kv: &CudaKv, vocab: usize) -> Result<(), DeviceError> {
+        Self::check(batch, kv, vocab)?;
+        if self.described {
+            return Ok(());
+        }
+        self.describe_batch(batch, None)
+    }
+
+    fn embed(&mut self, table: &CudaMatrix, _batch: &Batch) -> Result<HiddenRows, DeviceError> {
+        self.issue_embed(table)?;
+        Ok(HiddenRows(()))
+    }
+
+    fn attention_input(
+        &mut self,
+        layer: usize,
+        weights: &AttentionInput<Self>,
+        spec: &AttentionSpec,
+        rope: &RopeTable,
+        _x: &HiddenRows,
+        kv: &mut CudaKv,
+        _batch: &Batch,
+    ) -> Result<HeadRows, DeviceError> {
+        self.issue_attention_input(layer, weights, spec, rope, kv)?;
+        Ok(HeadRows::Queries)
+    }
+
+    fn attention(
+        &mut self,
+        layer: usize,
+        spec: &AttentionSpec,
+        sinks: Option<&CudaVector>,
+        _q: &HeadRows,
+        kv: &CudaKv,
+        _batch: &Batch,
+    ) -> Result<HeadRows, DeviceError> {
+        self.issue_attention(layer, spec, sinks, kv)?;
+        Ok(HeadRows::Attended)
+    }
+
+    fn attention_output(
+        &mut self,
+        output: &CudaMatrix,
+        heads: &HeadRows,
+        _x: &mut HiddenRows,
+    ) -> Result<(), DeviceError> {
+        self.issue_attention_output(output, *heads)
+    }
+
+    fn experts(&mut self, moe: &Moe<Self>, _x: &mut HiddenRows) -> Result<(), DeviceError> {
+        self.issue_experts(moe)
+    }
+
+    fn logits(
+        &mut self,
+        norm: &CudaVector,
+        norm_eps: f32,
+        head: &CudaMatrix,
+        _x: &HiddenRows,
+        batch: &Batch,
+    ) -> Result<LogitRows, DeviceError> {
+        self.issue_logits(norm, norm_eps, head)?;
+        Ok(LogitRows { rows: batch.logit_rows().count(), vocab: head.rows })
+    }
+
+    fn sample(&mut self, _logits: &LogitRows, batch: &Batch) -> Result<Pending, DeviceError> {
+        if let Some(state) = &mut self.state {
+            state.sampler.upload(batch)?;
+        }
+        self.issue_sampling()?;
+        self.download()
+    }
+
+    fn collect(&mut self, pending: Pending) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
+        pending.wait()
+    }
+
+    fn step(
+        &mut self,
+        kv: &mut CudaKv,
+        batch: &Batch,
+        forward: &mut dyn FnMut(&mut Self, &mut CudaKv) -> Result<LogitRows, DeviceError>,
+    ) -> Result<Pending, DeviceError> {
+        let Some(rows) = self.bucket(&Shape::of(batch)) else {
+            let logits = forward(self, kv)?;
+            return self.sample(&logits, batch);
+        };
+        Self::check(batch, kv, self.widths.vocab)?;
+        self.describe_batch(batch, Some(rows))?;
+        let Some(state) = &mut self.state else {
+            return Err(DeviceError::new("begin", "the KV cache was never allocated"));
+        };
+        state.sampler.upload(batch)?;
+        match state.graphs.get(&rows) {
+            Some(Some(graph)) => graph.launch()?,
+            seen => {
+                let record = seen.is_some();
+                self.described = true;
+                let issued = self.issue_or_record(record, kv, forward);
+                self.described = false;
+                let graph = issued?;
+                if let Some(state) = &mut self.state {
+                    state.graphs.insert(rows, graph);
+                }
+            }
+        }
+        self.download()
+    }
+
+    fn read_logits(&mut self, logits: &LogitRows) -> Result<Vec<f32>, DeviceError> {
+        let Some(state) = &self.state else {
+            return Err(DeviceError::new("read_logits", "the KV cache was never allocated"));
+        };
+        let stride = state.widths.stride();
+        let padded = state.work.logits.read(0, logits.rows * stride)?;
+        Ok(padded.chunks(stride.max(1)).flat_map(|row| row[..logits.vocab].iter().copied()).collect())
+    }
+}
+
+impl CudaBackend {
+    /// Issues a whole step, or records it and then issues the recording.
+    fn issue_or_record(
+        &mut self,
+        record: bool,
+        kv: &mut CudaKv,
+        forward: &mut dyn FnMut(&mut Self, &mut CudaKv) -> Result<LogitRows, DeviceError>,
+    ) -> Result<Option<Graph>, DeviceError> {
+        if !record {
+            forward(self, kv)?;
+            self.issue_sampling()?;
+            return Ok(None);
+        }
+        let device = self.device.clone();
+        let graph = device.capture(|| {
+            forward(self, kv)?;
+            self.issue_sampling()
+        })?;
+        graph.launch()?;
+        Ok(Some(graph))
+    }
+
+    fn download(&mut self) -> Result<Pending, DeviceError> {
+        match &mut self.state {
+            Some(state) => state.sampler.download(),
+            None => Err(DeviceError::new("sample", "the KV cache was never allocated")),
+        }
+    }
+}

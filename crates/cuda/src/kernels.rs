@@ -1,0 +1,96 @@
+//! The loaded kernels of a device. Those whose launch depends on the number of rows are loaded when it first comes.
+
+use ctxserve_backend::DeviceError;
+
+use crate::driver::Device;
+use crate::ops::attention_decode::AttentionDecode;
+use crate::ops::attention_prefill::AttentionPrefill;
+use crate::ops::embed::Embed;
+use crate::ops::gemm::Gemm;
+use crate::ops::gemv_head::{self, GemvHead};
+use crate::ops::gemv_out::{self, GemvOut};
+use crate::ops::gemv_qkv::{self, GemvQkv};
+use crate::ops::kv_append::KvAppend;
+use crate::ops::kv_gather::KvGather;
+use crate::ops::moe_combine::MoeCombine;
+use crate::ops::moe_down::MoeDown;
+use crate::ops::moe_gate_up::MoeGateUp;
+use crate::ops::moe_gemm::MoeGemm;
+use crate::ops::moe_sort::MoeSort;
+use crate::ops::pack_panels::PackPanels;
+use crate::ops::rms_norm::RmsNorm;
+use crate::ops::route::Route;
+
+/// All of them.
+#[derive(Debug)]
+pub(crate) struct Kernels {
+    pub(crate) embed: Embed,
+    pub(crate) pack: PackPanels,
+    pub(crate) norm_bf16: RmsNorm,
+    pub(crate) norm_fp16: RmsNorm,
+    pub(crate) gemm: Gemm,
+    pub(crate) append: KvAppend,
+    pub(crate) gather: KvGather,
+    pub(crate) decode: AttentionDecode,
+    pub(crate) prefill: AttentionPrefill,
+    pub(crate) route: Route,
+    pub(crate) gate_up: MoeGateUp,
+    pub(crate) down: MoeDown,
+    pub(crate) sort: MoeSort,
+    pub(crate) experts: MoeGemm,
+    pub(crate) combine: MoeCombine,
+    qkv: Vec<(gemv_qkv::Dims, GemvQkv)>,
+    out: Vec<(gemv_out::Dims, GemvOut)>,
+    head: Vec<(gemv_head::Dims, GemvHead)>,
+}
+
+/// The entry for `key`, loaded when it is first asked for.
+fn entry<K: PartialEq + Copy, V: Copy>(
+    list: &mut Vec<(K, V)>,
+    key: K,
+    load: impl FnOnce() -> Result<V, DeviceError>,
+) -> Result<V, DeviceError> {
+    if let Some((_, found)) = list.iter().find(|(known, _)| *known == key) {
+        return Ok(*found);
+    }
+    let loaded = load()?;
+    list.push((key, loaded));
+    Ok(loaded)
+}
+
+impl Kernels {
+    pub(crate) fn load(device: &Device) -> Result<Self, DeviceError> {
+        Ok(Self {
+            embed: Embed::load(device)?,
+            pack: PackPanels::load(device)?,
+            norm_bf16: RmsNorm::load(device, false)?,
+            norm_fp16: RmsNorm::load(device, true)?,
+            gemm: Gemm::load(device)?,
+            append: KvAppend::load(device)?,
+            gather: KvGather::load(device)?,
+            decode: AttentionDecode::load(device)?,
+            prefill: AttentionPrefill::load(device)?,
+            route: Route::load(device)?,
+            gate_up: MoeGateUp::load(device)?,
+            down: MoeDown::load(device)?,
+            sort: MoeSort::load(device)?,
+            experts: MoeGemm::load(device)?,
+            combine: MoeCombine::load(device)?,
+            qkv: Vec::new(),
+            out: Vec::new(),
+            head: Vec::new(),
+        })
+    }
+
+    pub(crate) fn qkv(&mut self, device: &Device, dims: gemv_qkv::Dims) -> Result<GemvQkv, DeviceError> {
+        entry(&mut self.qkv, dims, || GemvQkv::load(device, dims))
+    }
+
+    pub(crate) fn out(&mut self, device: &Device, dims: gemv_out::Dims) -> Result<GemvOut, DeviceError> {
+        entry(&mut self.out, dims, || GemvOut::load(device, dims))
+    }
+
+    pub(crate) fn head(&mut self, device: &Device, dims: gemv_head::Dims) -> Result<GemvHead, DeviceError> {
+        entry(&mut self.head, dims, || GemvHead::load(device, dims))
+    }
+}

@@ -1,0 +1,211 @@
+//! Memory for what flows between ops: taken once, at fixed addresses, so that recorded launches stay valid.
+
+use ctxserve_backend::DeviceError;
+
+use crate::driver::{Buffer, Device};
+use crate::ops::attention::{Cache, HEAD_DIM};
+use crate::ops::attention_decode::{self, splits};
+use crate::ops::kv_gather::LINES;
+use crate::ops::{moe_gate_up, moe_sort};
+use crate::step::Capacity;
+
+/// Rows that the matrix-vector kernels take; more go through the matrix products.
+pub(crate) const GEMV_ROWS: usize = 16;
+/// Sorted rows of a tile, at the least: bounds the number of tiles.
+const LEAST_HEIGHT: usize = 16;
+
+/// Widths of a model, padded as the kernels want them. Grows as weights are loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Widths {
+    /// The residual stream.
+    pub hidden: usize,
+    /// Query heads, a layer's most.
+    pub heads: usize,
+    /// Key/value heads, a layer's most.
+    pub kv_heads: usize,
+    /// Experts, a layer's most; 0 without any.
+    pub experts: usize,
+    /// Experts of a token.
+    pub top_k: usize,
+    /// Width between the experts' products.
+    pub inner: usize,
+    /// Logits.
+    pub vocab: usize,
+}
+
+impl Widths {
+    /// Elements from one row of logits to the next.
+    pub(crate) fn stride(&self) -> usize {
+        self.vocab.next_multiple_of(8)
+    }
+
+    fn q(&self) -> usize {
+        self.heads * HEAD_DIM
+    }
+
+    fn kv(&self) -> usize {
+        self.kv_heads * HEAD_DIM
+    }
+}
+
+/// Lengths of the buffers, in elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Sizes {
+    x: usize,
+    q: usize,
+    kv: usize,
+    heads: usize,
+    normed: usize,
+    qkv: usize,
+    choice: usize,
+    h: usize,
+    a: usize,
+    products: usize,
+    sorted: usize,
+    tiles: usize,
+    scratch: usize,
+    logits: usize,
+    partials: [usize; 3],
+}
+
+impl Sizes {
+    fn new(widths: &Widths, capacity: Capacity, multiprocessors: usize) -> Self {
+        let Widths { hidden, top_k, inner, experts, kv_heads, .. } = *widths;
+        let rows = capacity.rows.next_multiple_of(8);
+        let few = rows.min(moe_gate_up::MOST_ROWS);
+        let shape = moe_sort::Shape { rows, slots: top_k.max(1), experts: experts.max(1), height: LEAST_HEIGHT };
+        let large = experts > 0 && rows > moe_gate_up::MOST_ROWS;
+        let decode = capacity.sequences.min(rows).max(1);
+        Self {
+            x: rows * hidden,
+            q: rows * widths.q(),
+            kv: GEMV_ROWS * 2 * widths.kv(),
+            heads: rows * widths.q(),
+            normed: rows.max(capacity.sequences.next_multiple_of(8)) * hidden,
+            qkv: rows * (widths.q() + 2 * widths.kv()),
+            choice: rows * top_k,
+            h: rows * hidden,
+            a: few * top_k * inner,
+            products: few * top_k * hidden,
+            sorted: if large { shape.sorted() } else { 0 },
+            tiles: if large { shape.tiles() } else { 0 },
+            scratch: kv_heads * capacity.scratch_lines.next_multiple_of(LINES) * HEAD_DIM,
+            logits: capacity.sequences * widths.stride(),
+            partials: [decode, kv_heads.max(1), most_partials(decode, kv_heads, multiprocessors)],
+        }
+    }
+
+    fn bytes(&self, widths: &Widths) -> usize {
+        let Self { x, q, kv, heads, normed, qkv, choice, h, a, products, sorted, tiles, scratch, logits, partials } =
+            *self;
+        let sorted_bytes = sorted * (2 * widths.hidden + 2 * widths.inner + 4 * widths.hidden + 4);
+        let [rows, kv_heads, splits] = partials;
+        4 * (x + kv + qkv + 3 * choice + products + 4 * tiles + logits)
+            + 2 * (q + heads + normed + h + a + 2 * scratch)
+            + sorted_bytes
+            + attention_decode::Workspace::bytes(rows, kv_heads, splits)
+    }
+}
+
+/// Splits that give `rows` rows the partials of any smaller number, which are split more.
+fn most_partials(rows: usize, kv_heads: usize, multiprocessors: usize) -> usize {
+    let cache = Cache { data: 0, scales: 0, page_size: 16, kv_heads: kv_heads.max(1), window: None };
+    let one = splits(1, &cache, multiprocessors) * kv_heads.max(1);
+    1 + one.div_ceil((rows * kv_heads).max(1))
+}
+
+/// The buffers.
+#[derive(Debug)]
+pub(crate) struct Workspace {
+    /// `[rows, hidden]`: the residual stream.
+    pub(crate) x: Buffer<f32>,
+    /// `[rows, heads * 64]`.
+    pub(crate) q: Buffer<u16>,
+    /// `[few rows, 2 * kv_heads * 64]`.
+    pub(crate) kv: Buffer<f32>,
+    /// `[rows, heads * 64]`, row-major or panels.
+    pub(crate) heads: Buffer<u16>,
+    /// Panels `[rows, hidden]`.
+    pub(crate) normed: Buffer<u16>,
+    /// `[rows, (heads + 2 * kv_heads) * 64]`.
+    pub(crate) qkv: Buffer<f32>,
+    /// `[rows, top_k]`.
+    pub(crate) choice: Buffer<i32>,
+    /// `[rows, top_k]`.
+    pub(crate) weight: Buffer<f32>,
+    /// `[rows, hidden]`.
+    pub(crate) h: Buffer<u16>,
+    /// `[few rows * top_k, inner]`.
+    pub(crate) a: Buffer<u16>,
+    /// `[few rows * top_k, hidden]`.
+    pub(crate) products: Buffer<f32>,
+    /// `[rows, top_k]`: places among the sorted rows.
+    pub(crate) position: Buffer<i32>,
+    /// `[sorted]`.
+    pub(crate) source: Buffer<i32>,
+    /// `[tiles, 4]`.
+    pub(crate) tiles: Buffer<i32>,
+    /// Sorted rows, tiles.
+    pub(crate) counts: Buffer<i32>,
+    /// Panels `[sorted, hidden]`.
+    pub(crate) sorted_h: Buffer<u16>,
+    /// Panels `[sorted, inner]`.
+    pub(crate) sorted_a: Buffer<u16>,
+    /// `[sorted, hidden]`.
+    pub(crate) sorted_y: Buffer<f32>,
+    /// `[kv_heads, lines, 64]`.
+    pub(crate) keys: Buffer<u16>,
+    /// The same, of values.
+    pub(crate) values: Buffer<u16>,
+    /// `[logit rows, stride]`.
+    pub(crate) logits: Buffer<f32>,
+    /// Where the parts of a row's attention meet.
+    pub(crate) partials: attention_decode::Workspace,
+    /// Sorted rows that there is room for.
+    pub(crate) sorted: usize,
+}
+
+/// Bytes that the workspace of such a model takes.
+pub fn bytes(widths: &Widths, capacity: Capacity, multiprocessors: usize) -> usize {
+    Sizes::new(widths, capacity, multiprocessors).bytes(widths)
+}
+
+impl Workspace {
+    pub(crate) fn new(device: &Device, widths: &Widths, capacity: Capacity) -> Result<Self, DeviceError> {
+        let multiprocessors = device.facts().multiprocessors as usize;
+        let sizes = Sizes::new(widths, capacity, multiprocessors);
+        let Sizes { sorted, .. } = sizes;
+        let [rows, kv_heads, splits] = sizes.partials;
+        // Zeros, not garbage: padding is read by matrix instructions, and NaN times zero is NaN.
+        Ok(Self {
+            x: device.zeros(sizes.x)?,
+            q: device.zeros(sizes.q)?,
+            kv: device.zeros(sizes.kv)?,
+            heads: device.zeros(sizes.heads)?,
+            normed: device.zeros(sizes.normed)?,
+            qkv: device.zeros(sizes.qkv)?,
+            choice: device.zeros(sizes.choice)?,
+            weight: device.zeros(sizes.choice)?,
+            h: device.zeros(sizes.h)?,
+            a: device.zeros(sizes.a)?,
+            products: device.zeros(sizes.products)?,
+            position: device.zeros(sizes.choice)?,
+            source: device.zeros(sorted)?,
+            tiles: device.zeros(4 * sizes.tiles)?,
+            counts: device.zeros(2)?,
+            sorted_h: device.zeros(sorted * widths.hidden)?,
+            sorted_a: device.zeros(sorted * widths.inner)?,
+            sorted_y: device.zeros(sorted * widths.hidden)?,
+            keys: device.zeros(sizes.scratch)?,
+            values: device.zeros(sizes.scratch)?,
+            logits: device.zeros(sizes.logits)?,
+            partials: attention_decode::Workspace::new(device, rows, kv_heads, splits)?,
+            sorted,
+        })
+    }
+}
+
+/// Lines of the scratch for gathered keys, a head: the longest context, or a step of short ones that are padded each.
+pub(crate) fn scratch_lines(max_context: usize, rows: usize) -> usize {
+    (max_context + LINES).max(2 * rows).next_multiple_of(LINES)
+}
