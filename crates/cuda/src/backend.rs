@@ -242,7 +242,11 @@ impl Backend for CudaBackend {
         self.packer.vector(&self.device, values)
     }
 
-    fn load_experts(&mut self, weights: ExpertWeights, spec: &ExpertSpec) -> Result<CudaExperts, DeviceError> {
+    fn load_experts(
+        &mut self,
+        weights: ExpertWeights,
+        spec: &ExpertSpec,
+    ) -> Result<CudaExperts, DeviceError> {
         let loaded = self.packer.experts(&self.device, weights, spec)?;
         let widths = &mut self.widths;
         widths.hidden = widths.hidden.max(loaded.hidden);

@@ -148,8 +148,7 @@ impl CudaBackend {
         let (group, cache) = kv.layer(OP, layer)?;
         let arrays = state.description.arrays();
         let of_group = arrays.groups.get(group).ok_or_else(|| missing(OP, "the page table"))?;
-        let tables =
-            Tables { at: &of_group.table_at, first: &of_group.table_first, pages: &of_group.pages };
+        let tables = Tables { at: &of_group.table_at, first: &of_group.table_first, pages: &of_group.pages };
         let sinks = sinks.map(|sinks| &sinks.values);
         let few = is_few(&extent);
         let capacity = (!few).then(|| extent.capacity());
@@ -356,7 +355,10 @@ impl CudaBackend {
         let shape = moe_sort::Shape { rows, slots: spec.top_k, experts: spec.experts, height };
         let sorted = shape.sorted();
         if sorted > work.sorted {
-            return Err(DeviceError::new(OP, format!("{sorted} sorted rows, there is room for {}", work.sorted)));
+            return Err(DeviceError::new(
+                OP,
+                format!("{sorted} sorted rows, there is room for {}", work.sorted),
+            ));
         }
         let (Some(gate_up_exponents), Some(down_exponents)) =
             (&experts.gate_up_exponents, &experts.down_exponents)
@@ -461,7 +463,10 @@ impl CudaBackend {
         let arrays = description.arrays();
         let stride = state.widths.stride();
         if head.rows > stride || extent.logits * stride > work.logits.len() {
-            return Err(DeviceError::new(OP, format!("{} rows of {} logits do not fit", extent.logits, head.rows)));
+            return Err(DeviceError::new(
+                OP,
+                format!("{} rows of {} logits do not fit", extent.logits, head.rows),
+            ));
         }
         if extent.logits == 0 {
             return Ok(());

@@ -1,10 +1,25 @@
 //! `Backend` on NVIDIA GPUs. Kernels are compiled ahead of time by `build.rs` and embedded; the driver is loaded at run
 //! time, and no CUDA library is linked.
 //!
-//! Layers: `driver` (the device, its memory, launches and graphs: the only calls into the driver), `ops` (one module a
-//! kernel: checks shapes, then launches), `backend` (the ops as the model sees them).
+//! From the bottom: `driver` (the device, its memory, launches and graphs: the only calls into the driver), `ops` (one
+//! module a kernel: checks shapes, then launches), `step` (what varies from step to step, on the device), `weights`, `kv`,
+//! `workspace` (memory and layouts), `layers` (which kernels an op is for how many rows), `backend` (the seam).
 
+mod backend;
 pub mod driver;
+mod kernels;
+mod kv;
+mod layers;
 pub mod ops;
 pub mod probe;
 pub mod sampler;
+mod step;
+mod weights;
+mod workspace;
+
+pub use backend::{CudaBackend, CudaOptions, HeadRows, HiddenRows, LogitRows};
+pub use driver::unavailable;
+pub use kv::{CudaKv, check as check_kv};
+pub use step::Capacity;
+pub use weights::{CudaExperts, CudaMatrix, CudaVector};
+pub use workspace::{Widths, bytes as workspace_bytes};

@@ -14,20 +14,20 @@ const SETS: usize = 2;
 
 /// How a batch falls into parts that different kernels take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Shape {
+pub(crate) struct Shape {
     /// Tokens.
-    pub rows: usize,
+    pub(crate) rows: usize,
     /// Leading sequences of one row each: decode.
-    pub decode: usize,
+    pub(crate) decode: usize,
     /// The sequences after them: prefill, of any number of rows.
-    pub prefill: usize,
+    pub(crate) prefill: usize,
     /// Rows whose logits are wanted.
-    pub logits: usize,
+    pub(crate) logits: usize,
 }
 
 impl Shape {
     /// Of a batch.
-    pub fn of(batch: &Batch) -> Self {
+    pub(crate) fn of(batch: &Batch) -> Self {
         let decode = batch.sequences.iter().take_while(|slice| slice.rows.len() == 1).count();
         Self {
             rows: batch.tokens.len(),
@@ -38,7 +38,7 @@ impl Shape {
     }
 
     /// Whether every sequence has one row.
-    pub fn is_decode(&self) -> bool {
+    pub(crate) fn is_decode(&self) -> bool {
         self.prefill == 0
     }
 }
@@ -56,99 +56,55 @@ pub struct Capacity {
 
 /// Arrays of one KV group. All `i32`.
 #[derive(Debug)]
-pub struct GroupArrays {
+pub(crate) struct GroupArrays {
     /// `[rows]`: page * page size + offset of the row's key and value.
-    pub slot: Buffer<i32>,
+    pub(crate) slot: Buffer<i32>,
     /// `[sequences]`: where the sequence's pages begin in `pages`.
-    pub table_at: Buffer<i32>,
+    pub(crate) table_at: Buffer<i32>,
     /// `[sequences]`: logical index of its first page.
-    pub table_first: Buffer<i32>,
+    pub(crate) table_first: Buffer<i32>,
     /// Physical pages of all sequences, one after the other.
-    pub pages: Buffer<i32>,
+    pub(crate) pages: Buffer<i32>,
 }
 
 /// Prefill sequences whose gathered keys and values fit the scratch together, of one group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pass {
+pub(crate) struct Pass {
     /// The first of them among the step's sequences.
-    pub first: usize,
+    pub(crate) first: usize,
     /// How many.
-    pub count: usize,
+    pub(crate) count: usize,
     /// Scratch lines of a head.
-    pub lines: usize,
+    pub(crate) lines: usize,
     /// Runs of rows that blocks take.
-    pub runs: usize,
-}
-
-/// What the arrays have room for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Capacity {
-    /// Tokens of a step.
-    pub rows: usize,
-    /// Sequences of a step.
-    pub sequences: usize,
-    /// Lines of the scratch for gathered keys, a head; a multiple of 128.
-    pub scratch_lines: usize,
-}
-
-impl Capacity {
-    /// Integers of the work lists of one group.
-    fn work(&self) -> usize {
-        2 * (self.rows.div_ceil(64) + self.sequences)
-    }
-}
-
-/// Arrays of one KV group. All `i32`.
-#[derive(Debug)]
-pub struct GroupArrays {
-    /// `[rows]`: page * page size + offset of the row's key and value.
-    pub slot: Buffer<i32>,
-    /// `[sequences]`: where the sequence's pages begin in `pages`.
-    pub table_at: Buffer<i32>,
-    /// `[sequences]`: logical index of its first page.
-    pub table_first: Buffer<i32>,
-    /// Physical pages of all sequences, one after the other.
-    pub pages: Buffer<i32>,
-}
-
-/// Prefill sequences whose gathered keys and values fit the scratch together, of one group.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pass {
-    /// Where its three integers are in [`GroupArrays::sets`].
-    pub set: usize,
-    /// Where its pairs begin in [`GroupArrays::work`].
-    pub work: usize,
-    /// Pairs of it.
-    pub runs: usize,
-    /// Scratch lines of a head.
-    pub lines: usize,
+    pub(crate) runs: usize,
 }
 
 /// The arrays. Views into one block, which `block` keeps alive.
 #[derive(Debug)]
-pub struct Arrays {
+pub(crate) struct Arrays {
     /// One integer each: rows, decode sequences, logit rows.
-    pub rows: Buffer<i32>,
+    pub(crate) rows: Buffer<i32>,
     /// See `rows`.
-    pub decode: Buffer<i32>,
+    pub(crate) decode: Buffer<i32>,
     /// See `rows`.
-    pub logits: Buffer<i32>,
+    pub(crate) logits: Buffer<i32>,
     /// `[rows]`: input ids.
-    pub tokens: Buffer<u32>,
+    pub(crate) tokens: Buffer<i32>,
     /// `[rows]`: the sampling row of the step before whose pick is the input, or -1.
-    pub feed: Buffer<i32>,
+    pub(crate) feed: Buffer<i32>,
     /// `[rows]`: position in its sequence.
-    pub position: Buffer<i32>,
+    pub(crate) position: Buffer<i32>,
     /// `[sequences]`: first row.
-    pub first_row: Buffer<i32>,
+    pub(crate) first_row: Buffer<i32>,
     /// `[sequences]`: rows.
-    pub row_count: Buffer<i32>,
+    pub(crate) row_count: Buffer<i32>,
     /// `[sequences]`: position of the first row.
-    pub start: Buffer<i32>,
+    pub(crate) start: Buffer<i32>,
     /// `[logit rows]`: the row of the residual stream.
-    pub logit_row: Buffer<i32>,
+    pub(crate) logit_row: Buffer<i32>,
     /// One entry a KV group.
-    pub groups: Vec<GroupArrays>,
+    pub(crate) groups: Vec<GroupArrays>,
     block: Buffer<u32>,
 }
 
@@ -190,7 +146,7 @@ impl Layout {
 
 /// Describes steps to the device.
 #[derive(Debug)]
-pub struct Description {
+pub(crate) struct Description {
     arrays: Arrays,
     layout: Layout,
     capacity: Capacity,
@@ -207,7 +163,7 @@ impl Description {
     ///
     /// # Errors
     /// Out of memory.
-    pub fn new(device: &Device, capacity: Capacity, plan: &KvPlan) -> Result<Self, DeviceError> {
+    pub(crate) fn new(device: &Device, capacity: Capacity, plan: &KvPlan) -> Result<Self, DeviceError> {
         let layout = Layout::new(capacity, plan);
         let block: Buffer<u32> = device.zeros(layout.end)?;
         let view = |at: usize, len: usize| {
@@ -228,8 +184,7 @@ impl Description {
             rows: view(0, 1)?,
             decode: view(1, 1)?,
             logits: view(2, 1)?,
-            // SAFETY: as above.
-            tokens: unsafe { block.view(layout.tokens * 4, rows)? },
+            tokens: view(layout.tokens, rows)?,
             feed: view(layout.feed, rows)?,
             position: view(layout.position, rows)?,
             first_row: view(layout.first_row, sequences)?,
@@ -242,16 +197,26 @@ impl Description {
         let staging = [(device.pinned(layout.end)?, None), (device.pinned(layout.end)?, None)];
         let unpack = Unpack::load(device)?;
         let plan = plan.clone();
-        Ok(Self { arrays, layout, capacity, plan, unpack, staging, turn: 0, scratch: Default::default(), passes: Vec::new() })
+        Ok(Self {
+            arrays,
+            layout,
+            capacity,
+            plan,
+            unpack,
+            staging,
+            turn: 0,
+            scratch: Default::default(),
+            passes: Vec::new(),
+        })
     }
 
     /// The arrays, as of the step begun last.
-    pub fn arrays(&self) -> &Arrays {
+    pub(crate) fn arrays(&self) -> &Arrays {
         &self.arrays
     }
 
     /// The passes of a group's prefill sequences, as of the step begun last.
-    pub fn passes(&self, group: usize) -> &[Pass] {
+    pub(crate) fn passes(&self, group: usize) -> &[Pass] {
         self.passes.get(group).map_or(&[], Vec::as_slice)
     }
 
@@ -259,7 +224,7 @@ impl Description {
     ///
     /// # Errors
     /// A batch beyond the capacity or without pages, or a device fault.
-    pub fn begin(
+    pub(crate) fn begin(
         &mut self,
         device: &Device,
         batch: &Batch,
@@ -270,7 +235,11 @@ impl Description {
         if shape.rows > rows || batch.sequences.len() > sequences {
             return Err(DeviceError::new(
                 OP,
-                format!("{} rows, {} sequences; there is room for {rows}, {sequences}", shape.rows, batch.sequences.len()),
+                format!(
+                    "{} rows, {} sequences; there is room for {rows}, {sequences}",
+                    shape.rows,
+                    batch.sequences.len()
+                ),
             ));
         }
         self.turn = (self.turn + 1) % SETS;
@@ -330,7 +299,10 @@ impl Description {
                 }
             }
             if total as usize > layout.pages[group] {
-                return Err(DeviceError::new(OP, format!("{total} pages, there is room for {}", layout.pages[group])));
+                return Err(DeviceError::new(
+                    OP,
+                    format!("{total} pages, there is room for {}", layout.pages[group]),
+                ));
             }
             fits &= put(slot, &mut slots.iter().copied());
             fits &= put(at, &mut starts.iter().copied());

@@ -195,7 +195,9 @@ impl Packer {
             }
         };
         let plain = match (role, source) {
-            (Role::Embedding { .. } | Role::Router, Stored::Bf16(values)) if cols == real_cols => Some(values),
+            (Role::Embedding { .. } | Role::Router, Stored::Bf16(values)) if cols == real_cols => {
+                Some(values)
+            }
             (Role::Embedding { .. } | Role::Router, _) => Some(device.upload(&rows_of(&matrix, cols))?),
             _ => None,
         };
@@ -235,7 +237,9 @@ impl Packer {
         let (wide, deep) = (hidden.next_multiple_of(PANEL), inner.next_multiple_of(PANEL));
         let spread = |bias: &[f32], real: usize, padded: usize| {
             let mut all = vec![0.0; experts * padded];
-            all.chunks_mut(padded).zip(bias.chunks(real)).for_each(|(to, from)| to[..real].copy_from_slice(from));
+            all.chunks_mut(padded)
+                .zip(bias.chunks(real))
+                .for_each(|(to, from)| to[..real].copy_from_slice(from));
             device.upload(&all)
         };
         let gate_up = self.strips(device, gate_up, experts, Rows::GateUp)?;
@@ -369,12 +373,15 @@ fn rows_of(matrix: &Matrix, padded: usize) -> Vec<u16> {
 /// Dense layers stored as MXFP4, exactly, as bf16.
 fn decode(codes: &[u8], scales: &[u8]) -> Vec<bf16> {
     const VALUES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
-    let value = |code: u8| if code & 8 == 0 { VALUES[usize::from(code & 7)] } else { -VALUES[usize::from(code & 7)] };
+    let value =
+        |code: u8| if code & 8 == 0 { VALUES[usize::from(code & 7)] } else { -VALUES[usize::from(code & 7)] };
     let blocks = codes.chunks(MXFP4_BLOCK / 2).zip(scales);
     blocks
         .flat_map(|(codes, &scale)| {
             let factor = (f32::from(scale) - 127.0).exp2();
-            codes.iter().flat_map(move |&pair| [pair & 15, pair >> 4].map(|code| bf16::from_f32(value(code) * factor)))
+            codes.iter().flat_map(move |&pair| {
+                [pair & 15, pair >> 4].map(|code| bf16::from_f32(value(code) * factor))
+            })
         })
         .collect()
 }

@@ -73,7 +73,8 @@ impl Sizes {
         let Widths { hidden, top_k, inner, experts, kv_heads, .. } = *widths;
         let rows = capacity.rows.next_multiple_of(8);
         let few = rows.min(moe_gate_up::MOST_ROWS);
-        let shape = moe_sort::Shape { rows, slots: top_k.max(1), experts: experts.max(1), height: LEAST_HEIGHT };
+        let shape =
+            moe_sort::Shape { rows, slots: top_k.max(1), experts: experts.max(1), height: LEAST_HEIGHT };
         let large = experts > 0 && rows > moe_gate_up::MOST_ROWS;
         let decode = capacity.sequences.min(rows).max(1);
         Self {
@@ -96,8 +97,23 @@ impl Sizes {
     }
 
     fn bytes(&self, widths: &Widths) -> usize {
-        let Self { x, q, kv, heads, normed, qkv, choice, h, a, products, sorted, tiles, scratch, logits, partials } =
-            *self;
+        let Self {
+            x,
+            q,
+            kv,
+            heads,
+            normed,
+            qkv,
+            choice,
+            h,
+            a,
+            products,
+            sorted,
+            tiles,
+            scratch,
+            logits,
+            partials,
+        } = *self;
         let sorted_bytes = sorted * (2 * widths.hidden + 2 * widths.inner + 4 * widths.hidden + 4);
         let [rows, kv_heads, splits] = partials;
         4 * (x + kv + qkv + 3 * choice + products + 4 * tiles + logits)

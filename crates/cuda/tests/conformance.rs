@@ -17,7 +17,8 @@ fn kernels_match_the_plain_loops_within_bf16() {
         return;
     }
     let seed = std::env::var("CTXSERVE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_261_122);
-    let options = CudaOptions { ordinal: 0, max_rows: 512, max_sequences: 256, max_context: 4096, graphs: false };
+    let options =
+        CudaOptions { ordinal: 0, max_rows: 512, max_sequences: 256, max_context: 4096, graphs: false };
     let claims = Claims {
         exact: 5e-6,
         // Weights, activations and queries are rounded to bf16.

@@ -22,3 +22,4 @@ pub mod rms_norm;
 pub mod route;
 pub mod sample_pick;
 pub mod sample_scan;
+pub mod unpack;
