@@ -87,9 +87,9 @@ template <class F> DEVICE Bin find_bin(const Histogram& h, Shared& s, const Want
     Bin found;
     found.index = block_min(first, s);
     if (found.index == NONE) {
-        const uint32_t last = block_min(count_b > 0 ? ~b : count_a > 0 ? ~a : NONE, s);
+        const uint32_t last = block_min(count_b > 0 ? BINS - 1 - b : count_a > 0 ? BINS - 1 - a : NONE, s);
         if (last == NONE) return {NONE, 0, mass, ranks};
-        found.index = ~last;
+        found.index = BINS - 1 - last;
     }
     if (found.index / 2 == threadIdx.x) {
         s.answer_mass = mass_before + (found.index == b ? mass_a : 0.0);

@@ -126,9 +126,9 @@ template <class F> DEVICE uint32_t pick_by_id(const Row& row, double target, F f
     const double before = block_before(own, total, s);
     uint32_t part = block_min(own > 0 && before + own > target ? threadIdx.x : NONE, s);
     if (part == NONE) {
-        const uint32_t last = block_min(own > 0 ? ~threadIdx.x : NONE, s);
+        const uint32_t last = block_min(own > 0 ? THREADS - 1 - threadIdx.x : NONE, s);
         if (last == NONE) return NONE;
-        part = ~last;
+        part = THREADS - 1 - last;
     }
     if (threadIdx.x == part) s.answer_mass = target - before;
     __syncthreads();

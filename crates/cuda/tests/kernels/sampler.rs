@@ -251,8 +251,8 @@ fn sampler_agrees_with_the_cpu() {
         }
     }
     println!("{others} of {all} rows picked the other side of a boundary");
-    // Nearly flat logits, whose weights tie, are drawn in another order than the CPU's.
-    assert!(others * 8 < all, "{others} of {all} rows differ from the CPU");
+
+    assert!(others * 50 < all, "{others} of {all} rows differ from the CPU");
 }
 
 #[test]
