@@ -17,23 +17,23 @@ struct Params {
     int capacity;       // multiple of 8
     int stride;
     int tokens;  // most that the grid is made for
+    int group;   // token tiles that are swept together, for reuse in L2
 };
 
 // What becomes of the sums.
 enum Output { STORE_F32, STORE_BF16, ADD_F32 };
 
 constexpr int ROWS = 128;     // weight rows of a tile
-constexpr int GROUP = 8;      // token tiles that are swept together, for reuse in L2
 constexpr int CONSUMERS = 8;  // warps
 
-// Tile `at` of the list: groups of GROUP token tiles; within a group all token tiles of one weight tile, then the next.
+// Tile `at` of the list: groups of some token tiles; within a group all token tiles of one weight tile, then the next.
 struct Place {
     int row, token;
 };
-DEVICE Place place(int at, int row_tiles, int token_tiles, int tokens) {
-    const int group = at / (row_tiles * GROUP), rest = at - group * row_tiles * GROUP;
-    const int size = min(GROUP, token_tiles - group * GROUP);
-    return {rest / size * ROWS, (group * GROUP + rest % size) * tokens};
+DEVICE Place place(const Params& p, int at, int row_tiles, int token_tiles, int rows, int tokens) {
+    const int group = at / (row_tiles * p.group), rest = at - group * row_tiles * p.group;
+    const int size = min(p.group, token_tiles - group * p.group);
+    return {rest / size * rows, (group * p.group + rest % size) * tokens};
 }
 
 // Sums of the 16 weight rows from `row` on, of this warp, for N tokens. Of d, lane (g, t) holds at 4 j.. {row g: tokens 8 j + 2 t, + 1},
@@ -56,30 +56,24 @@ template <int N, Output OUT> DEVICE void store(const Params& p, const float (&d)
             if (out + 8 < p.outs) *reinterpret_cast<uint32_t*>(line + 8) = b;
         }
     } else {
-        // Eight lanes of one t write the 32 bytes of a sector.
+        // Eight lanes of one t write the 32 bytes of a sector. An element gets one addition, so that leaving it to the L2 cache
+        // keeps the order of its sum.
         auto* y = static_cast<float*>(p.y);
-        constexpr int BATCH = N / 8 < 4 ? N / 8 : 4;
+        const auto put = [&](int to, int out, float v) {
+            float* at = y + static_cast<size_t>(to) * p.stride + out;
+            if constexpr (OUT == ADD_F32)
+                asm volatile("red.global.add.f32 [%0], %1;" ::"l"(at), "f"(v) : "memory");
+            else
+                *at = v;
+        };
 #pragma unroll
-        for (int first = 0; first < N / 8; first += BATCH) {
-            float v[BATCH][4];
+        for (int j = 0; j < N / 8; ++j)
 #pragma unroll
-            for (int j = 0; j < BATCH; ++j)
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    const int to = token + 8 * (first + j) + 2 * t + c % 2;
-                    v[j][c] = d[4 * (first + j) + c] + (c < 2 ? bias_low : bias_high);
-                    if (OUT == ADD_F32 && to < live && (c < 2 ? has_low : has_high))
-                        v[j][c] += y[static_cast<size_t>(to) * p.stride + (c < 2 ? low : high)];
-                }
-#pragma unroll
-            for (int j = 0; j < BATCH; ++j)
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    const int to = token + 8 * (first + j) + 2 * t + c % 2;
-                    if (to < live && (c < 2 ? has_low : has_high))
-                        y[static_cast<size_t>(to) * p.stride + (c < 2 ? low : high)] = v[j][c];
-                }
-        }
+            for (int c = 0; c < 2; ++c) {
+                const int to = token + 8 * j + 2 * t + c;
+                if (to < live && has_low) put(to, low, d[4 * j + c] + bias_low);
+                if (to < live && has_high) put(to, high, d[4 * j + 2 + c] + bias_high);
+            }
     }
 }
 
@@ -93,7 +87,7 @@ template <Output OUT> DEVICE void gemm_portable(const Params& p) {
     const int live = min(*p.live, p.tokens), steps = p.cols / 64, warp = threadIdx.x / 32;
     const int row_tiles = (p.w_rows + ROWS - 1) / ROWS, token_tiles = (live + TOKENS - 1) / TOKENS;
     for (int tile = blockIdx.x; tile < row_tiles * token_tiles; tile += gridDim.x) {
-        const Place at = place(tile, row_tiles, token_tiles, TOKENS);
+        const Place at = place(p, tile, row_tiles, token_tiles, ROWS, TOKENS);
         const char* w = static_cast<const char*>(p.w) + static_cast<size_t>(at.row) * 128;
         const char* x = static_cast<const char*>(p.x) + static_cast<size_t>(at.token) * 128;
         const auto fill = [&](int step) {
@@ -134,10 +128,20 @@ template <Output OUT> DEVICE void gemm_portable(const Params& p) {
 
 #ifdef HOPPER
 
-template <int N, int STAGES, int STAGE_BYTES, Output OUT>
-DEVICE void consume(const Params& p, Ring<STAGES, 1, CONSUMERS>& ring, uint32_t stages, int row, int token, int live) {
-    const int warp = threadIdx.x / 32, steps = p.cols / 64;
-    float d[N / 2] = {};
+// Gives a stage back, to all blocks that copy into it.
+template <int BLOCKS> DEVICE void release(uint32_t empty) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (BLOCKS == 1) {
+        if (lane == 0) barrier_arrive(empty);
+    } else {
+        if (lane < BLOCKS) barrier_arrive_of_block(empty, lane);
+    }
+}
+
+// Adds to d the products of the next `steps` stages: 64 weight rows of each warpgroup by N tokens.
+template <int N, int BLOCKS, int STAGE_BYTES, class R>
+DEVICE void multiply(float (&d)[N / 2], R& ring, uint32_t stages, int steps) {
+    const int warp = threadIdx.x / 32;
     uint32_t before = 0;
     for (int step = 0; step < steps; ++step) {
         ring.wait_full();
@@ -148,91 +152,217 @@ DEVICE void consume(const Params& p, Ring<STAGES, 1, CONSUMERS>& ring, uint32_t 
         for (int k = 0; k < 4; ++k) Wgmma<N>::bf16(d, a + 2 * k, b + 2 * k);
         wgmma_commit();
         wgmma_wait<1>();
-        if (step > 0 && threadIdx.x % 32 == 0) barrier_arrive(before);
+        if (step > 0) release<BLOCKS>(before);
         before = ring.empty();
         ring.advance();
     }
     wgmma_wait<0>();
     wgmma_settle(d);
-    if (threadIdx.x % 32 == 0) barrier_arrive(before);
-    store<N, OUT>(p, d, row + warp * 16, token, live);
+    if (steps > 0) release<BLOCKS>(before);
 }
 
-template <int MAX, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
-    constexpr int STAGE_BYTES = (ROWS + MAX) * 128;
+template <int N, int BLOCKS, int STAGE_BYTES, Output OUT, class R>
+DEVICE void consume(const Params& p, R& ring, uint32_t stages, Place at, int live) {
+    float d[N / 2] = {};
+    multiply<N, BLOCKS, STAGE_BYTES>(d, ring, stages, p.cols / 64);
+    store<N, OUT>(p, d, at.row + threadIdx.x / 32 * 16, at.token, live);
+}
+
+// The BLOCKS (1 or 2) blocks of a cluster take adjacent weight tiles of the same tokens, and each copies a half of those for both.
+template <int MAX, int BLOCKS, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
+    constexpr int STAGE_BYTES = (ROWS + MAX) * 128, SHARE = MAX / BLOCKS;
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) uint64_t barriers[2 * STAGES];
     const uint32_t stages = shared_address(shared);
-    Ring<STAGES, 1, CONSUMERS> ring(shared_address(barriers));
+    Ring<STAGES, 1, BLOCKS * CONSUMERS> ring(shared_address(barriers));
     if (threadIdx.x == 0) ring.init();
     __syncthreads();
+    if constexpr (BLOCKS > 1) cluster_sync();
     pdl_wait();
     pdl_launch();
-    const int live = min(*p.live, p.tokens);
-    const int row_tiles = (p.w_rows + ROWS - 1) / ROWS, token_tiles = (live + MAX - 1) / MAX;
-    const int tiles = row_tiles * token_tiles;
+    const int live = min(*p.live, p.tokens), rank = BLOCKS > 1 ? cluster_rank() : 0;
+    const int row_tiles = (p.w_rows + BLOCKS * ROWS - 1) / (BLOCKS * ROWS), token_tiles = (live + MAX - 1) / MAX;
+    const int tiles = row_tiles * token_tiles, first = blockIdx.x / BLOCKS, stride = gridDim.x / BLOCKS;
     const int warp = threadIdx.x / 32;
+    const auto find = [&](int tile) {
+        Place at = place(p, tile, row_tiles, token_tiles, BLOCKS * ROWS, MAX);
+        at.row += rank * ROWS;
+        return at;
+    };
     if (warp >= CONSUMERS) {
-        registers_shrink<24>();
+        registers_shrink<40>();
         proxy_fence();
-        for (int tile = blockIdx.x; threadIdx.x == CONSUMERS * 32 && tile < tiles; tile += gridDim.x) {
-            const Place at = place(tile, row_tiles, token_tiles, MAX);
-            const uint32_t a_bytes = min(ROWS, p.w_rows - at.row) * 128;
-            const uint32_t b_bytes = (min(MAX, live - at.token) + 7) / 8 * 1024;
+        for (int tile = first; threadIdx.x == CONSUMERS * 32 && tile < tiles; tile += stride) {
+            const Place at = find(tile);
+            const uint32_t a_bytes = max(0, min(ROWS, p.w_rows - at.row)) * 128;
+            const int lines = (min(MAX, live - at.token) + 7) / 8 * 8;
+            const uint32_t share = max(0, min(SHARE, lines - rank * SHARE)) * 128, offset = rank * SHARE * 128;
             const char* a = static_cast<const char*>(p.w) + static_cast<size_t>(at.row) * 128;
-            const char* b = static_cast<const char*>(p.x) + static_cast<size_t>(at.token) * 128;
+            const char* b = static_cast<const char*>(p.x) + static_cast<size_t>(at.token) * 128 + offset;
             for (int step = 0; step < p.cols / 64; ++step) {
-                const uint32_t to = stages + ring.stage * STAGE_BYTES;
+                const uint32_t to = stages + ring.stage * STAGE_BYTES, to_b = to + ROWS * 128 + offset;
                 ring.wait_empty();
-                barrier_expect(ring.full(), a_bytes + b_bytes);
-                bulk_load(to, a, a_bytes, ring.full());
-                bulk_load(to + ROWS * 128, b, b_bytes, ring.full());
+                barrier_expect(ring.full(), a_bytes + lines * 128);
+                if (a_bytes) bulk_load(to, a, a_bytes, ring.full());
+                if constexpr (BLOCKS > 1) {
+                    if (share) bulk_load_shared(to_b, b, share, ring.full(), (1 << BLOCKS) - 1);
+                } else {
+                    bulk_load(to_b, b, share, ring.full());
+                }
                 ring.advance();
                 a += static_cast<size_t>(p.w_rows) * 128;
                 b += static_cast<size_t>(p.capacity) * 128;
             }
         }
+        // A block stays until no other copies into it or arrives at its barriers.
+        if constexpr (BLOCKS > 1) {
+            __syncwarp();
+            cluster_sync();
+        }
     } else {
-        registers_grow<240>();
-        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-            const Place at = place(tile, row_tiles, token_tiles, MAX);
+        registers_grow<232>();
+        for (int tile = first; tile < tiles; tile += stride) {
+            const Place at = find(tile);
             const int tokens = live - at.token;
             // A ragged tile multiplies as few columns as an instruction for it has.
             if constexpr (MAX == 256) {
                 if (tokens > 192) {
-                    consume<256, STAGES, STAGE_BYTES, OUT>(p, ring, stages, at.row, at.token, live);
+                    consume<256, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, live);
                     continue;
                 }
                 if (tokens > 128) {
-                    consume<192, STAGES, STAGE_BYTES, OUT>(p, ring, stages, at.row, at.token, live);
+                    consume<192, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, live);
                     continue;
                 }
             }
             if (tokens > 64)
-                consume<128, STAGES, STAGE_BYTES, OUT>(p, ring, stages, at.row, at.token, live);
+                consume<128, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, live);
             else if (MAX == 256 || tokens > 32)
-                consume<64, STAGES, STAGE_BYTES, OUT>(p, ring, stages, at.row, at.token, live);
+                consume<64, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, live);
             else
-                consume<32, STAGES, STAGE_BYTES, OUT>(p, ring, stages, at.row, at.token, live);
+                consume<32, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, live);
         }
+        if constexpr (BLOCKS > 1) cluster_sync();
     }
 }
-#define BODY(MAX, STAGES, OUT) gemm<MAX, STAGES, OUT>(p)
+
+// For few tokens, which make few tiles: the SPLIT blocks of a cluster share the k of a tile and then each adds up a share of its tokens,
+// in the order of the blocks.
+template <int MAX, int SPLIT, int STAGES, Output OUT> DEVICE void gemm_split(const Params& p) {
+    constexpr int STAGE_BYTES = (ROWS + MAX) * 128, LINE = ROWS + 4;  // of sums, padded against bank conflicts
+    static_assert(MAX * LINE * 4 <= STAGES * STAGE_BYTES, "the sums take the ring's place");
+    extern __shared__ __align__(1024) char shared[];
+    __shared__ __align__(8) uint64_t barriers[2 * STAGES];
+    const uint32_t stages = shared_address(shared);
+    Ring<STAGES, 2, CONSUMERS> ring(shared_address(barriers));
+    if (threadIdx.x == 0) ring.init();
+    __syncthreads();
+    const int rank = cluster_rank(), row_tiles = (p.w_rows + ROWS - 1) / ROWS, tile = blockIdx.x / SPLIT;
+    const int row = tile % row_tiles * ROWS, token = tile / row_tiles * MAX;
+    const int first = p.cols / 64 * rank / SPLIT, steps = p.cols / 64 * (rank + 1) / SPLIT - first;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const auto copy_w = [&](int step) {
+        const uint32_t bytes = min(ROWS, p.w_rows - row) * 128;
+        barrier_expect(ring.full(), bytes);
+        bulk_load(stages + ring.stage * STAGE_BYTES,
+                  static_cast<const char*>(p.w) + (static_cast<size_t>(first + step) * p.w_rows + row) * 128, bytes, ring.full());
+    };
+    if (threadIdx.x == CONSUMERS * 32) {
+        // The first weights do not wait for the kernel before.
+        for (int step = 0; step < min(STAGES, steps); ++step, ring.advance()) copy_w(step);
+    }
+    pdl_wait();
+    pdl_launch();
+    const int live = min(*p.live, p.tokens), tokens = min(MAX, live - token);
+    auto* sums = reinterpret_cast<float*>(shared);
+    if (threadIdx.x == CONSUMERS * 32) {
+        proxy_fence();
+        const uint32_t bytes = max(0, (tokens + 7) / 8 * 1024);
+        ring.stage = 0, ring.parity = 0;
+        for (int step = 0; step < steps; ++step, ring.advance()) {
+            if (step >= STAGES) {
+                ring.wait_empty();
+                copy_w(step);
+            }
+            barrier_expect(ring.full(), bytes);
+            if (bytes)
+                bulk_load(stages + ring.stage * STAGE_BYTES + ROWS * 128,
+                          static_cast<const char*>(p.x) + (static_cast<size_t>(first + step) * p.capacity + token) * 128, bytes,
+                          ring.full());
+        }
+    } else if (warp < CONSUMERS) {
+        const auto run = [&](auto& d) {
+            constexpr int N = sizeof(d) / 2;
+            multiply<N, 1, STAGE_BYTES>(d, ring, stages, steps);
+            // Both warpgroups are done with the ring.
+            asm volatile("bar.sync 1, 256;" ::: "memory");
+#pragma unroll
+            for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+                for (int c = 0; c < 4; ++c)
+                    sums[(8 * j + lane % 4 * 2 + c % 2) * LINE + warp * 16 + lane / 4 + c / 2 * 8] = d[4 * j + c];
+        };
+        if (tokens > MAX / 2) {
+            float d[MAX / 2] = {};
+            run(d);
+        } else {
+            float d[MAX / 4] = {};
+            run(d);
+        }
+    }
+    __syncwarp();
+    cluster_sync();
+    const int out = row + lane * 4;
+    const bool vector = p.stride % 4 == 0 && out + 4 <= p.outs;
+    for (int i = rank * (MAX / SPLIT) + warp; warp < CONSUMERS && i < min(tokens, (rank + 1) * (MAX / SPLIT)); i += CONSUMERS) {
+        float v[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) v[e] = p.bias && out + e < p.outs ? p.bias[out + e] : 0.0f;
+        const uint32_t from = shared_address(sums + i * LINE + lane * 4);
+#pragma unroll
+        for (int block = 0; block < SPLIT; ++block) {
+            const float4 part = load_of_block(from, block);
+            v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
+        }
+        const size_t to = static_cast<size_t>(token + i) * p.stride + out;
+        if constexpr (OUT == STORE_BF16) {
+            auto* y = static_cast<__nv_bfloat16*>(p.y) + to;
+            if (vector)
+                *reinterpret_cast<uint2*>(y) = make_uint2(pack2<__nv_bfloat16>(v[0], v[1]), pack2<__nv_bfloat16>(v[2], v[3]));
+            else
+                for (int e = 0; e < 4 && out + e < p.outs; ++e) y[e] = __float2bfloat16_rn(v[e]);
+        } else {
+            float* y = static_cast<float*>(p.y) + to;
+            float4 old = make_float4(0, 0, 0, 0);
+            if (vector) {
+                if constexpr (OUT == ADD_F32) old = *reinterpret_cast<const float4*>(y);
+                *reinterpret_cast<float4*>(y) = make_float4(old.x + v[0], old.y + v[1], old.z + v[2], old.w + v[3]);
+            } else {
+                for (int e = 0; e < 4 && out + e < p.outs; ++e) y[e] = (OUT == ADD_F32 ? y[e] : 0.0f) + v[e];
+            }
+        }
+    }
+    // Nobody reads this block's sums any more once all have come here.
+    __syncwarp();
+    cluster_sync();
+}
+
+#define BODY(MAX, BLOCKS, STAGES, OUT) gemm<MAX, BLOCKS, STAGES, OUT>(p)
+#define BODY_SPLIT(MAX, SPLIT, STAGES, OUT) gemm_split<MAX, SPLIT, STAGES, OUT>(p)
+#define CLUSTER(BLOCKS) __cluster_dims__(BLOCKS, 1, 1)
 #else
-#define BODY(MAX, STAGES, OUT)
+#define BODY(MAX, BLOCKS, STAGES, OUT)
+#define BODY_SPLIT(MAX, SPLIT, STAGES, OUT)
+#define CLUSTER(BLOCKS)
 #endif
 
-#define DEFINE(NAME, MAX, STAGES, OUT) \
-    KERNEL __launch_bounds__(384, 1) NAME(const __grid_constant__ Params p) { BODY(MAX, STAGES, OUT); }
-DEFINE(gemm_f32_256, 256, 4, STORE_F32)
-DEFINE(gemm_bf16_256, 256, 4, STORE_BF16)
-DEFINE(gemm_add_256, 256, 4, ADD_F32)
-DEFINE(gemm_f32_128, 128, 6, STORE_F32)
-DEFINE(gemm_bf16_128, 128, 6, STORE_BF16)
-DEFINE(gemm_add_128, 128, 6, ADD_F32)
-
-#define DEFINE_PORTABLE(NAME, OUT) \
-    KERNEL __launch_bounds__(256) NAME(const __grid_constant__ Params p) { gemm_portable<OUT>(p); }
-DEFINE_PORTABLE(gemm_f32_portable, STORE_F32)
-DEFINE_PORTABLE(gemm_bf16_portable, STORE_BF16)
-DEFINE_PORTABLE(gemm_add_portable, ADD_F32)
+#define DEFINE(NAME, OUT)                                                                                                  \
+    KERNEL __launch_bounds__(384, 1) NAME##_128(const __grid_constant__ Params p) { BODY(128, 1, 6, OUT); }                \
+    KERNEL __launch_bounds__(384, 1) NAME##_256(const __grid_constant__ Params p) { BODY(256, 1, 4, OUT); }                \
+    KERNEL CLUSTER(2) __launch_bounds__(384, 1) NAME##_pair(const __grid_constant__ Params p) { BODY(256, 2, 4, OUT); }    \
+    KERNEL CLUSTER(4) __launch_bounds__(288, 2) NAME##_split_64(const __grid_constant__ Params p) { BODY_SPLIT(64, 4, 4, OUT); }   \
+    KERNEL CLUSTER(4) __launch_bounds__(288, 2) NAME##_split_128(const __grid_constant__ Params p) { BODY_SPLIT(128, 4, 3, OUT); } \
+    KERNEL __launch_bounds__(256) NAME##_portable(const __grid_constant__ Params p) { gemm_portable<OUT>(p); }
+DEFINE(gemm_f32, STORE_F32)
+DEFINE(gemm_bf16, STORE_BF16)
+DEFINE(gemm_add, ADD_F32)

@@ -1,5 +1,5 @@
 use ctxserve_backend::DeviceError;
-use ctxserve_cuda::ops::gemm::{Call, Gemm, Output};
+use ctxserve_cuda::ops::gemm::{Call, Gemm, Output, Plan, Spread, plan};
 
 use crate::harness::{Bench, Work};
 
@@ -14,7 +14,7 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
     let gemm = Gemm::load(device)?;
     let cases = [("qkv", 2880, 5120), ("o", 4096, 2880), ("head", 2880, 201_088)];
     for (name, cols, outs) in cases {
-        for tokens in [32, 64, 128, 512, 2048, 8192] {
+        for tokens in [32, 64, 128, 256, 512, 2048, 8192] {
             if name == "head" && tokens > 512 {
                 continue;
             }
@@ -46,10 +46,33 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                     bytes: (outs * cols * 2 + tokens * cols * 2 + tokens * outs * moved) as f64,
                     flops: 2.0 * (tokens * cols * outs) as f64,
                 };
-                let issue = |at: usize| {
-                    gemm.issue(
-                        device,
-                        &Call {
+                let planned = plan(tokens, outs, device.facts().multiprocessors as usize);
+                let mut plans = vec![planned];
+                let others: &[(Spread, usize)] = match tokens {
+                    0..=128 => &[(Spread::Split64, 8), (Spread::Split128, 8), (Spread::Narrow, 8)],
+                    129..=256 => &[(Spread::Split128, 8), (Spread::Narrow, 8), (Spread::Wide, 8)],
+                    257..=512 => {
+                        &[(Spread::Split128, 8), (Spread::Narrow, 8), (Spread::Wide, 8), (Spread::Pairs, 8)]
+                    }
+                    _ => &[
+                        (Spread::Narrow, 16),
+                        (Spread::Wide, 4),
+                        (Spread::Wide, 8),
+                        (Spread::Wide, 16),
+                        (Spread::Pairs, 4),
+                        (Spread::Pairs, 8),
+                        (Spread::Pairs, 16),
+                    ],
+                };
+                plans.extend(others.iter().map(|&(spread, group)| Plan { spread, group }));
+                plans.dedup();
+                for plan in plans {
+                    // The head is large: only as planned, and in whole tiles.
+                    if name == "head" && plan != planned && plan.spread != Spread::Pairs {
+                        continue;
+                    }
+                    let issue = |at: usize| {
+                        let call = Call {
                             w: &w[at % sets],
                             x: &x,
                             bias: Some(&bias),
@@ -61,10 +84,11 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                             outs,
                             capacity: tokens,
                             stride: outs,
-                        },
-                    )
-                };
-                bench.time(&format!("gemm {name} {kind} {tokens}x{cols}x{outs}"), work, 2 * sets, issue)?;
+                        };
+                        gemm.issue_as(device, &call, plan)
+                    };
+                    bench.time(&format!("gemm {name} {kind} {tokens}, {plan}"), work, 2 * sets, issue)?;
+                }
             }
         }
     }

@@ -67,6 +67,42 @@ template <int STAGES, int FILLERS, int USERS> struct Ring {
     }
 };
 
+// Clusters: every thread of every block has come here, and what they wrote to shared memory is seen.
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+DEVICE int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// Arrives at the barrier that has this address in another block's shared memory.
+DEVICE void barrier_arrive_of_block(uint32_t barrier, int block) {
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(
+            barrier),
+        "r"(block)
+        : "memory");
+}
+// As bulk_load, into every block of `mask`, at the same address, telling the same barrier, of each.
+DEVICE void bulk_load_shared(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint16_t mask) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "h"(mask)
+        : "memory");
+}
+// 16 bytes of another block's shared memory, at the address that they have in its own.
+DEVICE float4 load_of_block(uint32_t address, int block) {
+    uint32_t there;
+    float4 v;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(there)
+                 : "memory");
+    return v;
+}
+
 // Registers of a warp for the roles of a warp-specialised kernel; every warp of the warpgroup executes it.
 template <int N> DEVICE void registers_grow() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> DEVICE void registers_shrink() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }

@@ -1,5 +1,7 @@
 //! Dense products of bf16 operands for more tokens than a matrix-vector kernel is made for.
 
+use std::fmt;
+
 use ctxserve_backend::DeviceError;
 
 use crate::driver::{Buffer, Device, Kernel, Launch, Params};
@@ -7,8 +9,37 @@ use crate::driver::{Buffer, Device, Kernel, Launch, Params};
 const OP: &str = "gemm";
 /// Weight rows of a tile.
 const ROWS: usize = 128;
+/// Blocks that share the sum of a tile.
+const SPLIT: usize = 4;
 /// Bytes of a step of 64 of one row.
 const LINE: usize = 128;
+/// By output, then by the order of [`Spread::ALL`].
+const KERNELS: [[&str; 6]; 3] = [
+    [
+        "gemm_f32_split_64",
+        "gemm_f32_split_128",
+        "gemm_f32_128",
+        "gemm_f32_256",
+        "gemm_f32_pair",
+        "gemm_f32_portable",
+    ],
+    [
+        "gemm_bf16_split_64",
+        "gemm_bf16_split_128",
+        "gemm_bf16_128",
+        "gemm_bf16_256",
+        "gemm_bf16_pair",
+        "gemm_bf16_portable",
+    ],
+    [
+        "gemm_add_split_64",
+        "gemm_add_split_128",
+        "gemm_add_128",
+        "gemm_add_256",
+        "gemm_add_pair",
+        "gemm_add_portable",
+    ],
+];
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +55,7 @@ struct Arguments {
     capacity: i32,
     stride: i32,
     tokens: i32,
+    group: i32,
 }
 
 // SAFETY: mirrors `Params` of kernels/gemm.cu.
@@ -40,22 +72,105 @@ pub enum Output<'a> {
     Add(&'a Buffer<f32>),
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Variant {
-    kernel: Kernel,
-    /// Most tokens of a tile.
-    tokens: usize,
-    threads: u32,
-    shared: u32,
-    /// Blocks of the device.
-    blocks: usize,
+/// How a product is spread over the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spread {
+    /// Tiles of 128 weight rows by 64 tokens, each the work of four blocks that share its sum.
+    Split64,
+    /// The same by 128 tokens.
+    Split128,
+    /// Blocks walk through tiles of 128 by 128.
+    Narrow,
+    /// By 256.
+    Wide,
+    /// By 256, two blocks sharing the tokens' copies.
+    Pairs,
+    /// By 64, without Hopper's instructions.
+    Portable,
+}
+
+/// How a call is launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// The kernel.
+    pub spread: Spread,
+    /// Token tiles that are swept together.
+    pub group: usize,
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}, groups of {}", self.spread, self.group)
+    }
+}
+
+impl Spread {
+    const ALL: [Self; 6] =
+        [Self::Split64, Self::Split128, Self::Narrow, Self::Wide, Self::Pairs, Self::Portable];
+
+    /// Tokens of a tile.
+    fn tokens(self) -> usize {
+        match self {
+            Self::Split64 | Self::Portable => 64,
+            Self::Split128 | Self::Narrow => 128,
+            Self::Wide | Self::Pairs => 256,
+        }
+    }
+
+    fn shared(self) -> usize {
+        let stages = match self {
+            Self::Split64 | Self::Wide | Self::Pairs => 4,
+            Self::Split128 | Self::Portable => 3,
+            Self::Narrow => 6,
+        };
+        stages * (ROWS + self.tokens()) * LINE
+    }
+
+    fn threads(self) -> u32 {
+        match self {
+            Self::Split64 | Self::Split128 => 288,
+            Self::Narrow | Self::Wide | Self::Pairs => 384,
+            Self::Portable => 256,
+        }
+    }
+
+    fn tiles(self, tokens: usize, w_rows: usize) -> usize {
+        w_rows.div_ceil(ROWS) * tokens.div_ceil(self.tokens())
+    }
+
+    /// Blocks for a product.
+    fn blocks(self, tokens: usize, w_rows: usize, multiprocessors: usize) -> usize {
+        let tiles = self.tiles(tokens, w_rows);
+        match self {
+            Self::Split64 | Self::Split128 => SPLIT * tiles,
+            Self::Narrow | Self::Wide => tiles.min(multiprocessors),
+            Self::Pairs => {
+                2 * (w_rows.div_ceil(2 * ROWS) * tokens.div_ceil(self.tokens())).min(multiprocessors / 2)
+            }
+            Self::Portable => tiles.min(2 * multiprocessors),
+        }
+    }
+}
+
+/// The launch for a product on a Hopper device.
+pub fn plan(tokens: usize, w_rows: usize, multiprocessors: usize) -> Plan {
+    // Shared sums are worth it where whole tiles would leave multiprocessors idle; beyond, they read too much of x again.
+    let spread = if tokens <= 256 && Spread::Narrow.tiles(tokens, w_rows) < 2 * multiprocessors {
+        if tokens <= 64 { Spread::Split64 } else { Spread::Split128 }
+    } else if tokens <= 128 {
+        Spread::Narrow
+    } else {
+        Spread::Wide
+    };
+    Plan { spread, group: 8 }
 }
 
 /// The loaded kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct Gemm {
-    /// By output, then narrow and wide.
-    variants: [[Variant; 2]; 3],
+    /// By output, then by the order of [`Spread::ALL`]; the portable ones only, where there are no others.
+    kernels: [[Option<Kernel>; 6]; 3],
+    portable: bool,
 }
 
 /// `y[token, out] (+)= sum over k of x[token, k] * w[out, k] + bias[out]`, float32 sums.
@@ -91,21 +206,7 @@ impl Gemm {
     /// # Errors
     /// No code for this device.
     pub fn load(device: &Device) -> Result<Self, DeviceError> {
-        if !device.facts().is_hopper() {
-            return Self::portable(device);
-        }
-        let variant = |function, tokens, stages| {
-            let shared = stages * (ROWS + tokens) * LINE;
-            let kernel = device.kernel(OP, function, shared)?;
-            let blocks = device.facts().multiprocessors as usize;
-            Ok(Variant { kernel, tokens, threads: 384, shared: shared as u32, blocks })
-        };
-        let variants = [
-            [variant("gemm_f32_128", 128, 6)?, variant("gemm_f32_256", 256, 4)?],
-            [variant("gemm_bf16_128", 128, 6)?, variant("gemm_bf16_256", 256, 4)?],
-            [variant("gemm_add_128", 128, 6)?, variant("gemm_add_256", 256, 4)?],
-        ];
-        Ok(Self { variants })
+        Self::of(device, !device.facts().is_hopper())
     }
 
     /// Loads the kernels that run on every device.
@@ -113,24 +214,39 @@ impl Gemm {
     /// # Errors
     /// No code for this device.
     pub fn portable(device: &Device) -> Result<Self, DeviceError> {
-        const TOKENS: usize = 64;
-        const STAGES: usize = 3;
-        let variant = |function| {
-            let shared = STAGES * (ROWS + TOKENS) * LINE;
-            let kernel = device.kernel(OP, function, shared)?;
-            let blocks = 2 * device.facts().multiprocessors as usize;
-            Ok([Variant { kernel, tokens: TOKENS, threads: 256, shared: shared as u32, blocks }; 2])
-        };
-        let variants =
-            [variant("gemm_f32_portable")?, variant("gemm_bf16_portable")?, variant("gemm_add_portable")?];
-        Ok(Self { variants })
+        Self::of(device, true)
     }
 
-    /// Issues it.
+    fn of(device: &Device, portable: bool) -> Result<Self, DeviceError> {
+        let mut kernels = [[None; 6]; 3];
+        for (kernels, names) in kernels.iter_mut().zip(KERNELS) {
+            for ((kernel, name), spread) in kernels.iter_mut().zip(names).zip(Spread::ALL) {
+                if !portable || spread == Spread::Portable {
+                    *kernel = Some(device.kernel(OP, name, spread.shared())?);
+                }
+            }
+        }
+        Ok(Self { kernels, portable })
+    }
+
+    /// Issues it, as [`plan`] says.
     ///
     /// # Errors
     /// Shapes or buffers that do not fit each other, or a device fault.
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
+        let plan = if self.portable {
+            Plan { spread: Spread::Portable, group: 8 }
+        } else {
+            plan(call.tokens, call.w_rows, device.facts().multiprocessors as usize)
+        };
+        self.issue_as(device, call, plan)
+    }
+
+    /// Issues it in a given way.
+    ///
+    /// # Errors
+    /// Shapes or buffers that do not fit each other, a kernel that was not loaded, or a device fault.
+    pub fn issue_as(&self, device: &Device, call: &Call<'_>, plan: Plan) -> Result<(), DeviceError> {
         let Call { tokens, cols, w_rows, outs, capacity, stride, .. } = *call;
         let (output, y, len) = match call.y {
             Output::F32(y) => (0, y.address(), y.len()),
@@ -157,9 +273,11 @@ impl Gemm {
         if tokens == 0 {
             return Ok(());
         }
-        let [narrow, wide] = self.variants[output];
-        let variant = if tokens <= narrow.tokens { narrow } else { wide };
-        let tiles = w_rows.div_ceil(ROWS) * tokens.div_ceil(variant.tokens);
+        let Plan { spread, group } = plan;
+        let Some(kernel) = &self.kernels[output][spread as usize] else {
+            return Err(DeviceError::new(OP, format!("the kernels for {plan} are not loaded")));
+        };
+        let blocks = spread.blocks(tokens, w_rows, device.facts().multiprocessors as usize);
         let arguments = Arguments {
             w: call.w.address(),
             x: call.x.address(),
@@ -172,14 +290,36 @@ impl Gemm {
             capacity: capacity as i32,
             stride: stride as i32,
             tokens: tokens as i32,
+            group: group.max(1) as i32,
         };
         let launch = Launch {
-            grid: [tiles.min(variant.blocks) as u32, 1, 1],
-            block: variant.threads,
-            shared: variant.shared,
+            grid: [blocks as u32, 1, 1],
+            block: spread.threads(),
+            shared: spread.shared() as u32,
             overlap: true,
         };
         // SAFETY: every buffer was checked to be large enough for the shapes.
-        unsafe { device.launch(&variant.kernel, &launch, &arguments) }
+        unsafe { device.launch(kernel, &launch, &arguments) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_tokens_share_sums_and_many_take_whole_tiles() {
+        let spread = |tokens, w_rows| plan(tokens, w_rows, 132).spread;
+        assert_eq!(spread(17, 5120), Spread::Split64);
+        assert_eq!(spread(65, 5120), Spread::Split128);
+        assert_eq!(spread(64, 201_088), Spread::Narrow);
+        assert_eq!(spread(8192, 2880), Spread::Wide);
+        assert_eq!(Spread::Split64.blocks(17, 2880, 132), 92);
+        assert_eq!(Spread::Pairs.blocks(300, 2880, 132), 48);
+    }
+
+    #[test]
+    fn kernels_are_in_the_order_of_spreads() {
+        assert!(Spread::ALL.iter().enumerate().all(|(at, &spread)| spread as usize == at));
     }
 }

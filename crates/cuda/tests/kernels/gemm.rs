@@ -1,5 +1,5 @@
 use ctxserve_cuda::driver::Device;
-use ctxserve_cuda::ops::gemm::{Call, Gemm, Output};
+use ctxserve_cuda::ops::gemm::{Call, Gemm, Output, Plan, Spread};
 
 use crate::common::{Random, assert_rows, device, from_bf16, to_bf16, to_panels};
 
@@ -40,8 +40,24 @@ fn random_inputs(random: &mut Random, s: Shape) -> Inputs {
     }
 }
 
+/// The kernels, and the way to use them; as planned if absent.
+struct Path {
+    gemm: Gemm,
+    plan: Option<Plan>,
+}
+
+impl Path {
+    fn usual(device: &Device) -> Self {
+        Self { gemm: Gemm::load(device).unwrap(), plan: None }
+    }
+
+    fn of(device: &Device, spread: Spread, group: usize) -> Self {
+        Self { plan: Some(Plan { spread, group }), ..Self::usual(device) }
+    }
+}
+
 /// Runs it and returns all of y, widened.
-fn run(device: &Device, gemm: &Gemm, s: Shape, inputs: &Inputs) -> Vec<f64> {
+fn run(device: &Device, path: &Path, s: Shape, inputs: &Inputs) -> Vec<f64> {
     let capacity = (s.tokens + 9).next_multiple_of(8);
     let (w, x) = (
         device.upload(&to_panels(&inputs.w, s.cols, s.w_rows)).unwrap(),
@@ -69,7 +85,10 @@ fn run(device: &Device, gemm: &Gemm, s: Shape, inputs: &Inputs) -> Vec<f64> {
         capacity,
         stride: s.stride,
     };
-    gemm.issue(device, &call).unwrap();
+    match path.plan {
+        Some(plan) => path.gemm.issue_as(device, &call, plan).unwrap(),
+        None => path.gemm.issue(device, &call).unwrap(),
+    }
     match s.kind {
         Kind::Bf16 => from_bf16(&y16.read(0, y16.len()).unwrap()),
         _ => y32.read(0, y32.len()).unwrap().into_iter().map(f64::from).collect(),
@@ -104,7 +123,7 @@ fn limit(kind: Kind) -> f64 {
 }
 
 /// With weights that pick one element of x each, any mistake of layout shows as a value from elsewhere, by name.
-fn check_puts_every_element_in_its_place(device: &Device, gemm: &Gemm) {
+fn check_puts_every_element_in_its_place(device: &Device, path: &Path) {
     for tokens in [32, 64, 128, 192, 256, 300] {
         let s = Shape {
             live: tokens,
@@ -128,7 +147,7 @@ fn check_puts_every_element_in_its_place(device: &Device, gemm: &Gemm) {
             bias: vec![0.0; s.outs],
             before: vec![-1.0; (tokens + 5) * s.stride],
         };
-        let got = run(device, gemm, s, &inputs);
+        let got = run(device, path, s, &inputs);
         let wrong: Vec<String> = (0..tokens * s.outs)
             .filter_map(|at| {
                 let (token, out) = (at / s.outs, at % s.outs);
@@ -147,7 +166,7 @@ fn check_puts_every_element_in_its_place(device: &Device, gemm: &Gemm) {
     }
 }
 
-fn check_equals_its_definition(device: &Device, gemm: &Gemm) {
+fn check_equals_its_definition(device: &Device, path: &Path) {
     let mut random = Random::new();
     for (case, (live, tokens)) in [
         (1, 1),
@@ -177,7 +196,7 @@ fn check_equals_its_definition(device: &Device, gemm: &Gemm) {
                 kind,
             };
             let inputs = random_inputs(&mut random, s);
-            let got = run(device, gemm, s, &inputs);
+            let got = run(device, path, s, &inputs);
             let all = || (0..live).flat_map(|token| (0..s.outs).map(move |out| (token, out)));
             let want: Vec<f64> = all().map(|(token, out)| definition(s, &inputs, token, out)).collect();
             let live_values: Vec<f64> = all().map(|(token, out)| got[token * s.stride + out]).collect();
@@ -188,7 +207,7 @@ fn check_equals_its_definition(device: &Device, gemm: &Gemm) {
 }
 
 /// The model's own shapes, checked at sampled elements; more tiles than multiprocessors.
-fn check_of_real_shapes(device: &Device, gemm: &Gemm) {
+fn check_of_real_shapes(device: &Device, path: &Path) {
     let mut random = Random::new();
     for (tokens, cols, outs, kind) in [
         (1000, 2880, 5120, Kind::F32),
@@ -198,7 +217,7 @@ fn check_of_real_shapes(device: &Device, gemm: &Gemm) {
     ] {
         let s = Shape { live: tokens, tokens, cols, w_rows: outs, outs, stride: outs, bias: true, kind };
         let inputs = random_inputs(&mut random, s);
-        let got = run(device, gemm, s, &inputs);
+        let got = run(device, path, s, &inputs);
         let places: Vec<(usize, usize)> = (0..4000)
             .map(|_| (random.below(tokens), random.below(outs)))
             .chain([(tokens - 1, outs - 1)])
@@ -211,8 +230,8 @@ fn check_of_real_shapes(device: &Device, gemm: &Gemm) {
     }
 }
 
-/// A token's bits do not depend on its neighbours in a tile, nor on the launch's size class.
-fn check_rows_do_not_depend_on_neighbours(device: &Device, gemm: &Gemm) {
+/// A token's bits do not depend on its neighbours in a tile, if the way is the same.
+fn check_rows_do_not_depend_on_neighbours(device: &Device, path: &Path) {
     let mut random = Random::new();
     let base = Shape {
         live: 300,
@@ -225,7 +244,7 @@ fn check_rows_do_not_depend_on_neighbours(device: &Device, gemm: &Gemm) {
         kind: Kind::F32,
     };
     let inputs = random_inputs(&mut random, base);
-    let all = run(device, gemm, base, &inputs);
+    let all = run(device, path, base, &inputs);
     for tokens in [20, 90, 170, 299] {
         let s = Shape { live: tokens, tokens, ..base };
         let part = Inputs {
@@ -234,7 +253,7 @@ fn check_rows_do_not_depend_on_neighbours(device: &Device, gemm: &Gemm) {
             bias: inputs.bias.clone(),
             before: inputs.before[..(tokens + 5) * s.stride].to_vec(),
         };
-        let got = run(device, gemm, s, &part);
+        let got = run(device, path, s, &part);
         assert!(got[..tokens * s.stride] == all[..tokens * s.stride], "{tokens} tokens differ from 300");
     }
 }
@@ -242,33 +261,63 @@ fn check_rows_do_not_depend_on_neighbours(device: &Device, gemm: &Gemm) {
 #[test]
 fn gemm_puts_every_element_in_its_place() {
     let Some((device, _turn)) = device() else { return };
-    check_puts_every_element_in_its_place(&device, &Gemm::load(&device).unwrap());
+    check_puts_every_element_in_its_place(&device, &Path::usual(&device));
 }
 
 #[test]
 fn gemm_equals_its_definition() {
     let Some((device, _turn)) = device() else { return };
-    check_equals_its_definition(&device, &Gemm::load(&device).unwrap());
+    check_equals_its_definition(&device, &Path::usual(&device));
 }
 
 #[test]
 fn gemm_of_real_shapes() {
     let Some((device, _turn)) = device() else { return };
-    check_of_real_shapes(&device, &Gemm::load(&device).unwrap());
-}
-
-#[test]
-fn gemm_rows_do_not_depend_on_neighbours() {
-    let Some((device, _turn)) = device() else { return };
-    check_rows_do_not_depend_on_neighbours(&device, &Gemm::load(&device).unwrap());
+    check_of_real_shapes(&device, &Path::usual(&device));
 }
 
 #[test]
 fn gemm_portable_passes_the_same() {
     let Some((device, _turn)) = device() else { return };
     let gemm = Gemm::portable(&device).unwrap();
-    check_puts_every_element_in_its_place(&device, &gemm);
-    check_equals_its_definition(&device, &gemm);
-    check_of_real_shapes(&device, &gemm);
-    check_rows_do_not_depend_on_neighbours(&device, &gemm);
+    let path = Path { gemm, plan: None };
+    check_puts_every_element_in_its_place(&device, &path);
+    check_equals_its_definition(&device, &path);
+    check_of_real_shapes(&device, &path);
+    check_rows_do_not_depend_on_neighbours(&device, &path);
+}
+
+/// Each way on shapes that it would not be planned for, too.
+#[test]
+fn gemm_passes_the_same_in_every_way() {
+    let Some((device, _turn)) = device() else { return };
+    if !device.facts().is_hopper() {
+        println!("skipped: {} is not a Hopper device", device.facts().name);
+        return;
+    }
+    for (spread, group) in [
+        (Spread::Split64, 8),
+        (Spread::Split128, 8),
+        (Spread::Narrow, 1),
+        (Spread::Wide, 3),
+        (Spread::Pairs, 1),
+        (Spread::Pairs, 8),
+    ] {
+        println!("{spread:?}, groups of {group}");
+        let path = Path::of(&device, spread, group);
+        check_puts_every_element_in_its_place(&device, &path);
+        check_equals_its_definition(&device, &path);
+        check_rows_do_not_depend_on_neighbours(&device, &path);
+    }
+}
+
+/// Pairs of blocks on shapes with an odd number of weight tiles and more tiles than blocks.
+#[test]
+fn gemm_pairs_of_real_shapes() {
+    let Some((device, _turn)) = device() else { return };
+    if !device.facts().is_hopper() {
+        println!("skipped: {} is not a Hopper device", device.facts().name);
+        return;
+    }
+    check_of_real_shapes(&device, &Path::of(&device, Spread::Pairs, 8));
 }
