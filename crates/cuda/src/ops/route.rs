@@ -4,15 +4,20 @@ use std::fmt;
 
 use ctxserve_backend::DeviceError;
 
-use crate::driver::{Buffer, Device, Kernel, Launch, Params};
+use crate::driver::{Buffer, Device, Facts, Kernel, Launch, Params};
 
 const OP: &str = "route";
 const THREADS: u32 = 512;
+const SPREAD_THREADS: u32 = 256;
+/// Blocks of a cluster.
+const SPREAD: usize = 8;
 const SHARED_ROWS: usize = 8;
 /// Shared memory of the larger kernel that is not for rows.
 const STATIC: usize = 8 * 1024;
 /// Rows from which eight share the reads of the router's weights.
 const MANY: usize = 65;
+/// First compute capability with clusters of blocks.
+const CLUSTERS: (u32, u32) = (9, 0);
 pub(super) const MOST_EXPERTS: usize = 128;
 pub(super) const MOST_CHOICES: usize = 8;
 
@@ -42,13 +47,25 @@ unsafe impl Params for Arguments {}
 pub struct Route {
     one: Kernel,
     eight: Kernel,
+    spread: Option<Kernel>,
+}
+
+/// How rows and blocks go together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// A cluster of eight blocks for each row.
+    Spread,
+    /// A block for each row.
+    One,
+    /// A block for eight rows, which share the reads of the router's weights.
+    Eight,
 }
 
 /// How a call is launched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// Rows of a block: 1, or 8 that share the router's weights.
-    pub rows: usize,
+    /// What a block does.
+    pub split: Split,
     /// Blocks.
     pub blocks: u32,
     /// Bytes of shared memory.
@@ -57,15 +74,21 @@ pub struct Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} blocks of {} rows, {} bytes shared", self.blocks, self.rows, self.shared)
+        write!(f, "{:?}, {} blocks, {} bytes shared", self.split, self.blocks, self.shared)
     }
 }
 
-/// The launch for `rows` rows of `hidden` where a block may have `shared` bytes of shared memory.
-pub fn plan(rows: usize, hidden: usize, shared: usize) -> Plan {
-    let many = rows >= MANY && SHARED_ROWS * hidden * 4 + STATIC <= shared;
-    let each = if many { SHARED_ROWS } else { 1 };
-    Plan { rows: each, blocks: rows.div_ceil(each) as u32, shared: (each * hidden * 4) as u32 }
+/// The launch for `rows` rows of `hidden`.
+pub fn plan(rows: usize, hidden: usize, facts: &Facts) -> Plan {
+    let (row, shared) = (hidden * 4, facts.shared_memory as usize);
+    let (split, blocks, each) = if rows >= MANY && SHARED_ROWS * row + STATIC <= shared {
+        (Split::Eight, rows.div_ceil(SHARED_ROWS), SHARED_ROWS * row)
+    } else if rows < MANY && facts.capability >= CLUSTERS {
+        (Split::Spread, rows * SPREAD, row)
+    } else {
+        (Split::One, rows, row)
+    };
+    Plan { split, blocks: blocks as u32, shared: each as u32 }
 }
 
 /// `h = RMSNorm(x)`, and of its logits the `top_k` greatest (ties: the lowest index; a NaN is above all) with their softmax.
@@ -107,10 +130,17 @@ impl Route {
     /// # Errors
     /// No code for this device.
     pub fn load(device: &Device) -> Result<Self, DeviceError> {
-        let shared = (device.facts().shared_memory as usize).saturating_sub(STATIC);
+        let facts = device.facts();
+        let shared = (facts.shared_memory as usize).saturating_sub(STATIC);
+        let spread = if facts.capability >= CLUSTERS {
+            Some(device.kernel("route", "route_spread", shared)?)
+        } else {
+            None
+        };
         Ok(Self {
             one: device.kernel("route", "route_one", shared)?,
             eight: device.kernel("route", "route_eight", shared)?,
+            spread,
         })
     }
 
@@ -121,7 +151,7 @@ impl Route {
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
         let Call { rows, hidden, experts, top_k, .. } = *call;
         let shared = device.facts().shared_memory as usize;
-        let plan = plan(rows, hidden, shared);
+        let plan = plan(rows, hidden, device.facts());
         let fits = hidden.is_multiple_of(64)
             && hidden > 0
             && plan.shared as usize + STATIC <= shared
@@ -157,8 +187,13 @@ impl Route {
             fragments: i32::from(call.fragments),
             eps: call.eps,
         };
-        let kernel = if plan.rows == 1 { &self.one } else { &self.eight };
-        let launch = Launch { grid: [plan.blocks, 1, 1], block: THREADS, shared: plan.shared, overlap: true };
+        let (kernel, block) = match (plan.split, &self.spread) {
+            (Split::Spread, Some(spread)) => (spread, SPREAD_THREADS),
+            (Split::Spread, None) => return Err(DeviceError::new(OP, "no kernel with clusters was loaded")),
+            (Split::One, _) => (&self.one, THREADS),
+            (Split::Eight, _) => (&self.eight, THREADS),
+        };
+        let launch = Launch { grid: [plan.blocks, 1, 1], block, shared: plan.shared, overlap: true };
         // SAFETY: every buffer was checked to be large enough for `rows`, which `live` does not exceed.
         unsafe { device.launch(kernel, &launch, &arguments) }
     }
@@ -167,16 +202,18 @@ impl Route {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const H200: usize = 232_448;
+    use crate::ops::moe_gate_up::tests::facts;
 
     #[test]
-    fn decode_has_a_block_a_row_and_prefill_shares_weights() {
-        assert_eq!(plan(1, 2880, H200), Plan { rows: 1, blocks: 1, shared: 11_520 });
-        assert_eq!(plan(64, 2880, H200).blocks, 64);
-        assert_eq!(plan(65, 2880, H200), Plan { rows: 8, blocks: 9, shared: 92_160 });
+    fn decode_spreads_a_row_and_prefill_shares_weights() {
+        let h200 = facts(232_448);
+        assert_eq!(plan(1, 2880, &h200), Plan { split: Split::Spread, blocks: 8, shared: 11_520 });
+        assert_eq!(plan(64, 2880, &h200).blocks, 512);
+        assert_eq!(plan(65, 2880, &h200), Plan { split: Split::Eight, blocks: 9, shared: 92_160 });
         // Rows that do not fit eight at a time.
-        assert_eq!(plan(100, 8192, H200), Plan { rows: 1, blocks: 100, shared: 32_768 });
-        assert_eq!(plan(100, 2880, H200).to_string(), "13 blocks of 8 rows, 92160 bytes shared");
+        assert_eq!(plan(100, 8192, &h200), Plan { split: Split::One, blocks: 100, shared: 32_768 });
+        let ampere = Facts { capability: (8, 0), ..facts(166_912) };
+        assert_eq!(plan(64, 2880, &ampere), Plan { split: Split::One, blocks: 64, shared: 11_520 });
+        assert_eq!(plan(100, 2880, &h200).to_string(), "Eight, 13 blocks, 92160 bytes shared");
     }
 }

@@ -147,6 +147,8 @@ fn route_equals_its_definition() {
         (1, 64, 1, 1),
         (1, 2880, 32, 4),
         (3, 192, 5, 5),
+        (9, 4096, 9, 2),
+        (2, 8192, 100, 8),
         (17, 2880, 32, 4),
         (64, 256, 128, 8),
         (65, 320, 33, 4),
@@ -160,24 +162,26 @@ fn route_equals_its_definition() {
 }
 
 #[test]
-fn a_row_is_routed_alike_alone_and_among_many() {
+fn a_row_is_routed_alike_alone_and_among_others() {
     let Some((device, _turn)) = device() else { return };
     let mut random = Random::new();
-    let many = Case::random(&mut random, 75, 2880, 32, 4);
-    let together = many.run(&device, 75);
-    for row in [0, 7, 8, 74] {
-        let alone = Case {
-            rows: 1,
-            x: many.x[row * 2880..][..2880].to_vec(),
-            norm: many.norm.clone(),
-            router: many.router.clone(),
-            bias: many.bias.clone(),
-            ..many
-        };
-        let alone = alone.run(&device, 1);
-        assert_eq!(alone.choice[..4], together.choice[row * 4..][..4]);
-        assert_eq!(alone.weight[..4], together.weight[row * 4..][..4]);
-        assert_eq!(alone.h[..2880], together.h[row * 2880..][..2880]);
+    for (rows, some) in [(64, 1), (150, 71)] {
+        let many = Case::random(&mut random, rows, 2880, 32, 4);
+        let together = many.run(&device, rows);
+        for first in [0, 7, rows - some] {
+            let few = Case {
+                rows: some,
+                x: many.x[first * 2880..][..some * 2880].to_vec(),
+                norm: many.norm.clone(),
+                router: many.router.clone(),
+                bias: many.bias.clone(),
+                ..many
+            };
+            let few = few.run(&device, some);
+            assert_eq!(few.choice[..some * 4], together.choice[first * 4..][..some * 4]);
+            assert_eq!(few.weight[..some * 4], together.weight[first * 4..][..some * 4]);
+            assert_eq!(few.h[..some * 2880], together.h[first * 2880..][..some * 2880]);
+        }
     }
 }
 
