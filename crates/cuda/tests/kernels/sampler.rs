@@ -91,8 +91,7 @@ fn some_logits(random: &mut Random, vocab: usize, kind: usize) -> Vec<f32> {
 
 fn some_row(random: &mut Random, vocab: usize) -> SampleRow {
     let unit = |random: &mut Random| (random.unit() + 1.0) / 2.0;
-    let mut p = SamplingParams::default();
-    p.temperature = [0.0, 1.0, 1.0, 0.3, 2.0, 1e-6][random.below(6)];
+    let mut p = params(|p| p.temperature = [0.0, 1.0, 1.0, 0.3, 2.0, 1e-6][random.below(6)]);
     if random.below(3) == 0 {
         p.top_k = [1, 2, 20, 50, 300, 5000, 300_000][random.below(7)];
     }
@@ -152,7 +151,6 @@ fn adjusted(logits: &[f32], row: &SampleRow) -> Vec<f32> {
 }
 
 /// How far the draw lies from the interval of `id`, in probability, by the definition in float64.
-
 fn distance(logits: &[f32], row: &SampleRow, id: TokenId) -> f64 {
     let p = &row.params;
     let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
