@@ -128,16 +128,6 @@ template <Output OUT> DEVICE void gemm_portable(const Params& p) {
 
 #ifdef HOPPER
 
-// Gives a stage back, to all blocks that copy into it.
-template <int BLOCKS> DEVICE void release(uint32_t empty) {
-    const int lane = threadIdx.x % 32;
-    if constexpr (BLOCKS == 1) {
-        if (lane == 0) barrier_arrive(empty);
-    } else {
-        if (lane < BLOCKS) barrier_arrive_of_block(empty, lane);
-    }
-}
-
 // Adds to d the products of the next `steps` stages: 64 weight rows of each warpgroup by N tokens.
 template <int N, int BLOCKS, int STAGE_BYTES, class R>
 DEVICE void multiply(float (&d)[N / 2], R& ring, uint32_t stages, int steps) {

@@ -191,12 +191,11 @@ template <Output OUT> DEVICE void moe_gemm_portable(const Params& p) {
 // What one lane of a copying warp copies in each step.
 struct Copy {
     const char* from;
-    size_t stride;
-    uint32_t to, apart, bytes;
+    uint32_t stride, to, apart, bytes;
 };
 
-template <int N, int MAX, int STAGES, Output OUT>
-DEVICE void consume(const Params& p, Ring<STAGES, COPIERS, CONSUMERS>& ring, uint32_t stages, int4 tile, int row_tile) {
+template <int N, int MAX, int STAGES, int BLOCKS, Output OUT>
+DEVICE void consume(const Params& p, Ring<STAGES, COPIERS, BLOCKS * CONSUMERS>& ring, uint32_t stages, int4 tile, int row_tile) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, steps = p.cols / TILE_COLS;
     const int strip = row_tile * STRIPS + warp;
     const bool real = strip * STRIP_ROWS < p.rows;
@@ -209,7 +208,7 @@ DEVICE void consume(const Params& p, Ring<STAGES, COPIERS, CONSUMERS>& ring, uin
     float d[N / 2] = {};
     uint32_t a[2][4][4];
     uint32_t before = 0;
-    const auto step = [&](uint32_t (&operand)[4][4], bool release) {
+    const auto step = [&](uint32_t (&operand)[4][4], bool has_before) {
         ring.wait_full();
         uint4 words;
         uint32_t scale;
@@ -224,7 +223,7 @@ DEVICE void consume(const Params& p, Ring<STAGES, COPIERS, CONSUMERS>& ring, uin
         for (int k = 0; k < 4; ++k) Wgmma<N>::fp16(d, operand[k], b + 2 * k);
         wgmma_commit();
         wgmma_wait<1>();
-        if (release && lane == 0) barrier_arrive(before);
+        if (has_before) release<BLOCKS>(before);
         before = ring.empty();
         ring.advance();
     };
@@ -239,29 +238,33 @@ DEVICE void consume(const Params& p, Ring<STAGES, COPIERS, CONSUMERS>& ring, uin
     }
     wgmma_wait<0>();
     wgmma_settle(d);
-    if (lane == 0) barrier_arrive(before);
+    release<BLOCKS>(before);
     if (real) store<N, OUT>(p, d, tile.x, strip, tile.y, tile.z, offsets);
 }
 
-template <int MAX, int STAGES, Output OUT> DEVICE void moe_gemm(const Params& p) {
+// The BLOCKS (1 or 2) blocks of a cluster take adjacent weight tiles of the same tokens, and each copies a half of those for both.
+template <int MAX, int STAGES, int BLOCKS, Output OUT> DEVICE void moe_gemm(const Params& p) {
+    constexpr int SHARE = MAX / BLOCKS;
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) uint64_t barriers[2 * STAGES];
     const uint32_t stages = shared_address(shared);
-    Ring<STAGES, COPIERS, CONSUMERS> ring(shared_address(barriers));
+    Ring<STAGES, COPIERS, BLOCKS * CONSUMERS> ring(shared_address(barriers));
     if (threadIdx.x == 0) ring.init();
     __syncthreads();
+    if constexpr (BLOCKS > 1) cluster_sync();
     pdl_wait();
     pdl_launch();
-    const int row_tiles = (p.rows + STRIPS * STRIP_ROWS - 1) / (STRIPS * STRIP_ROWS), steps = p.cols / TILE_COLS;
-    const int work = *p.count * row_tiles;
+    constexpr int TILE_ROWS = STRIPS * STRIP_ROWS * BLOCKS;
+    const int row_tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS, steps = p.cols / TILE_COLS, rank = BLOCKS > 1 ? cluster_rank() : 0;
+    const int work = *p.count * row_tiles, begin = blockIdx.x / BLOCKS, stride = gridDim.x / BLOCKS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp >= CONSUMERS) {
         if constexpr (MAX == 256) registers_shrink<24>();
         proxy_fence();
         const uint32_t to_codes = stages + STAGES * MAX * 128, to_scales = to_codes + STRIPS * TILE_CODES;
-        for (int at = blockIdx.x; warp < CONSUMERS + COPIERS && at < work; at += gridDim.x) {
+        for (int at = begin; warp < CONSUMERS + COPIERS && at < work; at += stride) {
             const int4 tile = p.tiles[at / row_tiles];
-            const int first = at % row_tiles * STRIPS, strips = min(STRIPS, p.rows / STRIP_ROWS - first);
+            const int first = (at % row_tiles * BLOCKS + rank) * STRIPS, strips = max(0, min(STRIPS, p.rows / STRIP_ROWS - first));
             const char* strip = p.w + (static_cast<size_t>(tile.x) * (p.rows / STRIP_ROWS) + first + lane) * strip_bytes(steps);
             Copy copy = {};
             uint32_t bytes;
@@ -272,58 +275,67 @@ template <int MAX, int STAGES, Output OUT> DEVICE void moe_gemm(const Params& p)
                 if (lane < strips)
                     copy = {strip + steps * TILE_CODES, TILE_SCALES, to_scales + lane * TILE_SCALES, A_BYTES, TILE_SCALES};
                 if (lane == STRIPS)
-                    copy = {static_cast<const char*>(p.x) + static_cast<size_t>(tile.y) * 128, static_cast<size_t>(p.capacity) * 128,
-                            stages, MAX * 128, static_cast<uint32_t>(tile.z) * 128};
+                    copy = {static_cast<const char*>(p.x) + static_cast<size_t>(tile.y + rank * SHARE) * 128,
+                            static_cast<uint32_t>(p.capacity) * 128, stages + rank * SHARE * 128, MAX * 128,
+                            static_cast<uint32_t>(max(0, min(SHARE, tile.z - rank * SHARE))) * 128};
                 bytes = strips * TILE_SCALES + tile.z * 128;
             }
             for (int step = 0; step < steps; ++step) {
                 ring.wait_empty();
                 if (lane == 0) barrier_expect(ring.full(), bytes);
                 __syncwarp();
-                if (copy.bytes) bulk_load(copy.to + ring.stage * copy.apart, copy.from, copy.bytes, ring.full());
+                if (copy.bytes) {
+                    const uint32_t to = copy.to + ring.stage * copy.apart;
+                    if constexpr (BLOCKS > 1)
+                        bulk_load_shared(to, copy.from, copy.bytes, ring.full(), lane == STRIPS ? (1 << BLOCKS) - 1 : 1 << rank);
+                    else
+                        bulk_load(to, copy.from, copy.bytes, ring.full());
+                }
                 copy.from += copy.stride;
                 ring.advance();
             }
         }
+        // A block stays until no other copies into it or arrives at its barriers.
+        if constexpr (BLOCKS > 1) {
+            __syncwarp();
+            cluster_sync();
+        }
     } else {
         if constexpr (MAX == 256) registers_grow<240>();
-        for (int at = blockIdx.x; at < work; at += gridDim.x) {
+        for (int at = begin; at < work; at += stride) {
             const int4 tile = p.tiles[at / row_tiles];
-            const int row_tile = at % row_tiles;
+            const int row_tile = at % row_tiles * BLOCKS + rank;
             if constexpr (MAX == 256) {
                 // A ragged tile multiplies as few columns as an instruction for it has.
                 if (tile.z > 192)
-                    consume<256, MAX, STAGES, OUT>(p, ring, stages, tile, row_tile);
+                    consume<256, MAX, STAGES, BLOCKS, OUT>(p, ring, stages, tile, row_tile);
                 else if (tile.z > 128)
-                    consume<192, MAX, STAGES, OUT>(p, ring, stages, tile, row_tile);
+                    consume<192, MAX, STAGES, BLOCKS, OUT>(p, ring, stages, tile, row_tile);
                 else if (tile.z > 64)
-                    consume<128, MAX, STAGES, OUT>(p, ring, stages, tile, row_tile);
+                    consume<128, MAX, STAGES, BLOCKS, OUT>(p, ring, stages, tile, row_tile);
                 else
-                    consume<64, MAX, STAGES, OUT>(p, ring, stages, tile, row_tile);
+                    consume<64, MAX, STAGES, BLOCKS, OUT>(p, ring, stages, tile, row_tile);
             } else {
-                consume<MAX, MAX, STAGES, OUT>(p, ring, stages, tile, row_tile);
+                consume<MAX, MAX, STAGES, BLOCKS, OUT>(p, ring, stages, tile, row_tile);
             }
         }
+        if constexpr (BLOCKS > 1) cluster_sync();
     }
 }
-#define BODY(MAX, STAGES, OUT) moe_gemm<MAX, STAGES, OUT>(p)
+#define BODY(MAX, STAGES, BLOCKS, OUT) moe_gemm<MAX, STAGES, BLOCKS, OUT>(p)
+#define CLUSTER(BLOCKS) __cluster_dims__(BLOCKS, 1, 1)
 #else
-#define BODY(MAX, STAGES, OUT)
+#define BODY(MAX, STAGES, BLOCKS, OUT)
+#define CLUSTER(BLOCKS)
 #endif
 
-#define DEFINE(NAME, THREADS, BLOCKS, MAX, STAGES, OUT) \
-    KERNEL __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ Params p) { BODY(MAX, STAGES, OUT); }
-#define SIZES(NAME, OUT)                          \
-    DEFINE(NAME##_256, 384, 1, 256, 6, OUT)      \
-    DEFINE(NAME##_64, 320, 2, 64, 8, OUT)        \
-    DEFINE(NAME##_32, 320, 2, 32, 12, OUT)       \
-    DEFINE(NAME##_16, 320, 2, 16, 16, OUT)
-SIZES(moe_gate_up, SWIGLU)
-SIZES(moe_down_f32, DOWN_F32)
-SIZES(moe_down_bf16, DOWN_BF16)
-
-#define DEFINE_PORTABLE(NAME, OUT) \
-    KERNEL __launch_bounds__(256) NAME(const __grid_constant__ Params p) { moe_gemm_portable<OUT>(p); }
-DEFINE_PORTABLE(moe_gate_up_portable, SWIGLU)
-DEFINE_PORTABLE(moe_down_f32_portable, DOWN_F32)
-DEFINE_PORTABLE(moe_down_bf16_portable, DOWN_BF16)
+#define DEFINE(NAME, OUT)                                                                                                              \
+    KERNEL CLUSTER(2) __launch_bounds__(384, 1) NAME##_pair(const __grid_constant__ Params p) { BODY(256, 6, 2, OUT); }                \
+    KERNEL __launch_bounds__(384, 1) NAME##_256(const __grid_constant__ Params p) { BODY(256, 6, 1, OUT); }                            \
+    KERNEL __launch_bounds__(320, 2) NAME##_64(const __grid_constant__ Params p) { BODY(64, 8, 1, OUT); }                              \
+    KERNEL __launch_bounds__(320, 2) NAME##_32(const __grid_constant__ Params p) { BODY(32, 12, 1, OUT); }                             \
+    KERNEL __launch_bounds__(320, 2) NAME##_16(const __grid_constant__ Params p) { BODY(16, 16, 1, OUT); }                             \
+    KERNEL __launch_bounds__(256) NAME##_portable(const __grid_constant__ Params p) { moe_gemm_portable<OUT>(p); }
+DEFINE(moe_gate_up, SWIGLU)
+DEFINE(moe_down_f32, DOWN_F32)
+DEFINE(moe_down_bf16, DOWN_BF16)

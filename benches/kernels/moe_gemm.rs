@@ -38,8 +38,14 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
     gemm.exponents(device, &gate_up, &of_gate_up, EXPERTS * 2 * HIDDEN, HIDDEN)?;
     gemm.exponents(device, &down, &of_down, EXPERTS * HIDDEN, HIDDEN)?;
     let bias = device.upload(&vec![0.5_f32; EXPERTS * 2 * HIDDEN])?;
-    for rows in [17, 32, 64, 128, 256, 512, 2048, 8192] {
-        let shape = Shape { rows, slots: SLOTS, experts: EXPERTS, height: height(rows, SLOTS, EXPERTS) };
+    let usual = |rows| height(rows, SLOTS, EXPERTS);
+    let with =
+        |heights: &[usize], rows| heights.iter().map(move |&height| (rows, height)).collect::<Vec<_>>();
+    let mut cases = with(&[usual(17)], 17);
+    cases.extend([64, 128, 256, 512].into_iter().flat_map(|rows| with(&[16, 32, 64, 256], rows)));
+    cases.extend([2048, 8192].into_iter().flat_map(|rows| with(&[usual(rows)], rows)));
+    for (rows, height) in cases {
+        let shape = Shape { rows, slots: SLOTS, experts: EXPERTS, height };
         let choice: Vec<i32> = (0..rows)
             .flat_map(|_| {
                 let first = bench.bits() as usize;
@@ -94,7 +100,14 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                 bytes: (touched * weight_rows * 45 * 34 + pairs * HIDDEN * (2 + moved)) as f64,
                 flops: 2.0 * (pairs * weight_rows * HIDDEN) as f64,
             };
-            bench.time(&format!("moe_gemm {name} {rows} rows"), work, 4, |_| gemm.issue(device, &call))?;
+            for pairs in [false, true] {
+                if pairs && shape.height < 256 {
+                    continue;
+                }
+                let how = if pairs { ", pairs" } else { "" };
+                let name = format!("moe_gemm {name} {rows} rows, height {}{how}", shape.height);
+                bench.time(&name, work, 4, |_| gemm.issue_as(device, &call, pairs))?;
+            }
         }
 
         let residual = device.zeros::<f32>(rows * HIDDEN)?;

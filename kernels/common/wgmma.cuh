@@ -84,6 +84,16 @@ DEVICE void barrier_arrive_of_block(uint32_t barrier, int block) {
         "r"(block)
         : "memory");
 }
+// Gives a stage back, to all blocks that copy into it.
+template <int BLOCKS> DEVICE void release(uint32_t empty) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (BLOCKS == 1) {
+        if (lane == 0) barrier_arrive(empty);
+    } else {
+        if (lane < BLOCKS) barrier_arrive_of_block(empty, lane);
+    }
+}
+
 // As bulk_load, into every block of `mask`, at the same address, telling the same barrier, of each.
 DEVICE void bulk_load_shared(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint16_t mask) {
     asm volatile(
@@ -91,6 +101,7 @@ DEVICE void bulk_load_shared(uint32_t to, const void* from, uint32_t bytes, uint
         "l"(from), "r"(bytes), "r"(barrier), "h"(mask)
         : "memory");
 }
+
 // 16 bytes of another block's shared memory, at the address that they have in its own.
 DEVICE float4 load_of_block(uint32_t address, int block) {
     uint32_t there;
