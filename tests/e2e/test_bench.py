@@ -80,7 +80,7 @@ def test_the_table_has_a_row_a_case(measured):
     assert rows[0].startswith("ctxserve ") and "ready in " in table
     names = ["decode 1 x 20", "decode 5 x 200", "engine 1 x 20", "HTTP 1 x 200", "TTFT 300", "prefill 4 x 100"]
     for name in names:
-        assert sum(row.startswith(name) for row in rows) == 1, table
+        assert sum(row.startswith(f"{name} ") for row in rows) == 1, table
 
 
 def test_json_on_standard_output_is_alone_there():

@@ -46,8 +46,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let outcome = match invocation {
         Invocation::Serve(values) => serve::serve(values).map(|()| true),
         Invocation::Bench { running, measured } => {
-            bench::bench(running, &measured, &mut io::stdout().lock(), &mut io::stderr().lock())
-                .map(|()| true)
+            // Not locked: the log of other threads goes to standard error meanwhile.
+            bench::bench(running, &measured, &mut io::stdout(), &mut io::stderr()).map(|()| true)
         }
         Invocation::Render(args) => inspect::render(&args, &mut io::stdout().lock()).map(|()| true),
         Invocation::Parse(args) => inspect::parse(&args, &mut io::stdout().lock()),

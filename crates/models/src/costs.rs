@@ -2,12 +2,12 @@
 
 use crate::ModelInfo;
 
-/// Sizes of a model's weights by how a step uses them. Bytes are those of the checkpoint: a backend that stores weights
-/// wider or narrower moves more or less.
+/// Sizes of a model's weights by how a step uses them. Bytes are those of the checkpoint: a backend that stores
+/// weights wider or narrower moves more or less.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Costs {
-    /// Bytes that every decode step reads whatever its tokens: everything but the experts, and but the embedding, of which a
-    /// token reads one row, unless it is the head too.
+    /// Bytes that every decode step reads whatever its tokens: everything but the experts, and but the embedding, of
+    /// which a token reads one row, unless it is the head too.
     pub shared_bytes: u64,
     /// Bytes of one expert of one layer.
     pub expert_bytes: u64,
@@ -23,10 +23,14 @@ pub struct Costs {
     pub head_parameters: u64,
     /// Width of all query heads of a layer together.
     pub query_width: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width of an expert between its two products.
+    pub inner: usize,
 }
 
-/// Distinct experts that a layer of `experts` is expected to use for `tokens` tokens of `top_k` experts each, if the router
-/// favours none: `E * (1 - (1 - k / E)^tokens)`.
+/// Distinct experts that a layer of `experts` is expected to use for `tokens` tokens of `top_k` experts each, if the
+/// router favours none: `E * (1 - (1 - k / E)^tokens)`.
 pub fn expected_experts(experts: usize, top_k: usize, tokens: usize) -> f64 {
     if experts == 0 {
         return 0.0;
@@ -36,8 +40,8 @@ pub fn expected_experts(experts: usize, top_k: usize, tokens: usize) -> f64 {
 }
 
 impl ModelInfo {
-    /// Bytes that a decode step of `batch` sequences is expected to read at least: weights once, and the keys and values
-    /// that each sequence sees at a length of `context` tokens. Activations stay in caches and are not counted.
+    /// Bytes that a decode step of `batch` sequences is expected to read at least: weights once, and the keys and
+    /// values that each sequence sees at a length of `context` tokens. Activations stay in caches and are not counted.
     pub fn decode_bytes(&self, batch: usize, context: usize) -> f64 {
         let costs = &self.costs;
         let touched = expected_experts(costs.experts, costs.top_k, batch) * self.layers as f64;
@@ -48,8 +52,8 @@ impl ModelInfo {
         weights + batch as f64 * kv.sum::<usize>() as f64
     }
 
-    /// Floating-point operations of the prefill of one prompt with its first answer token: two for each parameter that a
-    /// token meets, and attention over what each position sees.
+    /// Floating-point operations of the prefill of one prompt with its first answer token: two for each parameter that
+    /// a token meets, and attention over what each position sees.
     pub fn prefill_flops(&self, prompt: usize) -> f64 {
         let costs = &self.costs;
         let experts = self.layers * costs.experts.min(costs.top_k);
@@ -92,6 +96,7 @@ mod tests {
             expert_parameters: expert,
             head_parameters: vocab * hidden,
             query_width: 4096,
+            ..Costs::default()
         };
         ModelInfo { layers: 24, costs, ..demo() }
     }
