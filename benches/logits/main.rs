@@ -18,6 +18,7 @@ use ctxserve_backend::{Backend, Batch, KvDtype, KvPlan, PageTable, SampleRow, Se
 use ctxserve_checkpoint::Checkpoint;
 use ctxserve_core::SamplingParams;
 use ctxserve_cpu::{CpuBackend, CpuOptions};
+use ctxserve_cuda::driver::Device;
 use ctxserve_cuda::{CudaBackend, CudaOptions};
 use ctxserve_models::{LoadOptions, Model, load};
 use serde_json::Value;
@@ -62,13 +63,12 @@ fn main() -> anyhow::Result<()> {
         "cuda" => {
             let max_rows = options.chunk.max(256) + options.batch;
             let options_cuda = CudaOptions {
-                ordinal: 0,
                 max_rows,
                 max_sequences: options.batch.max(1),
                 max_context: longest + 1,
                 graphs: true,
             };
-            run(CudaBackend::new(options_cuda)?, &checkpoint, &options, &sequences)
+            run(CudaBackend::new(Device::open(0)?, options_cuda)?, &checkpoint, &options, &sequences)
         }
         other => bail!("--device {other}: cpu or cuda"),
     }

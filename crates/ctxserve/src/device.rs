@@ -2,42 +2,123 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use ctxserve_backend::{Backend, KvDtype};
 use ctxserve_checkpoint::Checkpoint;
 use ctxserve_cpu::{CpuBackend, CpuOptions, Precision};
+use ctxserve_cuda::driver::Device as Gpu;
+use ctxserve_cuda::{Capacity, CudaBackend, CudaOptions, Widths};
 use ctxserve_engine::{Bytes, ModelRunner, Runner};
-use ctxserve_models::{LoadOptions, LoadProgress, load};
+use ctxserve_models::{LoadOptions, LoadProgress, ModelInfo, load};
 
 use crate::cli::options::{Device, DeviceOptions, KvChoice};
+use crate::memory::free_bytes;
 
 /// Most tokens of one step on the CPU: longer prefill chunks are no faster and cost memory.
 const CPU_MAX_CHUNK: usize = 2048;
 /// Where nothing is asked for.
 const CPU_CHUNK: usize = 512;
+/// Most tokens of one step on a GPU: its workspace grows with them, and longer ones are no faster.
+const GPU_MAX_CHUNK: usize = 16_384;
+/// Where nothing is asked for.
+const GPU_CHUNK: usize = 8192;
+/// Device memory that the driver and recorded graphs take beside what is allocated.
+const GPU_RESERVE: usize = 512 << 20;
 /// Seconds between two lines on how loading goes.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
 
+/// Where the model runs.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// This machine's processor.
+    Cpu,
+    /// A CUDA device.
+    Gpu(Gpu),
+}
+
 /// What was decided for a device, and what to tell the user about it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Plan {
+    /// Where the model runs.
+    pub target: Target,
     /// How the KV cache is stored.
     pub kv_dtype: KvDtype,
+    /// Positions per KV page.
+    pub page_size: usize,
     /// Most tokens of one step.
     pub chunk: usize,
+    /// Sequences of one step, where nothing is asked for.
+    pub sequences: usize,
     /// Requests that are met in another way.
     pub notes: Vec<String>,
+}
+
+/// Limits of the engine that size a device's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Most tokens of one step.
+    pub chunk: usize,
+    /// Most sequences of one step.
+    pub sequences: usize,
+    /// Longest sequence.
+    pub context: usize,
+}
+
+/// Memory beside the weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes for the KV cache, if known.
+    pub free: Option<usize>,
+    /// Bytes that the device takes for what flows between ops, counted off already.
+    pub workspace: usize,
+    /// Whether the KV cache takes all of it, or as much as is sensible.
+    pub take_all: bool,
 }
 
 /// Decides what the device does with what was asked for.
 ///
 /// # Errors
-/// A device that this build does not have.
+/// A device that cannot be used, with the reason.
 pub fn plan(options: &DeviceOptions, chunk: Option<usize>) -> anyhow::Result<Plan> {
-    if options.device == Device::Cuda {
-        bail!("--device cuda: this build has no CUDA backend yet; use --device cpu or auto");
+    let why_not = match options.device {
+        Device::Cpu => return Ok(cpu_plan(options, chunk, Vec::new())),
+        Device::Auto | Device::Cuda => ctxserve_cuda::unavailable(0),
+    };
+    match (options.device, why_not) {
+        (Device::Cuda, Some(why)) => bail!("--device cuda: {why}"),
+        (_, Some(why)) => Ok(cpu_plan(options, chunk, vec![format!("no GPU is used: {why}")])),
+        (_, None) => gpu_plan(Gpu::open(0).context("--device cuda")?, options, chunk),
+    }
+}
+
+fn gpu_plan(gpu: Gpu, options: &DeviceOptions, chunk: Option<usize>) -> anyhow::Result<Plan> {
+    let kv_dtype = match options.kv_dtype {
+        KvChoice::Auto | KvChoice::Bf16 => KvDtype::Bf16,
+        KvChoice::Fp8 => KvDtype::Fp8E4m3,
+        KvChoice::F32 => bail!("--kv-cache-dtype float32: GPUs store keys and values as bfloat16 or fp8"),
+    };
+    let page_size = options.page_size.unwrap_or(64);
+    if page_size < 16 {
+        bail!("--block-size {page_size}: a GPU takes pages of 16 positions and more");
     }
     let mut notes = Vec::new();
+    let asked = chunk.unwrap_or(GPU_CHUNK);
+    if asked > GPU_MAX_CHUNK {
+        notes.push(format!(
+            "--max-num-batched-tokens {asked}: a GPU takes {GPU_MAX_CHUNK} tokens a step, more are no faster"
+        ));
+    }
+    Ok(Plan {
+        target: Target::Gpu(gpu),
+        kv_dtype,
+        page_size,
+        chunk: asked.min(GPU_MAX_CHUNK),
+        sequences: 256,
+        notes,
+    })
+}
+
+fn cpu_plan(options: &DeviceOptions, chunk: Option<usize>, mut notes: Vec<String>) -> Plan {
     let kv_dtype = match options.kv_dtype {
         KvChoice::Auto | KvChoice::F32 => KvDtype::F32,
         KvChoice::Bf16 => KvDtype::Bf16,
@@ -52,20 +133,106 @@ pub fn plan(options: &DeviceOptions, chunk: Option<usize>) -> anyhow::Result<Pla
             "--max-num-batched-tokens {asked}: the CPU takes {CPU_MAX_CHUNK} tokens a step, more are no faster"
         ));
     }
-    Ok(Plan { kv_dtype, chunk: asked.min(CPU_MAX_CHUNK), notes })
+    let page_size = options.page_size.unwrap_or(16);
+    Plan { target: Target::Cpu, kv_dtype, page_size, chunk: asked.min(CPU_MAX_CHUNK), sequences: 16, notes }
 }
 
-/// Loads a checkpoint onto the device.
-///
-/// # Errors
-/// Weights that do not fit the model, or the device.
-pub fn open(
+impl Target {
+    /// Memory that is left beside the weights, before they are loaded.
+    ///
+    /// # Errors
+    /// Weights and workspace that do not fit, with the numbers; a device fault.
+    pub fn room(&self, info: &ModelInfo, limits: Limits, gpu_share: f64) -> anyhow::Result<Room> {
+        let weights = usize::try_from(info.weight_bytes).unwrap_or(usize::MAX);
+        let gpu = match self {
+            Self::Cpu => {
+                let free = free_bytes().map(|free| {
+                    if weights > free {
+                        let (weights, free) = (Bytes(weights), Bytes(free));
+                        tracing::warn!("the weights take {weights} and {free} of memory are free");
+                    }
+                    free.saturating_sub(weights)
+                });
+                return Ok(Room { free, workspace: 0, take_all: false });
+            }
+            Self::Gpu(gpu) => gpu,
+        };
+        ctxserve_cuda::check_kv(&info.kv)?;
+        let (facts, free) = (gpu.facts(), gpu.free_memory()?);
+        let workspace = ctxserve_cuda::workspace_bytes(
+            &widths(info),
+            Capacity { rows: limits.chunk, sequences: limits.sequences, scratch_lines: limits.context },
+            facts.multiprocessors as usize,
+        );
+        let share = (facts.memory as f64 * gpu_share) as usize;
+        let taken = facts.memory.saturating_sub(free);
+        let mine = share.saturating_sub(taken);
+        let needed = weights.saturating_add(workspace).saturating_add(GPU_RESERVE);
+        if needed >= mine {
+            bail!(
+                "{} has {} of memory, {} of them free, and may be used to {:.0} %: the weights need {}, the workspace {} and the \
+                 driver {}, which leaves nothing for the KV cache; see --gpu-memory-utilization, --max-num-batched-tokens \
+                 and --max-num-seqs",
+                facts.name,
+                Bytes(facts.memory),
+                Bytes(free),
+                100.0 * gpu_share,
+                Bytes(weights),
+                Bytes(workspace),
+                Bytes(GPU_RESERVE),
+            );
+        }
+        Ok(Room { free: Some(mine - needed), workspace, take_all: true })
+    }
+
+    /// Loads a checkpoint onto the device.
+    ///
+    /// # Errors
+    /// Weights that do not fit the model, or the device.
+    pub fn open(
+        self,
+        checkpoint: &Checkpoint,
+        options: &DeviceOptions,
+        load_options: LoadOptions,
+        limits: Limits,
+    ) -> anyhow::Result<Box<dyn Runner>> {
+        match self {
+            Self::Cpu => {
+                let precision = if options.int8 { Precision::Int8 } else { Precision::Exact };
+                let options = CpuOptions { threads: options.threads, precision, isa: None };
+                loaded(CpuBackend::new(options)?, checkpoint, load_options)
+            }
+            Self::Gpu(gpu) => {
+                let options = CudaOptions {
+                    max_rows: limits.chunk,
+                    max_sequences: limits.sequences,
+                    max_context: limits.context,
+                    graphs: true,
+                };
+                loaded(CudaBackend::new(gpu, options)?, checkpoint, load_options)
+            }
+        }
+    }
+}
+
+fn widths(info: &ModelInfo) -> Widths {
+    let costs = &info.costs;
+    Widths {
+        hidden: costs.hidden,
+        heads: costs.query_width.div_ceil(info.kv.head_dim.max(1)),
+        kv_heads: info.kv.kv_heads,
+        experts: costs.experts,
+        top_k: costs.top_k,
+        inner: costs.inner,
+        vocab: info.vocab_size,
+    }
+}
+
+fn loaded<B: Backend>(
+    mut backend: B,
     checkpoint: &Checkpoint,
-    options: &DeviceOptions,
-    load_options: LoadOptions,
+    options: LoadOptions,
 ) -> anyhow::Result<Box<dyn Runner>> {
-    let precision = if options.int8 { Precision::Int8 } else { Precision::Exact };
-    let mut backend = CpuBackend::new(CpuOptions { threads: options.threads, precision, isa: None })?;
     tracing::info!("device: {}", backend.describe());
     let start = Instant::now();
     let mut reported = start;
@@ -75,7 +242,7 @@ pub fn open(
             tracing::info!("loading weights: {} of {} parts", at.done, at.total);
         }
     };
-    let model = load(checkpoint, &mut backend, &load_options, &mut report)?;
+    let model = load(checkpoint, &mut backend, &options, &mut report)?;
     let bytes = usize::try_from(model.info().weight_bytes).unwrap_or(usize::MAX);
     tracing::info!("weights: {} in {:.1} s", Bytes(bytes), start.elapsed().as_secs_f64());
     Ok(Box::new(ModelRunner::new(backend, model)))
@@ -86,20 +253,32 @@ mod tests {
     use super::*;
 
     fn options(device: Device, kv_dtype: KvChoice) -> DeviceOptions {
-        DeviceOptions { device, int8: false, threads: None, kv_bytes: None, kv_dtype, page_size: 16 }
+        DeviceOptions {
+            device,
+            int8: false,
+            threads: None,
+            kv_bytes: None,
+            kv_dtype,
+            page_size: None,
+            gpu_share: 0.9,
+        }
     }
 
     #[test]
     fn what_the_cpu_cannot_do_is_said() {
-        let exact = plan(&options(Device::Auto, KvChoice::Auto), None).unwrap();
-        assert_eq!(exact, Plan { kv_dtype: KvDtype::F32, chunk: CPU_CHUNK, notes: vec![] });
+        let exact = plan(&options(Device::Cpu, KvChoice::Auto), None).unwrap();
+        assert_eq!((exact.kv_dtype, exact.chunk, exact.page_size), (KvDtype::F32, CPU_CHUNK, 16));
+        assert!(exact.notes.is_empty() && matches!(exact.target, Target::Cpu));
         let card = plan(&options(Device::Cpu, KvChoice::Fp8), Some(64_000)).unwrap();
         assert_eq!((card.kv_dtype, card.chunk, card.notes.len()), (KvDtype::Bf16, CPU_MAX_CHUNK, 2));
     }
 
     #[test]
-    fn cuda_is_refused_with_a_reason() {
+    fn without_a_gpu_the_reason_is_said() {
+        let Some(why) = ctxserve_cuda::unavailable(0) else { return };
         let error = plan(&options(Device::Cuda, KvChoice::Auto), None).unwrap_err().to_string();
-        assert!(error.contains("no CUDA backend"), "{error}");
+        assert!(error.contains(&why), "{error}");
+        let auto = plan(&options(Device::Auto, KvChoice::Auto), None).unwrap();
+        assert!(matches!(auto.target, Target::Cpu) && auto.notes[0].contains(&why), "{auto:?}");
     }
 }

@@ -14,9 +14,9 @@ use ctxserve_server::{ServerConfig, ServerState};
 
 use crate::cli::options::{DeviceOptions, LogOptions, ServeOptions};
 use crate::cli::values::{Values, from_file};
-use crate::device::{self, Plan};
+use crate::device::{self, Limits, Plan, Target};
 use crate::logging;
-use crate::memory::{budget, free_bytes};
+use crate::memory::budget;
 use crate::model::{Body, Model};
 use crate::profile;
 use crate::sampling;
@@ -55,7 +55,7 @@ impl Asked {
             values.offer_all(profile);
         }
         logging::start(&LogOptions::new(&values)?);
-        let options = ServeOptions::new(&values, |name| std::env::var(name).ok())?;
+        let mut options = ServeOptions::new(&values, |name| std::env::var(name).ok())?;
         tracing::info!("ctxserve {}", env!("CARGO_PKG_VERSION"));
         if asked.is_none() {
             tracing::warn!(
@@ -69,6 +69,9 @@ impl Asked {
         let source: Source = place.parse()?;
         let plan = device::plan(&options.device, options.engine.max_batched_tokens)?;
         plan.notes.iter().for_each(|note| tracing::warn!("{note}"));
+        if values.get("max-num-seqs").is_none() {
+            options.engine.max_num_seqs = plan.sequences;
+        }
         Ok(Self { options, values, name, source, plan })
     }
 
@@ -80,7 +83,7 @@ impl Asked {
         let start = Instant::now();
         let Self { options, values, name, source, plan } = self;
         let model = Model::open(&source, &name, &options.model)?;
-        let load = LoadOptions { page_size: options.device.page_size, kv_dtype: plan.kv_dtype };
+        let load = LoadOptions { page_size: plan.page_size, kv_dtype: plan.kv_dtype };
         let info = match &model.body {
             Body::Checkpoint(checkpoint) => Some(inspect(checkpoint, &load)?),
             Body::Script(_) => None,
@@ -89,10 +92,11 @@ impl Asked {
         let format = model.format(options.model.chat_format.as_deref(), family)?;
         ServeOptions::check_parsers(&values, format.name())?;
         describe(&model, info.as_ref(), format.name());
-        let (engine, room) = engine_config(&options, info.as_ref(), plan.chunk)?;
+        let (engine, room) = engine_config(&options, info.as_ref(), &plan)?;
         let server = server_config(&options, &model, info.as_ref(), &*format)?;
         let times = StartTimes { open: start.elapsed(), ..StartTimes::default() };
-        Ok(Opened { info, engine, room, server, model, format, device: options.device, load, times })
+        let target = plan.target;
+        Ok(Opened { info, engine, room, server, model, format, target, device: options.device, load, times })
     }
 }
 
@@ -108,6 +112,7 @@ pub(crate) struct Opened {
     pub(crate) server: ServerConfig,
     model: Model,
     format: Arc<dyn ChatFormat>,
+    target: Target,
     device: DeviceOptions,
     load: LoadOptions,
     times: StartTimes,
@@ -124,7 +129,14 @@ impl Opened {
         let mut lap = || std::mem::replace(&mut start, Instant::now()).elapsed();
         let root = self.model.root;
         let runner: Box<dyn Runner> = match self.model.body {
-            Body::Checkpoint(checkpoint) => device::open(&checkpoint, &self.device, self.load)?,
+            Body::Checkpoint(checkpoint) => {
+                let limits = Limits {
+                    chunk: self.engine.max_batched_tokens,
+                    sequences: self.engine.max_num_seqs.min(self.engine.max_batched_tokens),
+                    context: self.engine.max_model_len.unwrap_or(0),
+                };
+                self.target.open(&checkpoint, &self.device, self.load, limits)?
+            }
             Body::Script(runner) => Box::new(runner),
         };
         times.weights = lap();
@@ -206,23 +218,29 @@ fn describe(model: &Model, info: Option<&ModelInfo>, format: &str) {
 fn engine_config(
     options: &ServeOptions,
     info: Option<&ModelInfo>,
-    chunk: usize,
+    plan: &Plan,
 ) -> anyhow::Result<(EngineConfig, Option<usize>)> {
-    let engine = &options.engine;
-    let (mut kv_bytes, mut max_model_len, mut room) = (options.device.kv_bytes, engine.max_model_len, None);
+    let (engine, chunk) = (&options.engine, plan.chunk);
+    let (mut kv_bytes, mut max_model_len, mut left) = (options.device.kv_bytes, engine.max_model_len, None);
     if let Some(info) = info {
-        let weights = usize::try_from(info.weight_bytes).unwrap_or(usize::MAX);
-        let free = free_bytes().map(|free| {
-            if weights > free {
-                tracing::warn!("the weights take {} and {} of memory are free", Bytes(weights), Bytes(free));
-            }
-            free.saturating_sub(weights)
-        });
-        let budget = budget(&info.kv, info.max_context, chunk, engine, kv_bytes, free)?;
-        let left = free.map_or_else(|| "an unknown amount".to_owned(), |free| Bytes(free).to_string());
+        let context = engine.max_model_len.unwrap_or(info.max_context).min(info.max_context);
+        let limits = Limits { chunk, sequences: engine.max_num_seqs.min(chunk), context };
+        let room = plan.target.room(info, limits, options.device.gpu_share)?;
+        if let (Some(asked), Some(free), true) = (kv_bytes, room.free, room.take_all)
+            && asked > free
+        {
+            let (asked, free) = (Bytes(asked), Bytes(free));
+            bail!("--kv-cache-memory-bytes {asked}: {free} are free beside weights and workspace");
+        }
+        if room.take_all {
+            kv_bytes = kv_bytes.or(room.free);
+        }
+        let budget = budget(&info.kv, info.max_context, chunk, engine, kv_bytes, room.free)?;
+        let weights = Bytes(usize::try_from(info.weight_bytes).unwrap_or(usize::MAX));
+        let free = room.free.map_or_else(|| "an unknown amount".to_owned(), |free| Bytes(free).to_string());
+        let workspace = Bytes(room.workspace);
         tracing::info!(
-            "memory: weights {}, KV cache up to {}, {left} free beside the weights",
-            Bytes(weights),
+            "memory: weights {weights}, workspace {workspace}, KV cache up to {}, {free} free beside weights and workspace",
             Bytes(budget.bytes)
         );
         if let Some(full) = budget.shortened_from {
@@ -233,7 +251,7 @@ fn engine_config(
                 Bytes(budget.bytes),
             );
         }
-        (kv_bytes, max_model_len, room) = (Some(budget.bytes), Some(budget.max_model_len), free);
+        (kv_bytes, max_model_len, left) = (Some(budget.bytes), Some(budget.max_model_len), room.free);
     }
     let config = EngineConfig {
         max_num_seqs: engine.max_num_seqs,
@@ -243,7 +261,7 @@ fn engine_config(
         max_queued_requests: engine.max_queued_requests,
         max_queued_tokens: engine.max_queued_tokens,
     };
-    Ok((config, room))
+    Ok((config, left))
 }
 
 fn server_config(

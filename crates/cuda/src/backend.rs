@@ -23,8 +23,6 @@ const BUCKETS: [usize; 11] = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256];
 /// What the operator decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CudaOptions {
-    /// Which device.
-    pub ordinal: u32,
     /// Most rows of a step.
     pub max_rows: usize,
     /// Most sequences of a step.
@@ -110,12 +108,11 @@ pub struct LogitRows {
 }
 
 impl CudaBackend {
-    /// Opens a device.
+    /// Loads the kernels onto a device.
     ///
     /// # Errors
-    /// Why it cannot be used.
-    pub fn new(options: CudaOptions) -> Result<Self, DeviceError> {
-        let device = Device::open(options.ordinal)?;
+    /// No code for this device.
+    pub fn new(device: Device, options: CudaOptions) -> Result<Self, DeviceError> {
         let kernels = Kernels::load(&device)?;
         let packer = Packer::new(&device, Some(kernels.experts))?;
         let (widths, extent) = (Widths::default(), Extent::default());

@@ -7,6 +7,7 @@ use ctxserve_backend::KvDtype;
 use ctxserve_backend::conformance::{Claims, run};
 use ctxserve_core::Encoding;
 use ctxserve_cpu::CpuBackend;
+use ctxserve_cuda::driver::Device;
 use ctxserve_cuda::{CudaBackend, CudaOptions, unavailable};
 
 #[test]
@@ -17,8 +18,7 @@ fn kernels_match_the_plain_loops_within_bf16() {
         return;
     }
     let seed = std::env::var("CTXSERVE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_261_122);
-    let options =
-        CudaOptions { ordinal: 0, max_rows: 512, max_sequences: 256, max_context: 4096, graphs: false };
+    let options = CudaOptions { max_rows: 512, max_sequences: 256, max_context: 4096, graphs: false };
     let claims = Claims {
         exact: 5e-6,
         // Weights, activations and queries are rounded to bf16.
@@ -28,7 +28,9 @@ fn kernels_match_the_plain_loops_within_bf16() {
         experts: vec![Encoding::Mxfp4],
         page_sizes: vec![16, 32, 64, 128],
     };
-    let report = run(seed, &claims, || CudaBackend::new(options), || Ok(CpuBackend::plain())).unwrap();
+    let report =
+        run(seed, &claims, || CudaBackend::new(Device::open(0)?, options), || Ok(CpuBackend::plain()))
+            .unwrap();
     for part in ["Embed", "Queries", "Attention", "Output", "Experts", "independence"] {
         println!("{part}: worst {:.2e}", report.worst(part));
     }

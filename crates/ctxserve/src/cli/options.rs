@@ -70,8 +70,10 @@ pub struct DeviceOptions {
     pub kv_bytes: Option<usize>,
     /// As asked for.
     pub kv_dtype: KvChoice,
-    /// Positions per KV page.
-    pub page_size: usize,
+    /// Positions per KV page; `None` is the device's choice.
+    pub page_size: Option<usize>,
+    /// Share of the GPU's memory that may be taken, in (0, 1].
+    pub gpu_share: f64,
 }
 
 /// How keys and values are to be stored.
@@ -267,7 +269,8 @@ fn device(values: &Values) -> Result<DeviceOptions, OptionError> {
         threads: values.read("threads", count)?.and_then(NonZeroUsize::new),
         kv_bytes: values.read("kv-cache-memory-bytes", bytes)?,
         kv_dtype: values.read("kv-cache-dtype", |text| one_of(text, &kinds))?.unwrap_or(KvChoice::Auto),
-        page_size: page.unwrap_or(16),
+        page_size: page,
+        gpu_share: values.read("gpu-memory-utilization", share)?.unwrap_or(0.9),
     })
 }
 
@@ -276,6 +279,14 @@ fn one_of<T: Copy>(text: &str, table: &[(&str, T)]) -> Result<T, String> {
         let names: Vec<_> = table.iter().map(|&(name, _)| name).collect();
         format!("expected one of {}, got {text:?}", names.join(", "))
     })
+}
+
+/// A fraction in (0, 1].
+fn share(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| format!("expected a fraction, got {text:?}"))?;
+    Some(number)
+        .filter(|n| *n > 0.0 && *n <= 1.0)
+        .ok_or_else(|| format!("expected more than 0 and at most 1, got {text}"))
 }
 
 fn port(text: &str) -> Result<u16, String> {

@@ -141,10 +141,10 @@ pub const RUNNING: &[Flag] = &[
     only("cpu-offload-gb", Value("GIB"), &["0"], "weights live on the device that computes with them"),
     only("swap-space", Value("GIB"), &["0", "4"], "KV pages are never swapped"),
     // Memory.
-    no_op(
+    honoured(
         "gpu-memory-utilization",
         Value("FRACTION"),
-        "on the CPU, --kv-cache-memory-bytes sizes the KV cache",
+        "Share of the GPU's memory that weights, KV cache and workspace may take [default: 0.9]; the CPU ignores it",
     ),
     honoured(
         "kv-cache-memory-bytes",
@@ -154,11 +154,15 @@ pub const RUNNING: &[Flag] = &[
     honoured(
         "kv-cache-dtype",
         Value("TYPE"),
-        "auto, float32, bfloat16 or fp8; the CPU keeps the nearest type it has, and says which",
+        "auto, float32, bfloat16 or fp8 [default: auto, float32 on the CPU and bfloat16 on a GPU]",
     ),
-    honoured("block-size", Value("TOKENS"), "Positions per KV page: 8, 16, 32, 64 or 128 [default: 16]"),
+    honoured(
+        "block-size",
+        Value("TOKENS"),
+        "Positions per KV page: 8, 16, 32, 64 or 128; GPUs take 16 and more [default: 16, on a GPU 64]",
+    ),
     no_op("kv-cache-dtype-skip-layers", List("LAYER"), "all layers are stored alike"),
-    no_op("calculate-kv-scales", Switch, "KV is stored without scales"),
+    no_op("calculate-kv-scales", Switch, "each token and head of an fp8 cache has its own scale"),
     refused("num-gpu-blocks-override", Value("N"), "size the KV cache with --kv-cache-memory-bytes"),
     no_op(
         "enable-prefix-caching",
@@ -170,7 +174,7 @@ pub const RUNNING: &[Flag] = &[
     refused("kv-transfer-config", Value("JSON"), NO_EVENTS),
     refused("kv-events-config", Value("JSON"), NO_EVENTS),
     // Scheduler.
-    honoured("max-num-seqs", Value("N"), "Most sequences generating at once [default: 16]"),
+    honoured("max-num-seqs", Value("N"), "Most sequences generating at once [default: 16, on a GPU 256]"),
     honoured("max-num-batched-tokens", Value("N"), "Most tokens of one step [default: 512 on the CPU]"),
     honoured("max-num-queued-reqs", Value("N"), "Most requests waiting before 429 [default: 256]"),
     honoured("max-num-queued-tokens", Value("N"), "Most prompt tokens waiting before 429 [default: 1000000]"),

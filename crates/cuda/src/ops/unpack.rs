@@ -50,7 +50,10 @@ impl Unpack {
         let words: usize = parts.iter().map(|part| part.1).sum();
         let inside = parts.iter().all(|&(at, len)| at.checked_add(len).is_some_and(|end| end <= to.len()));
         if parts.len() > PARTS || words > from.len() || !inside {
-            return Err(DeviceError::new("unpack", format!("{} parts of {words} words do not fit", parts.len())));
+            return Err(DeviceError::new(
+                "unpack",
+                format!("{} parts of {words} words do not fit", parts.len()),
+            ));
         }
         let (mut at, mut len) = ([0; PARTS], [0; PARTS]);
         for (part, &(start, words)) in parts.iter().enumerate() {

@@ -102,6 +102,8 @@ pub(super) fn costs(config: &Config, checkpoint: &Checkpoint) -> Result<Costs, L
         expert_parameters: (3 * config.inner * config.hidden) as u64,
         head_parameters: (config.vocab * config.hidden) as u64,
         query_width: config.q_width(),
+        hidden: config.hidden,
+        inner: config.inner,
     })
 }
 
