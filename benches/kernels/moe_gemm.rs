@@ -2,6 +2,7 @@ use ctxserve_backend::DeviceError;
 use ctxserve_cuda::driver::{Buffer, Device};
 use ctxserve_cuda::ops::moe_combine::{self, MoeCombine, Outputs};
 use ctxserve_cuda::ops::moe_gemm::{Call, MoeGemm, Output, height};
+use ctxserve_cuda::ops::moe_scatter::{self, MoeScatter};
 use ctxserve_cuda::ops::moe_sort::{self, MoeSort, Shape};
 
 use crate::harness::{Bench, Work};
@@ -19,11 +20,12 @@ fn fill(device: &Device, block: &[u8], bytes: usize) -> Result<Buffer<u8>, Devic
 
 /// Sorting, both products and the sum, at the sizes of gpt-oss-20b, on evenly spread choices.
 pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
-    if !["moe_sort", "moe_gemm", "moe_combine"].iter().any(|name| bench.wants(name)) {
+    if !["moe_sort", "moe_scatter", "moe_gemm", "moe_combine"].iter().any(|name| bench.wants(name)) {
         return Ok(());
     }
     let device = &bench.device;
-    let (sort, gemm, combine) = (MoeSort::load(device)?, MoeGemm::load(device)?, MoeCombine::load(device)?);
+    let (sort, scatter) = (MoeSort::load(device)?, MoeScatter::load(device)?);
+    let (gemm, combine) = (MoeGemm::load(device)?, MoeCombine::load(device)?);
     // Some strips of random codes and of scales in a plain range, repeated: the host is slow, the device does not mind.
     let block: Vec<u8> = (0..22 * STRIP)
         .map(|at| {
@@ -73,6 +75,22 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
         let x = device.upload(&values.into_iter().cycle().take(capacity * HIDDEN).collect::<Vec<u16>>())?;
         let act = device.zeros::<u16>(capacity * HIDDEN)?;
         let (y32, y16) = (device.zeros::<f32>(capacity * HIDDEN)?, device.zeros::<u16>(capacity * HIDDEN)?);
+        let residual = device.zeros::<f32>(rows * HIDDEN)?;
+        // Into the outputs' place, so that the operand keeps its random numbers.
+        let scattering = moe_scatter::Call {
+            x: &residual,
+            weight: &bias,
+            y: &act,
+            position: &position,
+            live: &live,
+            rows,
+            cols: HIDDEN,
+            capacity,
+            slots: SLOTS,
+            eps: 1.0,
+        };
+        let work = Work { bytes: (rows * HIDDEN * (4 + 2 * SLOTS)) as f64, flops: 0.0 };
+        bench.time(&format!("moe_scatter {rows} rows"), work, 10, |_| scatter.issue(device, &scattering))?;
         let cases = [
             ("gate_up", 2 * HIDDEN, Output::SwiGlu { y: &act, alpha: 1.702, limit: 7.0 }, 2),
             ("down f32", HIDDEN, Output::F32(&y32), 4),
@@ -110,7 +128,6 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
             }
         }
 
-        let residual = device.zeros::<f32>(rows * HIDDEN)?;
         let weight = device.upload(&vec![0.25_f32; rows * SLOTS])?;
         for (name, y, bytes) in [("f32", Outputs::F32(&y32), 4), ("bf16", Outputs::Bf16(&y16), 2)] {
             let call = moe_combine::Call {
