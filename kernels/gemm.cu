@@ -18,6 +18,7 @@ struct Params {
     int stride;
     int tokens;  // most that the grid is made for
     int group;   // token tiles that are swept together, for reuse in L2
+    int height;  // tokens of a tile, a multiple of 64, where a kernel leaves it open
 };
 
 // What becomes of the sums.
@@ -160,7 +161,7 @@ DEVICE void consume(const Params& p, R& ring, uint32_t stages, Place at, int liv
 
 // The BLOCKS (1 or 2) blocks of a cluster take adjacent weight tiles of the same tokens, and each copies a half of those for both.
 template <int MAX, int BLOCKS, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
-    constexpr int STAGE_BYTES = (ROWS + MAX) * 128, SHARE = MAX / BLOCKS;
+    constexpr int STAGE_BYTES = (ROWS + MAX) * 128;
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) uint64_t barriers[2 * STAGES];
     const uint32_t stages = shared_address(shared);
@@ -171,11 +172,11 @@ template <int MAX, int BLOCKS, int STAGES, Output OUT> DEVICE void gemm(const Pa
     pdl_wait();
     pdl_launch();
     const int live = min(*p.live, p.tokens), rank = BLOCKS > 1 ? cluster_rank() : 0;
-    const int row_tiles = (p.w_rows + BLOCKS * ROWS - 1) / (BLOCKS * ROWS), token_tiles = (live + MAX - 1) / MAX;
+    const int row_tiles = (p.w_rows + BLOCKS * ROWS - 1) / (BLOCKS * ROWS), token_tiles = (live + p.height - 1) / p.height;
     const int tiles = row_tiles * token_tiles, first = blockIdx.x / BLOCKS, stride = gridDim.x / BLOCKS;
     const int warp = threadIdx.x / 32;
     const auto find = [&](int tile) {
-        Place at = place(p, tile, row_tiles, token_tiles, BLOCKS * ROWS, MAX);
+        Place at = place(p, tile, row_tiles, token_tiles, BLOCKS * ROWS, p.height);
         at.row += rank * ROWS;
         return at;
     };
@@ -185,8 +186,8 @@ template <int MAX, int BLOCKS, int STAGES, Output OUT> DEVICE void gemm(const Pa
         for (int tile = first; threadIdx.x == CONSUMERS * 32 && tile < tiles; tile += stride) {
             const Place at = find(tile);
             const uint32_t a_bytes = max(0, min(ROWS, p.w_rows - at.row)) * 128;
-            const int lines = (min(MAX, live - at.token) + 7) / 8 * 8;
-            const uint32_t share = max(0, min(SHARE, lines - rank * SHARE)) * 128, offset = rank * SHARE * 128;
+            const int lines = (min(p.height, live - at.token) + 7) / 8 * 8, half = p.height / BLOCKS;
+            const uint32_t share = max(0, min(half, lines - rank * half)) * 128, offset = rank * half * 128;
             const char* a = static_cast<const char*>(p.w) + static_cast<size_t>(at.row) * 128;
             const char* b = static_cast<const char*>(p.x) + static_cast<size_t>(at.token) * 128 + offset;
             for (int step = 0; step < p.cols / 64; ++step) {
@@ -213,24 +214,24 @@ template <int MAX, int BLOCKS, int STAGES, Output OUT> DEVICE void gemm(const Pa
         registers_grow<232>();
         for (int tile = first; tile < tiles; tile += stride) {
             const Place at = find(tile);
-            const int tokens = live - at.token;
+            const int tokens = min(p.height, live - at.token);
             // A ragged tile multiplies as few columns as an instruction for it has.
             if constexpr (MAX == 256) {
                 if (tokens > 192) {
-                    consume<256, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, live);
+                    consume<256, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, at.token + tokens);
                     continue;
                 }
                 if (tokens > 128) {
-                    consume<192, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, live);
+                    consume<192, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, at.token + tokens);
                     continue;
                 }
             }
             if (tokens > 64)
-                consume<128, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, live);
+                consume<128, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, at.token + tokens);
             else if (MAX == 256 || tokens > 32)
-                consume<64, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, live);
+                consume<64, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, at.token + tokens);
             else
-                consume<32, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, live);
+                consume<32, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, at.token + tokens);
         }
         if constexpr (BLOCKS > 1) cluster_sync();
     }

@@ -46,26 +46,35 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                     bytes: (outs * cols * 2 + tokens * cols * 2 + tokens * outs * moved) as f64,
                     flops: 2.0 * (tokens * cols * outs) as f64,
                 };
-                let planned = plan(tokens, outs, device.facts().multiprocessors as usize);
-                let mut plans = vec![planned];
-                let others: &[(Spread, usize)] = match tokens {
-                    0..=128 => &[(Spread::Split64, 8), (Spread::Split128, 8), (Spread::Narrow, 8)],
-                    129..=256 => &[(Spread::Split128, 8), (Spread::Narrow, 8), (Spread::Wide, 8)],
-                    257..=512 => {
-                        &[(Spread::Split128, 8), (Spread::Narrow, 8), (Spread::Wide, 8), (Spread::Pairs, 8)]
+                let planned = plan(tokens, outs, cols, device.facts().multiprocessors as usize);
+                let others: &[(Spread, usize, usize)] = match tokens {
+                    0..=128 => {
+                        &[(Spread::Split64, 64, 8), (Spread::Split128, 128, 8), (Spread::Narrow, 128, 8)]
                     }
+                    129..=512 => &[
+                        (Spread::Split128, 128, 8),
+                        (Spread::Narrow, 128, 8),
+                        (Spread::Wide, 128, 8),
+                        (Spread::Wide, 192, 8),
+                        (Spread::Pairs, 128, 8),
+                        (Spread::Pairs, 192, 8),
+                    ],
                     _ => &[
-                        (Spread::Narrow, 16),
-                        (Spread::Wide, 4),
-                        (Spread::Wide, 8),
-                        (Spread::Wide, 16),
-                        (Spread::Pairs, 4),
-                        (Spread::Pairs, 8),
-                        (Spread::Pairs, 16),
+                        (Spread::Narrow, 128, 16),
+                        (Spread::Wide, 128, 16),
+                        (Spread::Wide, 192, 8),
+                        (Spread::Wide, 256, 4),
+                        (Spread::Wide, 256, 8),
+                        (Spread::Wide, 256, 16),
+                        (Spread::Pairs, 128, 16),
+                        (Spread::Pairs, 192, 8),
+                        (Spread::Pairs, 256, 4),
+                        (Spread::Pairs, 256, 8),
+                        (Spread::Pairs, 256, 16),
                     ],
                 };
-                plans.extend(others.iter().map(|&(spread, group)| Plan { spread, group }));
-                plans.dedup();
+                let others = others.iter().map(|&(spread, height, group)| Plan { spread, height, group });
+                let plans = std::iter::once(planned).chain(others.filter(|&plan| plan != planned));
                 for plan in plans {
                     // The head is large: only as planned, and in whole tiles.
                     if name == "head" && plan != planned && plan.spread != Spread::Pairs {

@@ -11,6 +11,10 @@ const OP: &str = "gemm";
 const ROWS: usize = 128;
 /// Blocks that share the sum of a tile.
 const SPLIT: usize = 4;
+/// Token tiles that are swept together.
+const GROUP: usize = 8;
+/// What a multiprocessor gets out of L2 when all ask.
+const L2_BYTES_A_CYCLE: usize = 52;
 /// Bytes of a step of 64 of one row.
 const LINE: usize = 128;
 /// By output, then by the order of [`Spread::ALL`].
@@ -56,6 +60,7 @@ struct Arguments {
     stride: i32,
     tokens: i32,
     group: i32,
+    height: i32,
 }
 
 // SAFETY: mirrors `Params` of kernels/gemm.cu.
@@ -94,13 +99,15 @@ pub enum Spread {
 pub struct Plan {
     /// The kernel.
     pub spread: Spread,
+    /// Tokens of a tile: 64, 128, 192 or 256, at most the kernel's, which those whose blocks walk through tiles leave open.
+    pub height: usize,
     /// Token tiles that are swept together.
     pub group: usize,
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}, groups of {}", self.spread, self.group)
+        write!(f, "{:?} {}, groups of {}", self.spread, self.height, self.group)
     }
 }
 
@@ -134,35 +141,52 @@ impl Spread {
         }
     }
 
-    fn tiles(self, tokens: usize, w_rows: usize) -> usize {
-        w_rows.div_ceil(ROWS) * tokens.div_ceil(self.tokens())
+    /// Whether its tiles may be lower than it has room for.
+    fn takes(self, height: usize) -> bool {
+        let walks = matches!(self, Self::Narrow | Self::Wide | Self::Pairs);
+        height == self.tokens() || (walks && height < self.tokens() && matches!(height, 64 | 128 | 192))
+    }
+}
+
+impl Plan {
+    /// With the tallest tiles.
+    pub fn of(spread: Spread) -> Self {
+        Self { spread, height: spread.tokens(), group: GROUP }
     }
 
     /// Blocks for a product.
-    fn blocks(self, tokens: usize, w_rows: usize, multiprocessors: usize) -> usize {
-        let tiles = self.tiles(tokens, w_rows);
-        match self {
-            Self::Split64 | Self::Split128 => SPLIT * tiles,
-            Self::Narrow | Self::Wide => tiles.min(multiprocessors),
-            Self::Pairs => {
-                2 * (w_rows.div_ceil(2 * ROWS) * tokens.div_ceil(self.tokens())).min(multiprocessors / 2)
-            }
-            Self::Portable => tiles.min(2 * multiprocessors),
+    fn blocks(&self, tokens: usize, w_rows: usize, multiprocessors: usize) -> usize {
+        let tiles = |rows: usize| w_rows.div_ceil(rows) * tokens.div_ceil(self.height);
+        match self.spread {
+            Spread::Split64 | Spread::Split128 => SPLIT * tiles(ROWS),
+            Spread::Narrow | Spread::Wide => tiles(ROWS).min(multiprocessors),
+            Spread::Pairs => 2 * tiles(2 * ROWS).min(multiprocessors / 2),
+            Spread::Portable => tiles(ROWS).min(2 * multiprocessors),
         }
+    }
+
+    /// About how long it takes, in cycles, where blocks walk through tiles.
+    fn cycles(&self, tokens: usize, w_rows: usize, cols: usize, multiprocessors: usize) -> usize {
+        let rounds = (w_rows.div_ceil(ROWS) * tokens.div_ceil(self.height)).div_ceil(multiprocessors);
+        // A step of 64 is bound by the tensor core (4 cycles a token) or by what a multiprocessor gets out of L2.
+        let step = (4 * self.height).max((ROWS + self.height) * LINE / L2_BYTES_A_CYCLE);
+        rounds * (cols / 64 * step + 12 * self.height)
     }
 }
 
 /// The launch for a product on a Hopper device.
-pub fn plan(tokens: usize, w_rows: usize, multiprocessors: usize) -> Plan {
+pub fn plan(tokens: usize, w_rows: usize, cols: usize, multiprocessors: usize) -> Plan {
+    let narrow = w_rows.div_ceil(ROWS) * tokens.div_ceil(128);
     // Shared sums are worth it where whole tiles would leave multiprocessors idle; beyond, they read too much of x again.
-    let spread = if tokens <= 256 && Spread::Narrow.tiles(tokens, w_rows) < 2 * multiprocessors {
-        if tokens <= 64 { Spread::Split64 } else { Spread::Split128 }
-    } else if tokens <= 128 {
-        Spread::Narrow
-    } else {
-        Spread::Wide
-    };
-    Plan { spread, group: 8 }
+    if tokens <= 256 && narrow < 2 * multiprocessors {
+        return Plan::of(if tokens <= 64 { Spread::Split64 } else { Spread::Split128 });
+    }
+    if tokens <= 128 {
+        return Plan::of(Spread::Narrow);
+    }
+    let ways = [256, 192, 128].map(|height| Plan { height, ..Plan::of(Spread::Wide) });
+    let best = ways.into_iter().min_by_key(|way| way.cycles(tokens, w_rows, cols, multiprocessors));
+    best.unwrap_or(Plan::of(Spread::Wide))
 }
 
 /// The loaded kernels.
@@ -235,9 +259,9 @@ impl Gemm {
     /// Shapes or buffers that do not fit each other, or a device fault.
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
         let plan = if self.portable {
-            Plan { spread: Spread::Portable, group: 8 }
+            Plan::of(Spread::Portable)
         } else {
-            plan(call.tokens, call.w_rows, device.facts().multiprocessors as usize)
+            plan(call.tokens, call.w_rows, call.cols, device.facts().multiprocessors as usize)
         };
         self.issue_as(device, call, plan)
     }
@@ -253,7 +277,8 @@ impl Gemm {
             Output::Bf16(y) => (1, y.address(), y.len()),
             Output::Add(y) => (2, y.address(), y.len()),
         };
-        let fits = cols.is_multiple_of(64)
+        let fits = plan.spread.takes(plan.height)
+            && cols.is_multiple_of(64)
             && cols > 0
             && w_rows.is_multiple_of(8)
             && capacity.is_multiple_of(8)
@@ -273,11 +298,11 @@ impl Gemm {
         if tokens == 0 {
             return Ok(());
         }
-        let Plan { spread, group } = plan;
+        let Plan { spread, height, group } = plan;
         let Some(kernel) = &self.kernels[output][spread as usize] else {
             return Err(DeviceError::new(OP, format!("the kernels for {plan} are not loaded")));
         };
-        let blocks = spread.blocks(tokens, w_rows, device.facts().multiprocessors as usize);
+        let blocks = plan.blocks(tokens, w_rows, device.facts().multiprocessors as usize);
         let arguments = Arguments {
             w: call.w.address(),
             x: call.x.address(),
@@ -291,6 +316,7 @@ impl Gemm {
             stride: stride as i32,
             tokens: tokens as i32,
             group: group.max(1) as i32,
+            height: height as i32,
         };
         let launch = Launch {
             grid: [blocks as u32, 1, 1],
@@ -309,13 +335,15 @@ mod tests {
 
     #[test]
     fn few_tokens_share_sums_and_many_take_whole_tiles() {
-        let spread = |tokens, w_rows| plan(tokens, w_rows, 132).spread;
-        assert_eq!(spread(17, 5120), Spread::Split64);
-        assert_eq!(spread(65, 5120), Spread::Split128);
-        assert_eq!(spread(64, 201_088), Spread::Narrow);
-        assert_eq!(spread(8192, 2880), Spread::Wide);
-        assert_eq!(Spread::Split64.blocks(17, 2880, 132), 92);
-        assert_eq!(Spread::Pairs.blocks(300, 2880, 132), 48);
+        let plan = |tokens, w_rows, cols| super::plan(tokens, w_rows, cols, 132);
+        assert_eq!(plan(17, 5120, 2880), Plan::of(Spread::Split64));
+        assert_eq!(plan(65, 5120, 2880), Plan::of(Spread::Split128));
+        assert_eq!(plan(64, 201_088, 2880), Plan::of(Spread::Narrow));
+        assert_eq!(plan(8192, 5120, 2880), Plan::of(Spread::Wide));
+        // 184 tiles of 256 tokens would take two rounds of 132; so do 253 lower ones.
+        assert_eq!(plan(2048, 2880, 4096).height, 192);
+        assert_eq!(Plan::of(Spread::Split64).blocks(17, 2880, 132), 92);
+        assert_eq!(Plan::of(Spread::Pairs).blocks(300, 2880, 132), 48);
     }
 
     #[test]

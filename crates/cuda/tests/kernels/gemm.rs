@@ -51,8 +51,8 @@ impl Path {
         Self { gemm: Gemm::load(device).unwrap(), plan: None }
     }
 
-    fn of(device: &Device, spread: Spread, group: usize) -> Self {
-        Self { plan: Some(Plan { spread, group }), ..Self::usual(device) }
+    fn of(device: &Device, plan: Plan) -> Self {
+        Self { plan: Some(plan), ..Self::usual(device) }
     }
 }
 
@@ -295,16 +295,21 @@ fn gemm_passes_the_same_in_every_way() {
         println!("skipped: {} is not a Hopper device", device.facts().name);
         return;
     }
-    for (spread, group) in [
-        (Spread::Split64, 8),
-        (Spread::Split128, 8),
-        (Spread::Narrow, 1),
-        (Spread::Wide, 3),
-        (Spread::Pairs, 1),
-        (Spread::Pairs, 8),
+    for (spread, height, group) in [
+        (Spread::Split64, 64, 8),
+        (Spread::Split128, 128, 8),
+        (Spread::Narrow, 128, 1),
+        (Spread::Narrow, 64, 2),
+        (Spread::Wide, 256, 3),
+        (Spread::Wide, 192, 8),
+        (Spread::Wide, 64, 2),
+        (Spread::Pairs, 256, 1),
+        (Spread::Pairs, 192, 8),
+        (Spread::Pairs, 128, 8),
     ] {
-        println!("{spread:?}, groups of {group}");
-        let path = Path::of(&device, spread, group);
+        let plan = Plan { spread, height, group };
+        println!("{plan}");
+        let path = Path::of(&device, plan);
         check_puts_every_element_in_its_place(&device, &path);
         check_equals_its_definition(&device, &path);
         check_rows_do_not_depend_on_neighbours(&device, &path);
@@ -319,5 +324,5 @@ fn gemm_pairs_of_real_shapes() {
         println!("skipped: {} is not a Hopper device", device.facts().name);
         return;
     }
-    check_of_real_shapes(&device, &Path::of(&device, Spread::Pairs, 8));
+    check_of_real_shapes(&device, &Path::of(&device, Plan::of(Spread::Pairs)));
 }
