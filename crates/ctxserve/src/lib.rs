@@ -1,6 +1,6 @@
 //! The `ctxserve` program as a library: command line, model sources, wiring, subcommands.
 //!
-//! [`run`] reads the command line. [`serve`] turns flags into a running server; [`bench`] measures a model; [`inspect`]
+//! [`run`] reads the command line. [`serve`] turns flags into a running server; [`mod@bench`] measures a model; [`inspect`]
 //! shows what goes into a model and what comes out. Backends are named in [`device`] alone.
 
 pub mod bench;
