@@ -1,5 +1,5 @@
 //! The backend against the CPU's plain loops, by the suite that any backend must pass. Without a device it says so and passes;
-//! `CTXSERVE_REQUIRE_CUDA=1` makes that a failure.
+//! `CTXSERVE_REQUIRE_GPU=1` makes that a failure.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
@@ -13,7 +13,7 @@ use ctxserve_cuda::{CudaBackend, CudaOptions, unavailable};
 #[test]
 fn kernels_match_the_plain_loops_within_bf16() {
     if let Some(why) = unavailable(0) {
-        assert!(std::env::var_os("CTXSERVE_REQUIRE_CUDA").is_none(), "{why}");
+        assert!(std::env::var_os("CTXSERVE_REQUIRE_GPU").is_none(), "{why}");
         println!("skipped: {why}");
         return;
     }

@@ -12,7 +12,7 @@ static TURN: Mutex<()> = Mutex::new(());
 pub fn device() -> Option<(Device, MutexGuard<'static, ()>)> {
     let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(why) = unavailable(0) {
-        assert!(std::env::var_os("CTXSERVE_REQUIRE_CUDA").is_none(), "{why}");
+        assert!(std::env::var_os("CTXSERVE_REQUIRE_GPU").is_none(), "{why}");
         println!("skipped: {why}");
         return None;
     }

@@ -1,5 +1,5 @@
 //! Every kernel against its definition in float64, on fresh random inputs and ragged shapes. Without a device each test says so
-//! and passes; `CTXSERVE_REQUIRE_CUDA=1` makes that a failure.
+//! and passes; `CTXSERVE_REQUIRE_GPU=1` makes that a failure.
 
 #![allow(
     clippy::unwrap_used,

@@ -1,0 +1,188 @@
+//! The experts of a layer.
+
+use ctxserve_backend::{DeviceError, Moe};
+
+use super::missing;
+use crate::backend::CudaBackend;
+use crate::ops::moe_gemm::{self, height};
+use crate::ops::{moe_combine, moe_down, moe_gate_up, moe_sort, rms_norm, route};
+
+impl CudaBackend {
+    pub(crate) fn issue_experts(&mut self, moe: &Moe<Self>) -> Result<(), DeviceError> {
+        const OP: &str = "experts";
+        let (device, kernels, state, extent) = self.step_parts(OP)?;
+        let Moe { norm, router, experts, spec } = moe;
+        if experts.spec != *spec || router.rows != spec.experts {
+            return Err(DeviceError::new(OP, "router, experts and spec differ"));
+        }
+        let weights = router.plain.as_ref().ok_or_else(|| missing(OP, "the router"))?;
+        let (rows, work) = (extent.rows, &state.work);
+        let live = &state.description.arrays().rows;
+        let few = rows <= moe_gate_up::MOST_ROWS;
+        let (norm, eps) = norm.as_norm(spec.norm_eps);
+        kernels.route.issue(
+            device,
+            &route::Call {
+                x: &work.x,
+                norm,
+                router: weights,
+                bias: &router.bias,
+                live,
+                choice: &work.choice,
+                weight: &work.weight,
+                h: &work.h,
+                rows,
+                hidden: experts.hidden,
+                experts: spec.experts,
+                top_k: spec.top_k,
+                fragments: few,
+                eps,
+            },
+        )?;
+        if few {
+            let shape = moe_gate_up::Shape {
+                experts: spec.experts,
+                top_k: spec.top_k,
+                hidden: experts.hidden,
+                inner: experts.inner,
+            };
+            kernels.gate_up.issue(
+                device,
+                &moe_gate_up::Call {
+                    weights: &experts.gate_up,
+                    bias: &experts.gate_up_bias,
+                    h: &work.h,
+                    choice: &work.choice,
+                    live,
+                    a: &work.a,
+                    rows,
+                    shape,
+                    alpha: spec.alpha,
+                    limit: spec.limit,
+                },
+            )?;
+            return kernels.down.issue(
+                device,
+                &moe_down::Call {
+                    weights: &experts.down,
+                    bias: &experts.down_bias,
+                    a: &work.a,
+                    choice: &work.choice,
+                    weight: &work.weight,
+                    live,
+                    x: &work.x,
+                    products: &work.products,
+                    rows,
+                    shape,
+                },
+            );
+        }
+        self.issue_many_experts(moe)
+    }
+
+    /// The experts of more rows: sorted by expert, gathered, multiplied, combined.
+    fn issue_many_experts(&mut self, moe: &Moe<Self>) -> Result<(), DeviceError> {
+        const OP: &str = "experts";
+        let (device, kernels, state, extent) = self.step_parts(OP)?;
+        let Moe { experts, spec, .. } = moe;
+        let (weight, eps) = moe.norm.as_norm(spec.norm_eps);
+        let (rows, work) = (extent.rows, &state.work);
+        let live = &state.description.arrays().rows;
+        let height = height(rows, spec.top_k, spec.experts);
+        let shape = moe_sort::Shape { rows, slots: spec.top_k, experts: spec.experts, height };
+        let sorted = shape.sorted();
+        if sorted > work.sorted {
+            return Err(DeviceError::new(
+                OP,
+                format!("{sorted} sorted rows, there is room for {}", work.sorted),
+            ));
+        }
+        let (Some(gate_up_exponents), Some(down_exponents)) =
+            (&experts.gate_up_exponents, &experts.down_exponents)
+        else {
+            return Err(missing(OP, "the experts"));
+        };
+        kernels.sort.issue(
+            device,
+            &moe_sort::Call {
+                choice: &work.choice,
+                live,
+                position: &work.position,
+                source: &work.source,
+                tiles: &work.tiles,
+                counts: &work.counts,
+                shape,
+            },
+        )?;
+        kernels.norm_fp16.issue(
+            device,
+            &rms_norm::Call {
+                x: &work.x,
+                weight,
+                y: &work.sorted_h,
+                live: &work.counts,
+                index: Some(&work.source),
+                rows: sorted,
+                cols: experts.hidden,
+                capacity: sorted,
+                eps,
+            },
+        )?;
+        let product = |w, exponents, bias, x, y, out_rows, cols| moe_gemm::Call {
+            w,
+            exponents,
+            bias,
+            x,
+            y,
+            tiles: &work.tiles,
+            counts: &work.counts,
+            experts: spec.experts,
+            rows: out_rows,
+            cols,
+            capacity: sorted,
+            height,
+            most_tiles: shape.tiles(),
+        };
+        let (hidden, inner) = (experts.hidden, experts.inner);
+        let swiglu = moe_gemm::Output::SwiGlu { y: &work.sorted_a, alpha: spec.alpha, limit: spec.limit };
+        kernels.experts.issue(
+            device,
+            &product(
+                &experts.gate_up,
+                gate_up_exponents,
+                &experts.gate_up_bias,
+                &work.sorted_h,
+                swiglu,
+                2 * inner,
+                hidden,
+            ),
+        )?;
+        kernels.experts.issue(
+            device,
+            &product(
+                &experts.down,
+                down_exponents,
+                &experts.down_bias,
+                &work.sorted_a,
+                moe_gemm::Output::F32(&work.sorted_y),
+                hidden,
+                inner,
+            ),
+        )?;
+        kernels.combine.issue(
+            device,
+            &moe_combine::Call {
+                x: &work.x,
+                y: moe_combine::Outputs::F32(&work.sorted_y),
+                position: &work.position,
+                weight: &work.weight,
+                live,
+                rows,
+                sorted,
+                cols: hidden,
+                stride: hidden,
+                slots: spec.top_k,
+            },
+        )
+    }
+}
