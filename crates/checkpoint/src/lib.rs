@@ -17,6 +17,7 @@ mod error;
 mod formats;
 mod header;
 mod json;
+mod parallel;
 mod source;
 mod store;
 mod transpose;

@@ -5,6 +5,7 @@ use half::{bf16, f16};
 
 use crate::dtype::Dtype;
 use crate::error::CheckpointError;
+use crate::parallel;
 use crate::store::Stored;
 use crate::values::{self, Float, PIECE};
 
@@ -12,7 +13,7 @@ use crate::values::{self, Float, PIECE};
 const TILE: usize = 32;
 
 /// Reads a stack stored `[experts, cols, rows]` and returns its elements as `[experts, rows, cols]`. Besides
-/// the result it holds a few megabytes.
+/// the result it holds a few megabytes a thread.
 pub(crate) fn read(
     tensor: Stored<'_>,
     experts: usize,
@@ -43,15 +44,17 @@ fn stack<T: Float>(
     }
     // Whole tiles of input features per read, at least one.
     let strip = (PIECE / size_of::<T>() / rows / TILE * TILE).clamp(TILE, cols.next_multiple_of(TILE));
-    let mut scratch = tensor.allocate::<T>(strip.min(cols) * rows)?;
-    for (expert, out) in out.chunks_exact_mut(rows * cols).enumerate() {
+    parallel::pieces(&mut out, rows * cols, |at, out| {
+        let expert = at / (rows * cols);
+        let mut scratch = tensor.allocate::<T>(strip.min(cols) * rows)?;
         for first in (0..cols).step_by(strip) {
             let height = strip.min(cols - first);
             let part = &mut scratch[..height * rows];
             values::read(tensor, (expert * cols + first) * rows, part)?;
             place(part, rows, out, cols, first);
         }
-    }
+        Ok(())
+    })?;
     Ok(out)
 }
 

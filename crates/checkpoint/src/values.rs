@@ -6,6 +6,7 @@ use half::{bf16, f16};
 
 use crate::dtype::Dtype;
 use crate::error::CheckpointError;
+use crate::parallel;
 use crate::store::Stored;
 
 /// Bytes per read where each piece is looked at or converted.
@@ -16,8 +17,8 @@ pub(crate) const FLOATS: &[Dtype] = &[Dtype::BF16, Dtype::F16, Dtype::F32];
 
 /// A float as stored. `Wide` is what it becomes in memory: half precision has no encoding of its own there,
 /// and bfloat16 would lose digits of it.
-pub(crate) trait Float: Pod {
-    type Wide: Pod;
+pub(crate) trait Float: Pod + Send + Sync {
+    type Wide: Pod + Send + Sync;
     fn widen(self) -> Self::Wide;
     fn to_f32(self) -> f32;
     /// Exponent all ones: infinite or not a number.
@@ -102,8 +103,8 @@ pub(crate) fn vector(tensor: Stored<'_>) -> Result<Vec<f32>, CheckpointError> {
 /// A whole tensor in its own precision; half precision becomes f32.
 pub(crate) fn elements(tensor: Stored<'_>) -> Result<Elements, CheckpointError> {
     fn same<T: Float>(tensor: Stored<'_>) -> Result<Vec<T>, CheckpointError> {
-        let mut values = tensor.allocate(tensor.count())?;
-        read(tensor, 0, &mut values)?;
+        let mut values = tensor.allocate::<T>(tensor.count())?;
+        parallel::pieces(&mut values, PIECE / size_of::<T>(), |first, piece| read(tensor, first, piece))?;
         Ok(values)
     }
     match tensor.dtype() {
@@ -111,16 +112,14 @@ pub(crate) fn elements(tensor: Stored<'_>) -> Result<Elements, CheckpointError> 
         Dtype::BF16 => same(tensor).map(Elements::Bf16),
         Dtype::F16 => {
             let mut values = tensor.allocate::<f32>(tensor.count())?;
-            let mut scratch = tensor.allocate::<f16>(values.len().min(PIECE / size_of::<f16>()))?;
-            let mut first = 0;
-            for piece in values.chunks_mut(scratch.len().max(1)) {
-                let halves = &mut scratch[..piece.len()];
-                read(tensor, first, halves)?;
+            parallel::pieces(&mut values, PIECE / size_of::<f16>(), |first, piece| {
+                let mut halves = tensor.allocate::<f16>(piece.len())?;
+                read(tensor, first, &mut halves)?;
                 for (value, half) in piece.iter_mut().zip(halves) {
                     *value = half.to_f32();
                 }
-                first += piece.len();
-            }
+                Ok(())
+            })?;
             Ok(Elements::F32(values))
         }
         other => Err(unreadable(tensor, other)),
