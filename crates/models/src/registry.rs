@@ -80,8 +80,9 @@ pub fn inspect(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<ModelIn
     (FAMILIES[find(checkpoint.config())?].inspect)(checkpoint, options)
 }
 
-/// Loads a model onto a backend, after every check that the headers allow. Weights pass through layer by layer:
-/// besides the checkpoint and the backend's own copy, one layer is in memory at a time.
+/// Loads a model onto a backend, after every check that the headers allow. Weights pass through layer by layer, one
+/// being read while the backend takes the one before: besides the checkpoint and the backend's own copy, two layers (or
+/// a layer and a table of the vocabulary) are in memory at a time.
 ///
 /// # Errors
 /// What [`inspect`] refuses; weights that cannot be read; a device that refuses them.

@@ -1,62 +1,75 @@
 //! From a checkpoint to a backend: shared by the families.
+//!
+//! A family describes its weights in parts (the embedding, each block, the head). [`ahead`] reads the next part on a thread
+//! of its own while the backend takes the current one, so that disk or page cache and device are busy at once. Two parts
+//! are then in host memory: the one being taken and the one being read.
 
-use ctxserve_backend::{Backend, Role};
+use std::sync::mpsc;
+use std::thread;
+
+use ctxserve_backend::{Backend, DeviceError, Role};
 use ctxserve_checkpoint::{Checkpoint, to_bf16};
-use ctxserve_core::{Elements, Matrix};
+use ctxserve_core::{Elements, Encoding, Matrix};
 
 use crate::{LoadError, LoadProgress};
 
-/// Hands tensors of one checkpoint to one backend and reports each finished part.
-pub(crate) struct Loader<'a, B: Backend> {
-    pub(crate) checkpoint: &'a Checkpoint,
-    pub(crate) backend: &'a mut B,
-    progress: &'a mut dyn FnMut(LoadProgress),
+/// Reads tensors of one checkpoint in encodings that a backend takes. Threads may share it.
+pub(crate) struct Reader<'a> {
+    checkpoint: &'a Checkpoint,
+    accepted: Vec<Encoding>,
+}
+
+/// A matrix and its bias in host memory.
+pub(crate) struct Linear {
+    matrix: Matrix,
+    bias: Option<Vec<f32>>,
+}
+
+/// Reports each part that a backend has taken.
+pub(crate) struct Progress<'a> {
+    report: &'a mut dyn FnMut(LoadProgress),
     state: LoadProgress,
 }
 
-impl<'a, B: Backend> Loader<'a, B> {
-    /// `parts` is how many times [`Loader::finished`] will be called.
-    pub(crate) fn new(
-        checkpoint: &'a Checkpoint,
-        backend: &'a mut B,
-        parts: usize,
-        progress: &'a mut dyn FnMut(LoadProgress),
-    ) -> Self {
-        let state = LoadProgress { done: 0, total: parts, total_bytes: checkpoint.total_bytes() };
-        Self { checkpoint, backend, progress, state }
-    }
-
-    /// Reports one more part.
-    pub(crate) fn finished(&mut self) {
-        self.state.done += 1;
-        (self.progress)(self.state);
+impl<'a> Reader<'a> {
+    pub(crate) fn new<B: Backend>(checkpoint: &'a Checkpoint, backend: &B) -> Self {
+        let known = [Encoding::F32, Encoding::Bf16, Encoding::Mxfp4];
+        let accepted = known.into_iter().filter(|&encoding| backend.accepts(encoding)).collect();
+        Self { checkpoint, accepted }
     }
 
     /// A vector `[len]`.
-    pub(crate) fn vector(&mut self, name: &str, len: usize) -> Result<B::Vector, LoadError> {
-        let values = self.checkpoint.vector(name, len)?;
-        Ok(self.backend.load_vector(values)?)
+    pub(crate) fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
+        Ok(self.checkpoint.vector(name, len)?)
+    }
+
+    /// A stack of experts, `[experts * rows, cols]`.
+    pub(crate) fn experts(
+        &self,
+        name: &str,
+        experts: usize,
+        [rows, cols]: [usize; 2],
+    ) -> Result<Matrix, LoadError> {
+        Ok(self.accepted(self.checkpoint.experts(name, experts, rows, cols)?))
     }
 
     /// A matrix `[rows, cols]` from `NAME.weight`, with its bias from `NAME.bias` when `biased`.
     pub(crate) fn linear(
-        &mut self,
+        &self,
         name: &str,
         [rows, cols]: [usize; 2],
         biased: bool,
-        role: Role<'_>,
-    ) -> Result<B::Matrix, LoadError> {
-        self.fused(&[(name.to_owned(), rows)], cols, biased, role)
+    ) -> Result<Linear, LoadError> {
+        self.fused(&[(name.to_owned(), rows)], cols, biased)
     }
 
     /// Matrices of equal width as one, rows in the order given.
     pub(crate) fn fused(
-        &mut self,
+        &self,
         parts: &[(String, usize)],
         cols: usize,
         biased: bool,
-        role: Role<'_>,
-    ) -> Result<B::Matrix, LoadError> {
+    ) -> Result<Linear, LoadError> {
         let mut matrices = Vec::with_capacity(parts.len());
         let mut bias = biased.then(Vec::new);
         for (name, rows) in parts {
@@ -67,21 +80,76 @@ impl<'a, B: Backend> Loader<'a, B> {
                 bias.extend(self.checkpoint.vector(&format!("{name}.bias"), *rows)?);
             }
         }
-        let matrix = self.accepted(stack(matrices)?);
-        Ok(self.backend.load_matrix(matrix, bias, role)?)
+        Ok(Linear { matrix: self.accepted(stack(matrices)?), bias })
     }
 
     /// The matrix as the backend takes it.
-    pub(crate) fn accepted(&self, matrix: Matrix) -> Matrix {
-        if self.backend.accepts(matrix.encoding()) { matrix } else { to_bf16(matrix) }
+    fn accepted(&self, matrix: Matrix) -> Matrix {
+        if self.accepted.contains(&matrix.encoding()) { matrix } else { to_bf16(matrix) }
     }
+}
+
+impl Linear {
+    /// Gives it to a backend.
+    pub(crate) fn load<B: Backend>(self, backend: &mut B, role: Role<'_>) -> Result<B::Matrix, DeviceError> {
+        backend.load_matrix(self.matrix, self.bias, role)
+    }
+}
+
+impl<'a> Progress<'a> {
+    /// `parts` is how many times [`Progress::finished`] will be called.
+    pub(crate) fn new(
+        checkpoint: &Checkpoint,
+        parts: usize,
+        report: &'a mut dyn FnMut(LoadProgress),
+    ) -> Self {
+        Self { report, state: LoadProgress { done: 0, total: parts, total_bytes: checkpoint.total_bytes() } }
+    }
+
+    /// Reports one more part.
+    pub(crate) fn finished(&mut self) {
+        self.state.done += 1;
+        (self.report)(self.state);
+    }
+}
+
+/// Reads parts `0..parts` in order, each on another thread while `take` has the one before. A part is handed over when the
+/// one before was taken, so at most two exist.
+///
+/// # Errors
+/// The first of either side. A part that is being read then is read to its end and dropped.
+pub(crate) fn ahead<T: Send, E: Send>(
+    parts: usize,
+    read: impl Fn(usize) -> Result<T, E> + Sync,
+    mut take: impl FnMut(T) -> Result<(), E>,
+) -> Result<(), E> {
+    let reader = |sender: &mpsc::SyncSender<Result<T, E>>| {
+        for part in 0..parts {
+            let part = read(part);
+            let ended = part.is_err();
+            if sender.send(part).is_err() || ended {
+                break;
+            }
+        }
+    };
+    thread::scope(|scope| {
+        // Without room of its own: a part waits in the reader's hands until it is asked for.
+        let (sender, receiver) = mpsc::sync_channel(0);
+        let spawned =
+            thread::Builder::new().name("load".to_owned()).spawn_scoped(scope, move || reader(&sender));
+        if spawned.is_err() {
+            // The system has no thread to give: one after the other, then.
+            return (0..parts).try_for_each(|part| take(read(part)?));
+        }
+        receiver.into_iter().try_for_each(|part| take(part?))
+    })
 }
 
 /// Puts matrices of equal width below one another.
 fn stack(parts: Vec<(String, Matrix)>) -> Result<Matrix, LoadError> {
     let mut parts = parts.into_iter();
     let Some((first, top)) = parts.next() else {
-        return Err(ctxserve_backend::DeviceError::new("load_matrix", "no rows to fuse").into());
+        return Err(DeviceError::new("load_matrix", "no rows to fuse").into());
     };
     let (mut rows, cols, expected) = (top.rows(), top.cols(), top.encoding());
     let mut elements = top.into_elements();
@@ -102,14 +170,57 @@ fn stack(parts: Vec<(String, Matrix)>) -> Result<Matrix, LoadError> {
         }
     }
     Matrix::new(rows, cols, elements)
-        .ok_or_else(|| ctxserve_backend::DeviceError::new("load_matrix", "fused widths differ").into())
+        .ok_or_else(|| DeviceError::new("load_matrix", "fused widths differ").into())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
     use half::bf16;
 
     use super::*;
+
+    #[test]
+    fn parts_are_read_one_ahead_and_no_more() {
+        let (taken, read) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let order = Mutex::new(Vec::new());
+        ahead(
+            20,
+            |part| {
+                // Part `part` is begun once part `part - 2` was taken: the one between is with `take`.
+                assert!(part <= taken.load(SeqCst) + 1, "{part}");
+                read.fetch_add(1, SeqCst);
+                Ok::<_, ()>(part)
+            },
+            |part| {
+                order.lock().unwrap().push(part);
+                // Only a reader that works beside this closure gets any further.
+                while read.load(SeqCst) < (part + 2).min(20) {
+                    thread::yield_now();
+                }
+                taken.fetch_add(1, SeqCst);
+                Ok(())
+            },
+        )
+        .unwrap();
+        assert!(order.into_inner().unwrap().into_iter().eq(0..20));
+    }
+
+    #[test]
+    fn the_first_error_of_either_side_ends_it() {
+        let mut taken = Vec::new();
+        let read = |part| if part == 3 { Err("read") } else { Ok(part) };
+        let outcome = ahead(10, read, |part| {
+            taken.push(part);
+            Ok(())
+        });
+        assert_eq!((outcome, taken), (Err("read"), vec![0, 1, 2]));
+        let outcome = ahead(10, Ok, |part| if part == 4 { Err("taken") } else { Ok(()) });
+        assert_eq!(outcome, Err("taken"));
+        assert_eq!(ahead(0, Err::<(), _>, |()| Ok(())), Ok(()));
+    }
 
     fn f32s(name: &str, values: &[f32]) -> (String, Matrix) {
         (name.to_owned(), Matrix::new(values.len() / 2, 2, Elements::F32(values.to_vec())).unwrap())

@@ -1,10 +1,10 @@
 //! gpt-oss's tensors: what they are called, how large they are, and how they reach a backend.
 
-use ctxserve_backend::{AttentionInput, Backend, ExpertWeights, Moe, Role};
+use ctxserve_backend::{AttentionInput, Backend, DeviceError, ExpertWeights, Moe, Role};
 use ctxserve_checkpoint::{Checkpoint, Shape, Want};
 
 use super::Config;
-use crate::weights::Loader;
+use crate::weights::{Linear, Progress, Reader, ahead};
 use crate::{Costs, LoadError, LoadProgress};
 
 const EMBEDDING: &str = "model.embed_tokens";
@@ -107,64 +107,106 @@ pub(super) fn costs(config: &Config, checkpoint: &Checkpoint) -> Result<Costs, L
     })
 }
 
-/// Loads everything, one block at a time.
+/// Weights in host memory, in the parts that are read and loaded one after the other.
+enum Part {
+    Embedding(Linear),
+    Block(Box<HostBlock>),
+    Last { norm: Vec<f32>, head: Option<Linear> },
+}
+
+/// What a [`Block`] is made of.
+struct HostBlock {
+    experts: ExpertWeights,
+    input_norm: Vec<f32>,
+    qkv: Linear,
+    sinks: Vec<f32>,
+    output: Linear,
+    moe_norm: Vec<f32>,
+    router: Linear,
+}
+
+/// Loads everything, one block at a time, while the next is read.
 pub(super) fn load<B: Backend>(
     config: &Config,
     checkpoint: &Checkpoint,
     backend: &mut B,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<Weights<B>, LoadError> {
-    let mut loader = Loader::new(checkpoint, backend, config.layers() + 2, progress);
-    let table = [config.vocab, config.hidden];
-    let embedding = loader.linear(EMBEDDING, table, false, Role::Embedding { head: config.tied })?;
-    loader.finished();
-    let mut blocks = Vec::with_capacity(config.layers());
-    for layer in 0..config.layers() {
-        blocks.push(block(config, layer, &mut loader)?);
-        loader.finished();
-    }
-    let norm = loader.vector(FINAL_NORM, config.hidden)?;
-    let head = if config.tied { None } else { Some(loader.linear(HEAD, table, false, Role::Head)?) };
-    loader.finished();
+    let (layers, reader) = (config.layers(), Reader::new(checkpoint, backend));
+    let mut progress = Progress::new(checkpoint, layers + 2, progress);
+    let (mut embedding, mut blocks, mut last) = (None, Vec::with_capacity(layers), None);
+    let take = |part| {
+        match part {
+            Part::Embedding(table) => {
+                embedding = Some(table.load(backend, Role::Embedding { head: config.tied })?);
+            }
+            Part::Block(block) => blocks.push(load_block(config, blocks.len(), *block, backend)?),
+            Part::Last { norm, head } => {
+                let norm = backend.load_vector(norm)?;
+                last = Some((norm, head.map(|head| head.load(backend, Role::Head)).transpose()?));
+            }
+        }
+        progress.finished();
+        Ok(())
+    };
+    ahead(layers + 2, |part| read(config, part, &reader), take)?;
+    let (Some(embedding), Some((norm, head))) = (embedding, last) else {
+        return Err(DeviceError::new("load", "a part was never read").into());
+    };
     Ok(Weights { embedding, blocks, norm, head })
 }
 
-fn block<B: Backend>(
+/// Reads the embedding, then each block, then what follows them.
+fn read(config: &Config, part: usize, reader: &Reader<'_>) -> Result<Part, LoadError> {
+    let table = [config.vocab, config.hidden];
+    Ok(match part.checked_sub(1) {
+        None => Part::Embedding(reader.linear(EMBEDDING, table, false)?),
+        Some(layer) if layer < config.layers() => Part::Block(Box::new(read_block(config, layer, reader)?)),
+        Some(_) => Part::Last {
+            norm: reader.vector(FINAL_NORM, config.hidden)?,
+            head: if config.tied { None } else { Some(reader.linear(HEAD, table, false)?) },
+        },
+    })
+}
+
+fn read_block(config: &Config, layer: usize, reader: &Reader<'_>) -> Result<HostBlock, LoadError> {
+    let Config { hidden, inner, experts, attention_bias, .. } = *config;
+    let name = |name| in_block(layer, name);
+    Ok(HostBlock {
+        experts: ExpertWeights {
+            gate_up: reader.experts(&name("mlp.experts.gate_up_proj"), experts, [2 * inner, hidden])?,
+            down: reader.experts(&name("mlp.experts.down_proj"), experts, [hidden, inner])?,
+            gate_up_bias: reader.vector(&name("mlp.experts.gate_up_proj_bias"), experts * 2 * inner)?,
+            down_bias: reader.vector(&name("mlp.experts.down_proj_bias"), experts * hidden)?,
+        },
+        input_norm: reader.vector(&name("input_layernorm.weight"), hidden)?,
+        qkv: reader.fused(&qkv(config, layer), hidden, attention_bias)?,
+        sinks: reader.vector(&name("self_attn.sinks"), config.heads)?,
+        output: reader.linear(&name("self_attn.o_proj"), [hidden, config.q_width()], attention_bias)?,
+        moe_norm: reader.vector(&name("post_attention_layernorm.weight"), hidden)?,
+        router: reader.linear(&name("mlp.router"), [experts, hidden], true)?,
+    })
+}
+
+fn load_block<B: Backend>(
     config: &Config,
     layer: usize,
-    loader: &mut Loader<'_, B>,
-) -> Result<Block<B>, LoadError> {
-    let Config { hidden, inner, experts, .. } = *config;
-    let name = |name| in_block(layer, name);
-    let spec = config.expert_spec();
-    let attention = config.attention(layer);
-    let gate_up = loader.checkpoint.experts(&name("mlp.experts.gate_up_proj"), experts, 2 * inner, hidden)?;
-    let down = loader.checkpoint.experts(&name("mlp.experts.down_proj"), experts, hidden, inner)?;
-    let stack = ExpertWeights {
-        gate_up: loader.accepted(gate_up),
-        gate_up_bias: loader
-            .checkpoint
-            .vector(&name("mlp.experts.gate_up_proj_bias"), experts * 2 * inner)?,
-        down: loader.accepted(down),
-        down_bias: loader.checkpoint.vector(&name("mlp.experts.down_proj_bias"), experts * hidden)?,
-    };
-    let stack = loader.backend.load_experts(stack, &spec)?;
+    block: HostBlock,
+    backend: &mut B,
+) -> Result<Block<B>, DeviceError> {
+    let (spec, attention) = (config.expert_spec(), config.attention(layer));
+    let experts = backend.load_experts(block.experts, &spec)?;
     Ok(Block {
         input: AttentionInput {
-            norm: loader.vector(&name("input_layernorm.weight"), hidden)?,
-            qkv: loader.fused(&qkv(config, layer), hidden, config.attention_bias, Role::Qkv(&attention))?,
+            norm: backend.load_vector(block.input_norm)?,
+            qkv: block.qkv.load(backend, Role::Qkv(&attention))?,
         },
-        sinks: loader.vector(&name("self_attn.sinks"), config.heads)?,
-        output: loader.linear(
-            &name("self_attn.o_proj"),
-            [hidden, config.q_width()],
-            config.attention_bias,
-            Role::Output(&attention),
-        )?,
+        sinks: backend.load_vector(block.sinks)?,
+        output: block.output.load(backend, Role::Output(&attention))?,
         moe: Moe {
-            norm: loader.vector(&name("post_attention_layernorm.weight"), hidden)?,
-            router: loader.linear(&name("mlp.router"), [experts, hidden], true, Role::Router)?,
-            experts: stack,
+            norm: backend.load_vector(block.moe_norm)?,
+            router: block.router.load(backend, Role::Router)?,
+            experts,
             spec,
         },
     })
