@@ -16,6 +16,7 @@ use crate::ops::moe_combine::MoeCombine;
 use crate::ops::moe_down::MoeDown;
 use crate::ops::moe_gate_up::MoeGateUp;
 use crate::ops::moe_gemm::MoeGemm;
+use crate::ops::moe_scatter::MoeScatter;
 use crate::ops::moe_sort::MoeSort;
 use crate::ops::pack_panels::PackPanels;
 use crate::ops::rms_norm::RmsNorm;
@@ -27,7 +28,7 @@ pub(crate) struct Kernels {
     pub(crate) embed: Embed,
     pub(crate) pack: PackPanels,
     pub(crate) norm_bf16: RmsNorm,
-    pub(crate) norm_fp16: RmsNorm,
+    pub(crate) scatter: MoeScatter,
     pub(crate) gemm: Gemm,
     pub(crate) append: KvAppend,
     pub(crate) gather: KvGather,
@@ -64,7 +65,7 @@ impl Kernels {
             embed: Embed::load(device)?,
             pack: PackPanels::load(device)?,
             norm_bf16: RmsNorm::load(device, false)?,
-            norm_fp16: RmsNorm::load(device, true)?,
+            scatter: MoeScatter::load(device)?,
             gemm: Gemm::load(device)?,
             append: KvAppend::load(device)?,
             gather: KvGather::load(device)?,

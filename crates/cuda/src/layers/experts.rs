@@ -5,7 +5,7 @@ use ctxserve_backend::{DeviceError, Moe};
 use super::missing;
 use crate::backend::CudaBackend;
 use crate::ops::moe_gemm::{self, height};
-use crate::ops::{moe_combine, moe_down, moe_gate_up, moe_sort, rms_norm, route};
+use crate::ops::{moe_combine, moe_down, moe_gate_up, moe_scatter, moe_sort, route};
 
 impl CudaBackend {
     pub(crate) fn issue_experts(&mut self, moe: &Moe<Self>) -> Result<(), DeviceError> {
@@ -114,15 +114,16 @@ impl CudaBackend {
                 shape,
             },
         )?;
-        kernels.norm_fp16.issue(
+        kernels.scatter.issue(
             device,
-            &rms_norm::Call {
+            &moe_scatter::Call {
                 x: &work.x,
                 weight,
                 y: &work.sorted_h,
-                live: &work.counts,
-                index: Some(&work.source),
-                rows: sorted,
+                position: &work.position,
+                live,
+                rows,
+                slots: spec.top_k,
                 cols: experts.hidden,
                 capacity: sorted,
                 eps,
