@@ -16,7 +16,7 @@ struct Alternative {
 };
 constexpr int ALTERNATIVES = 20;
 
-static_assert(sizeof(Shared) == 51672, "crates/cuda/src/ops/sample_pick.rs asks for as much");
+static_assert(sizeof(Shared) == 53680, "crates/cuda/src/ops/sample_pick.rs asks for as much");
 
 struct Params {
     const Line* table;           // [1 + rows]; line 0 is the header
@@ -28,142 +28,147 @@ struct Params {
     int vocab, stride, parts;
 };
 
-// By id, of all candidates (`min_p` 0: the sums of the scan serve) or of those above `min_p`.
-CALLED uint32_t draw_by_id(const Row& row, const Line& line) {
-    Shared& s = row.s;
-    if (line.min_p <= 0) {
-        const double total = block_sum(threadIdx.x < row.parts ? s.mass[threadIdx.x] : 0.0, s);
-        return pick_by_id(row, line.uniform * total, [&](float z, uint32_t part) {
-            const float best = s.best[part];
-            if (!(best > minus_infinity())) return 0.0;
-            const double scale = exp((static_cast<double>(best) - row.best) * (static_cast<double>(row.inverse) + row.inverse_rest));
-            return static_cast<double>(weight(z, best, row.inverse, row.inverse_rest)) * scale;
-        });
-    }
-    const auto kept = [&](float z, uint32_t) {
-        const float w = row.weight_of(z);
-        return w >= line.min_p ? static_cast<double>(w) : 0.0;
-    };
-    __syncthreads();
-    for (int part = warp_of(); part < row.parts; part += WARPS) {
+// By id, of all candidates (`min_p` 0: the sums of the scan serve) or of those that weigh at least `min_p`.
+CALLED uint32_t draw_by_id() {
+    Shared& s = shared();
+    const float least = s.line.min_p;
+    if (least > 0) {
+        // The best part weighs 1, so there is one.
+        const float low = s.best - (1.0f - logf(least)) / s.line.inverse;
+        s.mass[threadIdx.x] = 0;
+        const uint32_t listed = list_parts(fmaxf(low, -3.402823466e38f));
         double sum = 0;
-        if (row.weight_of(s.best[part]) >= line.min_p) {
-            float v[32];
-            load_part(v, row.logits, part, row.vocab);
-#pragma unroll
-            for (int i = 0; i < 32; ++i) sum += kept(v[i], part);
-        }
-        sum = warp_sum(sum);
-        if (lane_of() == 0) s.mass[part] = sum;
+        for_each(
+            listed,
+            [&](float z, uint32_t) {
+                const float w = weight_of(z);
+                if (w >= least) sum += static_cast<double>(w);
+            },
+            [&](uint32_t part) {
+                sum = warp_sum(sum);
+                if (lane_of() == 0) s.mass[part] = sum;
+                sum = 0;
+            });
+        __syncthreads();
     }
-    __syncthreads();
-    const double total = block_sum(threadIdx.x < row.parts ? s.mass[threadIdx.x] : 0.0, s);
-    return pick_by_id(row, line.uniform * total, kept);
+    const double total = block_before(s.mass[threadIdx.x]).total;
+    return pick_by_id(s.line.uniform * total, {false, 0.0f});
 }
 
-// From candidates that hold every token that may be kept.
-DEVICE uint32_t draw_sorted(const Row& row, const Line& line, const Sorted& sorted, uint32_t count, double wanted) {
-    Shared& s = row.s;
-    uint32_t kept = count;
-    if (line.top_p < 1) kept = min(kept, 1 + sorted.first(count, s, [&](float, double through) { return through >= wanted; }));
-    if (line.min_p > 0) kept = sorted.first(kept, s, [&](float w, double) { return w < line.min_p; });
-    kept = max(kept, 1u);
-    const double target = line.uniform * sorted.mass(kept - 1, s);
-    const uint32_t at = sorted.first(kept, s, [&](float, double through) { return through > target; });
-    return candidate_id(s.candidates[min(at, kept - 1)]);
+// Collects down to `low` and draws, if that holds enough or is `all` there is. `total` is the mass of the row. NONE if it does not.
+CALLED uint32_t try_draw(float low, bool all, double total) {
+    Shared& s = shared();
+    const uint32_t top_k = s.line.top_k;
+    uint32_t count = collect(low, s.best);
+    if (count == 0 || count > CAPACITY) return NONE;
+    if (count < top_k && !all) return NONE;
+    sort_candidates(count);
+    if (top_k) count = min(count, top_k);
+    const Sorted sorted = measure(count);
+    double wanted = sorted.total * 2 + 1;  // beyond all
+    if (s.line.top_p < 1) {
+        wanted = s.line.top_p * (top_k ? sorted.total : total);
+        if (!top_k && sorted.total < wanted && !all) return NONE;
+    }
+    const Found cut = locate(sorted, count, wanted, false, s.line.min_p);
+    const Found drawn = locate(sorted, cut.at + 1, s.line.uniform * cut.through, true, 0.0f);
+    return candidate_id(s.candidates[drawn.at]);
 }
 
-// Collects down to `low` and draws, if that holds enough. `total` is the mass of the row.
-CALLED bool try_draw(const Row& row, const Line& line, uint32_t low, bool all, double total, uint32_t& id) {
-    uint32_t count = collect(row, low, ordered(row.best));
-    if (count == 0 || count > CAPACITY) return false;
-    if (line.top_k && count < line.top_k && !all) return false;
-    sort_candidates(row.s, count);
-    if (line.top_k) count = min(count, line.top_k);
-    Sorted sorted;
-    sorted.load(row, count);
-    const double wanted = line.top_p * (line.top_k ? sorted.total : total);
-    if (!line.top_k && sorted.total < wanted && !all) return false;
-    id = draw_sorted(row, line, sorted, count, wanted);
-    return true;
-}
-
-// The key of the `rank`-th greatest of the parts' greatest logits (from 1): at least `rank` logits lie there or above. The lowest finite
-// one if there are not so many.
-CALLED uint32_t part_key(const Row& row, uint32_t rank) {
-    Shared& s = row.s;
-    const uint32_t bottom = ordered(minus_infinity());
-    const uint32_t own = threadIdx.x < row.parts ? ordered(s.best[threadIdx.x]) : bottom;
+// The `rank`-th greatest (from 1) of the parts' greatest logits: at least `rank` logits lie there or above. The lowest finite one if there
+// are not so many.
+CALLED float part_threshold(uint32_t rank) {
+    const Shared& s = shared();
+    const float own = s.greatest[threadIdx.x];
     uint32_t above = 0;
-    for (int part = 0; part < row.parts; ++part) {
-        const uint32_t other = ordered(s.best[part]);
-        above += other > own || (other == own && part < static_cast<int>(threadIdx.x));
+#pragma unroll 2
+    for (int part = 0; part < s.parts; part += 4) {
+        const float4 other = *reinterpret_cast<const float4*>(s.greatest + part);
+        above += (other.x > own) + (other.y > own) + (other.z > own) + (other.w > own);
     }
-    return block_min(own > bottom && above < rank ? own : NONE, s);
+    return unordered(block_min(own > minus_infinity() && above < rank ? ordered(own) : NONE));
 }
 
 // In descending order, of candidates filtered by top-k and top-p.
-CALLED uint32_t draw_ranked(const Row& row, const Line& line, double total) {
-    const uint32_t top = ordered(row.best), lowest = ordered(minus_infinity()) + 1;
-    const uint32_t parts = row.parts;
-    uint32_t id = NONE;
-    if (row.vocab <= CAPACITY) {
-        try_draw(row, line, lowest, true, total, id);
-        return id;
+CALLED uint32_t draw_ranked() {
+    Shared& s = shared();
+    const double total = block_before(s.mass[threadIdx.x]).total;
+    const float lowest = -3.402823466e38f;
+    if (s.vocab <= CAPACITY) return try_draw(lowest, true, total);
+    // Nuclei are small: a few parts hold them, and less than the k best parts hold the k best.
+    if (s.line.top_k <= s.parts) {
+        const uint32_t id = try_draw(part_threshold(s.line.top_k ? s.line.top_k : 32), false, total);
+        if (id != NONE) return id;
     }
-    // Nuclei are small: a few parts hold them. Then most parts, then what a histogram says.
-    if (line.top_k <= parts) {
-        const uint32_t rank = line.top_k ? line.top_k : min(24u, parts);
-        if (try_draw(row, line, part_key(row, rank), false, total, id)) return id;
-    }
-    if (try_draw(row, line, part_key(row, max(1u, parts * 7 / 8)), false, total, id)) return id;
-
-    fill_coarse(row);
-    const Wanted cut = line.top_k ? Wanted{static_cast<double>(line.top_k), true, false} : Wanted{line.top_p * total, false, false};
-    const Bin bin = find_coarse(row, cut);
-    if (bin.ranks + bin.count <= CAPACITY && try_draw(row, line, coarse_low(row, bin.index), true, total, id)) return id;
+    // Tokens so unlikely that all of the vocabulary together would not have the mass that top-p drops are never in the nucleus.
+    float depth = DEEPEST;
+    if (!s.line.top_k) depth = fmaxf(0.0f, logf(static_cast<float>(s.vocab / ((1 - s.line.top_p) * total)))) + 0.01f;
+    fill_coarse(coarse_bin(-depth));
+    const Wanted cut = {s.line.top_k ? s.line.top_k : s.line.top_p * total, s.line.top_k != 0, false};
+    const Bin bin = find_coarse(cut);
+    if (bin.index == NONE) return NONE;
+    if (bin.ranks + bin.count <= CAPACITY) return try_draw(unordered(coarse_low(bin.index)), true, total);
 
     // More than can be sorted at once: find the cuts one after the other, then what is drawn.
     Place last = {0, total};
-    if (line.top_k) last = find(row, cut);
-    if (line.top_p < 1) {
-        const Place nucleus = find(row, {line.top_p * last.through, false, false});
+    if (s.line.top_k) last = find(cut);
+    if (s.line.top_p < 1) {
+        const Place nucleus = find({s.line.top_p * last.through, false, false});
         if (nucleus.at > last.at) last = nucleus;
     }
-    if (line.min_p > 0 && (last.at == 0 || row.weight_of(candidate_logit(last.at)) < line.min_p)) {
+    const float least = s.line.min_p;
+    if (least > 0 && (last.at == 0 || weight_of(candidate_logit(last.at)) < least)) {
         double sum = 0;
-        for_each(row, lowest, [&](float z, uint32_t) {
-            const float w = row.weight_of(z);
-            if (w >= line.min_p) sum += static_cast<double>(w);
-        });
-        last = {candidate(row.best, 0), block_sum(sum, row.s)};
-        const Place drawn = find(row, {line.uniform * last.through, false, true});
-        if (row.weight_of(candidate_logit(drawn.at)) >= line.min_p) return candidate_id(drawn.at);
-        return candidate_id(find(row, {0.0, false, true}).at);
+        const uint32_t listed = list_parts(lowest);
+        for_each(
+            listed,
+            [&](float z, uint32_t) {
+                const float w = weight_of(z);
+                if (w >= least) sum += static_cast<double>(w);
+            },
+            [](uint32_t) {});
+        last = {candidate(s.best, 0), block_before(sum).total};
+        const Place drawn = find({s.line.uniform * last.through, false, true});
+        if (weight_of(candidate_logit(drawn.at)) >= least) return candidate_id(drawn.at);
+        return candidate_id(find({0.0, false, true}).at);
     }
-    const Place drawn = find(row, {line.uniform * last.through, false, true});
+    const Place drawn = find({s.line.uniform * last.through, false, true});
     // Rounding may leave a sliver beyond the last one.
     return candidate_id(drawn.at > last.at ? drawn.at : last.at);
 }
 
-// The most likely tokens, one after the other: the best of the parts' best, whose part is then read again without it. One warp.
-CALLED void read_alternatives(const Row& row, uint64_t* tops, uint32_t wanted, double norm, Alternative* to) {
+DEVICE Alternative alternative(uint64_t c, double norm) {
+    return {candidate_id(c), fmaxf(static_cast<float>(candidate_logit(c) - norm), -3.402823466e38f)};
+}
+
+// The most likely tokens. `own` is the best candidate of this thread's part.
+CALLED void read_alternatives(uint32_t wanted, double norm, uint64_t own, Alternative* to) {
+    Shared& s = shared();
+    const uint32_t count = wanted <= s.parts ? collect(part_threshold(wanted), s.best) : 0;
+    if (count >= wanted && count <= CAPACITY) {
+        sort_candidates(count);
+        if (threadIdx.x < wanted) to[threadIdx.x] = alternative(s.candidates[threadIdx.x], norm);
+        return;
+    }
+    // Few parts, or few finite logits: one after the other. The best of the parts' best; then its part is read again without it.
+    __syncthreads();
+    uint64_t* tops = s.candidates;
+    tops[threadIdx.x] = own;
+    __syncthreads();
+    if (warp_of() != 0) return;
+#pragma unroll 1
     for (uint32_t n = 0; n < wanted; ++n) {
         uint64_t best = 0;
-        for (int part = lane_of(); part < row.parts; part += 32) best = best > tops[part] ? best : tops[part];
+        for (int part = lane_of(); part < s.parts; part += 32) best = best > tops[part] ? best : tops[part];
         best = warp_max(best);
         if (best == 0) return;
-        const uint32_t id = candidate_id(best);
-        if (lane_of() == 0) to[n] = {id, fmaxf(static_cast<float>(candidate_logit(best) - norm), -3.402823466e38f)};
-        const int part = id / PART;
-        float v[32];
-        load_part(v, row.logits, part, row.vocab);
+        if (lane_of() == 0) to[n] = alternative(best, norm);
+        const int part = candidate_id(best) / PART;
         uint64_t next = 0;
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            const uint32_t other = part * PART + part_column(i, lane_of());
-            const uint64_t c = candidate(v[i], other);
-            if (other < row.vocab && c < best && c > next) next = c;
+#pragma unroll 4
+        for (int col = part * PART + lane_of(); col < min(s.vocab, part * PART + PART); col += 32) {
+            const uint64_t c = candidate(s.logits[col], col);
+            if (c < best && c > next) next = c;
         }
         next = warp_max(next);
         __syncwarp();
@@ -173,8 +178,7 @@ CALLED void read_alternatives(const Row& row, uint64_t* tops, uint32_t wanted, d
 }
 
 KERNEL __launch_bounds__(THREADS, 2) sample_pick(const __grid_constant__ Params p) {
-    extern __shared__ __align__(16) unsigned char memory[];
-    Shared& s = *reinterpret_cast<Shared*>(memory);
+    Shared& s = shared();
     pdl_wait();
     pdl_launch();
     const uint32_t r = blockIdx.x;
@@ -187,7 +191,8 @@ KERNEL __launch_bounds__(THREADS, 2) sample_pick(const __grid_constant__ Params 
     Partial own = {minus_infinity(), 0, 0, 0, 0.0, 0.0};
     const bool mine = threadIdx.x < p.parts;
     if (mine) own = p.partials[static_cast<size_t>(r) * p.parts + threadIdx.x];
-    const uint64_t top = block_max(mine ? candidate(own.best, own.id) : 0, s);
+    const uint64_t first = mine ? candidate(own.best, own.id) : 0;
+    const uint64_t top = block_max(first);
     const float best = candidate_logit(top);
     const bool tainted = __syncthreads_or(own.flags & TAINTED), finite = __syncthreads_or(own.flags & FINITE);
     const uint32_t status = tainted || !finite ? NON_FINITE : best > minus_infinity() ? 0 : NOTHING_LEFT;
@@ -198,38 +203,37 @@ KERNEL __launch_bounds__(THREADS, 2) sample_pick(const __grid_constant__ Params 
         }
         return;
     }
-    double norm = 0;
-    if (wants & LOGPROBS) {
-        const bool some = own.best > minus_infinity();
-        const double sum = some ? own.plain * exp(static_cast<double>(own.best) - best) : 0.0;
-        norm = best + log(block_sum(sum, s));
-    }
-    const Row row = {p.logits + static_cast<size_t>(r) * p.stride, s, p.vocab, p.parts, best, line.inverse, line.inverse_rest};
-    if (!picks) {
-        uint64_t* tops = s.candidates;
-        if (mine) tops[threadIdx.x] = candidate(own.best, own.id);
-        __syncthreads();
-        const uint32_t wanted = min(line.alternatives, static_cast<uint32_t>(ALTERNATIVES));
-        if (warp_of() == 0) read_alternatives(row, tops, wanted, norm, p.alternatives + static_cast<size_t>(r) * ALTERNATIVES);
-        return;
-    }
     uint32_t id = candidate_id(top);
-    if (wants & DRAWN) {
-        const double inverse = static_cast<double>(line.inverse) + line.inverse_rest;
+    double norm = 0;
+    const float* logits = p.logits + static_cast<size_t>(r) * p.stride;
+    if (wants & (DRAWN | LOGPROBS)) {
         const bool some = own.best > minus_infinity();
-        s.best[threadIdx.x] = own.best;
-        s.mass[threadIdx.x] = some ? own.mass * exp((static_cast<double>(own.best) - best) * inverse) : 0.0;
-        __syncthreads();
-        if (line.top_k || line.top_p < 1) {
-            const double total = block_sum(s.mass[threadIdx.x], s);
-            id = draw_ranked(row, line, total);
-        } else {
-            id = draw_by_id(row, line);
+        s.greatest[threadIdx.x] = own.best;
+        if (threadIdx.x == 0) {
+            s.line = line;
+            s.logits = logits;
+            s.vocab = p.vocab;
+            s.parts = p.parts;
+            s.best = best;
         }
-        if (id >= p.vocab) id = candidate_id(top);
+        if (wants & LOGPROBS) {
+            const double sum = some ? own.plain * power(static_cast<double>(own.best) - best) : 0.0;
+            norm = best + log(block_before(sum).total);
+        }
+        __syncthreads();
+        if (!picks) {
+            const uint32_t wanted = min(line.alternatives, static_cast<uint32_t>(ALTERNATIVES));
+            read_alternatives(wanted, norm, first, p.alternatives + static_cast<size_t>(r) * ALTERNATIVES);
+            return;
+        }
+        if (wants & DRAWN) {
+            s.mass[threadIdx.x] = some ? own.mass * part_scale(own.best) : 0.0;
+            id = line.top_k || line.top_p < 1 ? draw_ranked() : draw_by_id();
+            if (id >= p.vocab) id = candidate_id(top);
+        }
     }
     if (threadIdx.x == 0) {
-        const float logprob = wants & LOGPROBS ? fmaxf(static_cast<float>(row.logits[id] - norm), -3.402823466e38f) : 0.0f;
+        const float logprob = wants & LOGPROBS ? fmaxf(static_cast<float>(logits[id] - norm), -3.402823466e38f) : 0.0f;
         p.heads[r] = {id, 0, logprob, 0};
         p.sampled[r] = static_cast<int>(id);
     }
