@@ -71,6 +71,8 @@ pub struct Room {
     pub free: Option<usize>,
     /// Bytes that the device takes for what flows between ops, counted off already.
     pub workspace: usize,
+    /// Bytes left to the driver and to recorded graphs, counted off already.
+    pub reserve: usize,
     /// Whether the KV cache takes all of it, or as much as is sensible.
     pub take_all: bool,
 }
@@ -153,7 +155,7 @@ impl Target {
                     }
                     free.saturating_sub(weights)
                 });
-                return Ok(Room { free, workspace: 0, take_all: false });
+                return Ok(Room { free, ..Room::default() });
             }
             Self::Gpu(gpu) => gpu,
         };
@@ -182,7 +184,7 @@ impl Target {
                 Bytes(GPU_RESERVE),
             );
         }
-        Ok(Room { free: Some(mine - needed), workspace, take_all: true })
+        Ok(Room { free: Some(mine - needed), workspace, reserve: GPU_RESERVE, take_all: true })
     }
 
     /// Loads a checkpoint onto the device.
@@ -203,13 +205,13 @@ impl Target {
                 loaded(CpuBackend::new(options)?, checkpoint, load_options)
             }
             Self::Gpu(gpu) => {
-                let options = CudaOptions {
+                let cuda = CudaOptions {
                     max_rows: limits.chunk,
                     max_sequences: limits.sequences,
                     max_context: limits.context,
-                    graphs: true,
+                    graphs: options.graphs,
                 };
-                loaded(CudaBackend::new(gpu, options)?, checkpoint, load_options)
+                loaded(CudaBackend::new(gpu, cuda)?, checkpoint, load_options)
             }
         }
     }
@@ -261,6 +263,7 @@ mod tests {
             kv_dtype,
             page_size: None,
             gpu_share: 0.9,
+            graphs: true,
         }
     }
 

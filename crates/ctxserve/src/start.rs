@@ -238,9 +238,9 @@ fn engine_config(
         let budget = budget(&info.kv, info.max_context, chunk, engine, kv_bytes, room.free)?;
         let weights = Bytes(usize::try_from(info.weight_bytes).unwrap_or(usize::MAX));
         let free = room.free.map_or_else(|| "an unknown amount".to_owned(), |free| Bytes(free).to_string());
-        let workspace = Bytes(room.workspace);
+        let (workspace, reserve) = (Bytes(room.workspace), Bytes(room.reserve));
         tracing::info!(
-            "memory: weights {weights}, workspace {workspace}, KV cache up to {}, {free} free beside weights and workspace",
+            "memory: weights {weights}, workspace {workspace}, driver and graphs {reserve}, KV cache up to {} of the {free} left",
             Bytes(budget.bytes)
         );
         if let Some(full) = budget.shortened_from {

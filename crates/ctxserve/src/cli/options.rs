@@ -74,6 +74,8 @@ pub struct DeviceOptions {
     pub page_size: Option<usize>,
     /// Share of the GPU's memory that may be taken, in (0, 1].
     pub gpu_share: f64,
+    /// Whether decode steps are recorded as graphs.
+    pub graphs: bool,
 }
 
 /// How keys and values are to be stored.
@@ -270,6 +272,7 @@ fn device(values: &Values) -> Result<DeviceOptions, OptionError> {
         kv_bytes: values.read("kv-cache-memory-bytes", bytes)?,
         kv_dtype: values.read("kv-cache-dtype", |text| one_of(text, &kinds))?.unwrap_or(KvChoice::Auto),
         page_size: page,
+        graphs: !values.switch("enforce-eager")?.unwrap_or(false),
         gpu_share: values.read("gpu-memory-utilization", share)?.unwrap_or(0.9),
     })
 }

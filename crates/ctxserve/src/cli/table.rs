@@ -128,7 +128,11 @@ pub const RUNNING: &[Flag] = &[
     no_op("cudagraph-capture-sizes", List("N"), NO_GPU),
     no_op("max-cudagraph-capture-size", Value("N"), NO_GPU),
     no_op("max-seq-len-to-capture", Value("N"), NO_GPU),
-    no_op("enforce-eager", Switch, "no graphs are captured"),
+    honoured(
+        "enforce-eager",
+        Switch,
+        "Launch every kernel by itself instead of recording decode steps as CUDA graphs",
+    ),
     no_op("async-scheduling", Switch, "scheduling is never the bottleneck here"),
     no_op("disable-custom-all-reduce", Switch, ONE_DEVICE),
     only("tensor-parallel-size", Value("N"), &["1"], ONE_DEVICE),
