@@ -98,6 +98,36 @@ impl fmt::Display for Report {
     }
 }
 
+/// What the layer of [`quick`] takes from a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Like {
+    /// Elements per head.
+    pub head_dim: usize,
+    /// Query heads per key/value head.
+    pub group: usize,
+    /// Experts.
+    pub experts: usize,
+    /// Experts of a token, at most `experts`.
+    pub top_k: usize,
+}
+
+/// Runs each op, few rows and many (up to 400 of as many sequences), on one small layer like a model's: what a server can wait for.
+/// [`run`] is the whole suite.
+///
+/// # Errors
+/// What a backend's own ops return; a disagreement is in the [`Report`].
+pub fn quick<B: Backend, R: Backend>(
+    seed: u64,
+    claims: &Claims,
+    like: Like,
+    make: impl Fn() -> Result<B, DeviceError>,
+    reference: impl Fn() -> Result<R, DeviceError>,
+) -> Result<Report, DeviceError> {
+    let mut suite = cases::Suite::new(seed, claims);
+    suite.quick(like, &make, &reference)?;
+    Ok(Report { seed, cases: suite.into_cases() })
+}
+
 /// Runs every case on backends from `make`, against backends from `reference`.
 ///
 /// # Errors

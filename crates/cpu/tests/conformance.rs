@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 
-use ctxserve_backend::conformance::{Claims, run};
+use ctxserve_backend::conformance::{Claims, Like, quick, run};
 use ctxserve_backend::{DeviceError, KvDtype};
 use ctxserve_core::Encoding;
 use ctxserve_cpu::{CpuBackend, CpuOptions, Isa, Precision};
@@ -49,4 +49,30 @@ fn the_plain_loops_are_independent_of_neighbours_too() {
     let plain = || Ok(CpuBackend::plain());
     let report = run(3, &claims, plain, plain).unwrap();
     assert_eq!(report.failures().count(), 0, "{report}");
+}
+
+#[test]
+fn the_short_form_tells_right_from_wrong() {
+    let kv = vec![KvDtype::Bf16, KvDtype::Fp8E4m3];
+    let claims = Claims { exact: 5e-6, products: 5e-6, experts: vec![Encoding::Mxfp4], kv, ..claims() };
+    let options = CpuOptions { threads: NonZeroUsize::new(2), ..CpuOptions::default() };
+    for like in [
+        Like { head_dim: 64, group: 8, experts: 32, top_k: 4 },
+        Like { head_dim: 32, group: 2, experts: 5, top_k: 2 },
+    ] {
+        let start = std::time::Instant::now();
+        let report =
+            quick(1, &claims, like, || CpuBackend::new(options), || Ok(CpuBackend::plain())).unwrap();
+        eprintln!("{like:?}: {} cases in {:.2} s", report.cases.len(), start.elapsed().as_secs_f64());
+        assert!(report.cases.len() > 40, "only {} cases ran", report.cases.len());
+        assert_eq!(report.failures().count(), 0, "{report}");
+    }
+    // int8 activations are wrong by more than these claims allow.
+    let like = Like { head_dim: 64, group: 4, experts: 8, top_k: 4 };
+    let wrong = CpuOptions { precision: Precision::Int8, ..options };
+    let report = quick(1, &claims, like, || CpuBackend::new(wrong), || Ok(CpuBackend::plain())).unwrap();
+    let failed: Vec<&str> = report.failures().map(|case| case.name.as_str()).collect();
+    for op in ["Queries", "Experts", "Attention"] {
+        assert!(failed.iter().any(|name| name.contains(op)), "{op}: {report}");
+    }
 }

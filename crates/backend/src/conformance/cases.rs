@@ -1,12 +1,13 @@
 //! The cases.
 
 mod feeds;
+mod quick;
 
 use std::sync::Arc;
 
 use ctxserve_core::{Encoding, SamplingParams};
 
-use super::fixture::{Fixture, POISON, Shape, Stage};
+use super::fixture::{Fixture, Loaded, POISON, Shape, Stage};
 use super::random::Random;
 use super::schedule::{Pages, Sequence, singles, step};
 use super::{Case, Claims};
@@ -24,12 +25,15 @@ pub(super) struct Suite<'a> {
 fn shape() -> Shape {
     Shape {
         kv_heads: 1,
+        group: 8,
         head_dim: 32,
         window: None,
         sinks: true,
         page_size: 16,
         kv: KvDtype::F32,
+        spare_pages: 8,
         experts: 8,
+        top_k: 4,
         inner: 64,
         dense: Encoding::F32,
         expert: Encoding::F32,
@@ -103,13 +107,7 @@ impl<'a> Suite<'a> {
             let (mut ours, mut theirs) = (fixture.load(make()?)?, fixture.load(reference()?)?);
             poison(&mut ours)?;
             poison(&mut theirs)?;
-            // Rounding flips where the two sides differ in the last bit before it.
-            let storage = match shape.kv {
-                KvDtype::F32 => 0.0,
-                KvDtype::Bf16 => 2e-3,
-                KvDtype::Fp8E4m3 => 3e-2,
-            };
-            let limit = self.claims.products.max(storage);
+            let limit = self.claims.products.max(storage(shape.kv));
             // What quantisation changes before the router may change its choice: only exact layers compare.
             let layer = self.claims.products <= self.claims.exact && shape.kv == KvDtype::F32;
             let stages = &[Stage::Attention, Stage::Output, Stage::Layer][..if layer { 3 } else { 2 }];
@@ -223,6 +221,15 @@ impl<'a> Suite<'a> {
     ) -> Result<(), DeviceError> {
         let fixture = Fixture::new(self.claims.fit(shape()), &mut self.random)?;
         let (mut ours, mut theirs) = (fixture.load(make()?)?, fixture.load(reference()?)?);
+        self.outcomes(&mut ours, &mut theirs)
+    }
+
+    /// See [`Suite::sampling`].
+    fn outcomes<B: Backend, R: Backend>(
+        &mut self,
+        ours: &mut Loaded<B>,
+        theirs: &mut Loaded<R>,
+    ) -> Result<(), DeviceError> {
         let mut tokens = self.tokens(32);
         tokens[5] = POISON;
         let mut batch = singles(tokens, 2);
@@ -258,6 +265,15 @@ impl<'a> Suite<'a> {
     }
 }
 
+/// What storage may add to an error: its rounding flips where the two sides differ in the last bit before it.
+fn storage(kv: KvDtype) -> f64 {
+    match kv {
+        KvDtype::F32 => 0.0,
+        KvDtype::Bf16 => 2e-3,
+        KvDtype::Fp8E4m3 => 3e-2,
+    }
+}
+
 /// Parameters that walk through the filters.
 fn params(row: usize) -> SamplingParams {
     let base = SamplingParams::default();
@@ -272,7 +288,7 @@ fn params(row: usize) -> SamplingParams {
 }
 
 /// Fills every slot of every page with NaN keys and values: whoever reads one that no real token wrote is found out.
-fn poison<B: Backend>(loaded: &mut super::fixture::Loaded<B>) -> Result<(), DeviceError> {
+fn poison<B: Backend>(loaded: &mut Loaded<B>) -> Result<(), DeviceError> {
     let (size, groups) = (loaded.plan.spec.page_size, loaded.plan.spec.groups.len());
     let count = loaded.plan.pages[0];
     let mut batch = singles(vec![POISON; size * count], groups);

@@ -18,12 +18,17 @@ pub(super) const POISON: TokenId = VOCAB as TokenId - 1;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
     pub(super) kv_heads: usize,
+    /// Query heads per key/value head.
+    pub(super) group: usize,
     pub(super) head_dim: usize,
     pub(super) window: Option<usize>,
     pub(super) sinks: bool,
     pub(super) page_size: usize,
     pub(super) kv: KvDtype,
+    /// Pages beyond those that three long sequences take: one for each further sequence.
+    pub(super) spare_pages: usize,
     pub(super) experts: usize,
+    pub(super) top_k: usize,
     pub(super) inner: usize,
     pub(super) dense: Encoding,
     pub(super) expert: Encoding,
@@ -32,12 +37,9 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    /// Query heads per key/value head.
-    pub(super) const GROUP: usize = 8;
-
     pub(super) fn attention(&self) -> AttentionSpec {
         AttentionSpec {
-            heads: self.kv_heads * Self::GROUP,
+            heads: self.kv_heads * self.group,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             scale: 1.0 / (self.head_dim as f32).sqrt(),
@@ -47,7 +49,7 @@ impl Shape {
     }
 
     fn width(&self) -> usize {
-        self.kv_heads * Self::GROUP * self.head_dim
+        self.kv_heads * self.group * self.head_dim
     }
 
     pub(super) fn hidden(&self) -> usize {
@@ -57,7 +59,7 @@ impl Shape {
     fn spec(&self) -> ExpertSpec {
         ExpertSpec {
             experts: self.experts,
-            top_k: 4,
+            top_k: self.top_k,
             hidden: self.hidden(),
             inner: self.inner,
             alpha: 1.702,
@@ -75,7 +77,7 @@ impl Shape {
         let Self { page_size, kv_heads, head_dim, .. } = *self;
         let spec = KvSpec { page_size, kv_heads, head_dim, groups };
         // Enough for every schedule.
-        KvPlan { spec, pages: vec![192_usize.div_ceil(page_size) + 8; 2] }
+        KvPlan { spec, pages: vec![192_usize.div_ceil(page_size) + self.spare_pages; 2] }
     }
 }
 
@@ -122,7 +124,8 @@ impl Fixture {
             copy_heads,
             output: (output, output_bias),
             sinks: random.vector(width / shape.head_dim, 3.0),
-            router: (random.matrix(experts, hidden, Encoding::F32)?, random.vector(experts, 1.0)),
+            // Exact in every backend: a rounded router would choose otherwise near ties.
+            router: (random.matrix(experts, hidden, Encoding::Bf16)?, random.vector(experts, 1.0)),
             experts: ExpertWeights { gate_up, gate_up_bias, down, down_bias },
             copy_hidden: copy(hidden, hidden, 0)?,
         })
@@ -162,6 +165,7 @@ impl Fixture {
             plan,
             rope: RopeTable { inv_freq: (0..half).map(frequency).collect(), mscale: 1.25 },
             shape: self.shape,
+            layer: 1,
             backend,
         })
     }
@@ -205,6 +209,8 @@ pub(super) struct Loaded<B: Backend> {
     copy_hidden: B::Matrix,
     kv: B::Kv,
     rope: RopeTable,
+    /// The layer under test.
+    layer: usize,
 }
 
 /// How far through the layer a case goes.
@@ -225,9 +231,16 @@ pub(super) enum Stage {
 }
 
 impl<B: Backend> Loaded<B> {
+    /// Puts another layer under test, and its group's window into the shape.
+    pub(super) fn turn_to(&mut self, layer: usize) {
+        self.layer = layer;
+        let place = self.plan.spec.place(layer);
+        self.shape.window = place.and_then(|(group, _)| self.plan.spec.groups[group].window);
+    }
+
     /// Runs a step up to `stage` and reads the residual stream, normed, of every row.
     pub(super) fn run(&mut self, batch: &Batch, stage: Stage) -> Result<Vec<Vec<f32>>, DeviceError> {
-        let (spec, layer) = (self.shape.attention(), 1);
+        let (spec, layer) = (self.shape.attention(), self.layer);
         let b = &mut self.backend;
         b.begin(batch, &self.kv, VOCAB)?;
         let mut x = b.embed(&self.embedding, batch)?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ctxserve_core::TokenId;
 
-use super::super::fixture::{Fixture, POISON};
+use super::super::fixture::{Fixture, Loaded, POISON};
 use super::super::schedule::singles;
 use super::{Case, Suite, shape};
 use crate::{Backend, Batch, DeviceError, SampleError, Sampled};
@@ -33,8 +33,12 @@ impl Suite<'_> {
         make: &impl Fn() -> Result<B, DeviceError>,
     ) -> Result<(), DeviceError> {
         let fixture = Fixture::new(self.claims.fit(shape()), &mut self.random)?;
-        let width = fixture.shape.hidden();
-        let mut loaded = fixture.load(make()?)?;
+        self.fed(&mut fixture.load(make()?)?)
+    }
+
+    /// See [`Suite::feeds`].
+    pub(super) fn fed<B: Backend>(&mut self, loaded: &mut Loaded<B>) -> Result<(), DeviceError> {
+        let width = loaded.shape.hidden();
         let (first, mut second) = (self.feeders(width), self.feeders(width));
         // Every second row, from the other end of the first step.
         for (row, slice) in second.sequences.iter_mut().enumerate().step_by(2) {
