@@ -34,13 +34,15 @@ DEVICE uint32_t adjust(const Line& line, const uint32_t* lists, float* row, int 
     return flags;
 }
 
-// Sum of weights relative to `best`: fours in float32, the rest in float64.
-DEVICE double mass(const float (&v)[32], float best, float inverse, float inverse_rest) {
+// Sum of weights relative to `best`: fours in float32, the rest in float64. Reads the part again, from L1: a loop over registers would have to be
+// unrolled, and fetching that code takes longer than the sum.
+DEVICE double mass(const float* row, int part, int vocab, float best, float inverse, float inverse_rest) {
     double sum = 0;
-#pragma unroll
-    for (int i = 0; i < 32; i += 4) {
-        const float a = weight(v[i], best, inverse, inverse_rest), b = weight(v[i + 1], best, inverse, inverse_rest);
-        const float c = weight(v[i + 2], best, inverse, inverse_rest), d = weight(v[i + 3], best, inverse, inverse_rest);
+#pragma unroll 1
+    for (int j = 0; j < 8; ++j) {
+        const float4 v = load_four(row, part * PART + part_column(j * 4, threadIdx.x & 31), vocab);
+        const float a = weight(v.x, best, inverse, inverse_rest), b = weight(v.y, best, inverse, inverse_rest);
+        const float c = weight(v.z, best, inverse, inverse_rest), d = weight(v.w, best, inverse, inverse_rest);
         sum += static_cast<double>((a + b) + (c + d));
     }
     return warp_sum(sum);
@@ -83,8 +85,13 @@ KERNEL __launch_bounds__(THREADS, 4) sample_scan(const __grid_constant__ Params 
 
         Partial found = {best, part * PART + (at < PART ? at : 0), flags, 0, 0.0, 0.0};
         if (best > minus_infinity() && (wants & (DRAWN | LOGPROBS))) {
-            if (wants & DRAWN) found.mass = mass(v, best, line.inverse, line.inverse_rest);
-            if (wants & LOGPROBS) found.plain = mass(v, best, 1.0f, 0.0f);
+#pragma unroll 1
+            for (uint32_t kind = DRAWN; kind <= LOGPROBS; kind += LOGPROBS - DRAWN) {
+                if (!(wants & kind)) continue;
+                const bool drawn = kind == DRAWN;
+                const double sum = mass(row, part, p.vocab, best, drawn ? line.inverse : 1.0f, drawn ? line.inverse_rest : 0.0f);
+                (drawn ? found.mass : found.plain) = sum;
+            }
         }
         if (lane == 0) p.partials[static_cast<size_t>(r) * p.parts + part] = found;
     }

@@ -78,19 +78,22 @@ DEVICE float candidate_logit(uint64_t c) { return unordered(candidate_key(c)); }
 // Column, within its part, of value `i` of a lane.
 DEVICE constexpr int part_column(int i, int lane) { return (i >> 2) * 128 + lane * 4 + (i & 3); }
 
-// A part in the registers of a warp; -inf beyond the vocabulary. Columns beyond it may hold anything, but must exist up to a
-// multiple of four.
+// Four logits; -inf beyond the vocabulary. Columns beyond it may hold anything, but must exist up to a multiple of four.
+DEVICE float4 load_four(const float* row, int col, int vocab) {
+    float4 v = make_float4(minus_infinity(), minus_infinity(), minus_infinity(), minus_infinity());
+    if (col < vocab) v = *reinterpret_cast<const float4*>(row + col);
+    if (col + 1 >= vocab) v.y = minus_infinity();
+    if (col + 2 >= vocab) v.z = minus_infinity();
+    if (col + 3 >= vocab) v.w = minus_infinity();
+    return v;
+}
+
+// A part in the registers of a warp.
 DEVICE void load_part(float (&v)[32], const float* row, int part, int vocab) {
-    const int first = part * PART + (threadIdx.x & 31) * 4;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-        const int col = first + j * 128;
-        float4 four = make_float4(minus_infinity(), minus_infinity(), minus_infinity(), minus_infinity());
-        if (col < vocab) four = *reinterpret_cast<const float4*>(row + col);
-        v[j * 4] = four.x;
-        v[j * 4 + 1] = col + 1 < vocab ? four.y : minus_infinity();
-        v[j * 4 + 2] = col + 2 < vocab ? four.z : minus_infinity();
-        v[j * 4 + 3] = col + 3 < vocab ? four.w : minus_infinity();
+        const float4 four = load_four(row, part * PART + part_column(j * 4, threadIdx.x & 31), vocab);
+        v[j * 4] = four.x, v[j * 4 + 1] = four.y, v[j * 4 + 2] = four.z, v[j * 4 + 3] = four.w;
     }
 }
 

@@ -121,16 +121,6 @@ CALLED uint32_t list_parts(float low) {
     return total;
 }
 
-// Four logits; -inf beyond the vocabulary.
-DEVICE float4 load_four(const float* row, int col, int vocab) {
-    float4 v = make_float4(minus_infinity(), minus_infinity(), minus_infinity(), minus_infinity());
-    if (col < vocab) v = *reinterpret_cast<const float4*>(row + col);
-    if (col + 1 >= vocab) v.y = minus_infinity();
-    if (col + 2 >= vocab) v.z = minus_infinity();
-    if (col + 3 >= vocab) v.w = minus_infinity();
-    return v;
-}
-
 // Calls f(logit, part) for all of the first `listed` parts of the list, a part a warp, in one fixed order a thread; at the end of a part
 // done(part). Four loads are under way.
 template <class F, class G> DEVICE void for_each(uint32_t listed, F f, G done) {
