@@ -31,10 +31,10 @@ constexpr int CONSUMERS = 8;  // warps
 struct Place {
     int row, token;
 };
-DEVICE Place place(const Params& p, int at, int row_tiles, int token_tiles, int rows, int tokens) {
+DEVICE Place place(const Params& p, int at, int row_tiles, int token_tiles, int tokens) {
     const int group = at / (row_tiles * p.group), rest = at - group * row_tiles * p.group;
     const int size = min(p.group, token_tiles - group * p.group);
-    return {rest / size * rows, (group * p.group + rest % size) * tokens};
+    return {rest / size * ROWS, (group * p.group + rest % size) * tokens};
 }
 
 // Sums of the 16 weight rows from `row` on, of this warp, for N tokens. Of d, lane (g, t) holds at 4 j.. {row g: tokens 8 j + 2 t, + 1},
@@ -88,7 +88,7 @@ template <Output OUT> DEVICE void gemm_portable(const Params& p) {
     const int live = min(*p.live, p.tokens), steps = p.cols / 64, warp = threadIdx.x / 32;
     const int row_tiles = (p.w_rows + ROWS - 1) / ROWS, token_tiles = (live + TOKENS - 1) / TOKENS;
     for (int tile = blockIdx.x; tile < row_tiles * token_tiles; tile += gridDim.x) {
-        const Place at = place(p, tile, row_tiles, token_tiles, ROWS, TOKENS);
+        const Place at = place(p, tile, row_tiles, token_tiles, TOKENS);
         const char* w = static_cast<const char*>(p.w) + static_cast<size_t>(at.row) * 128;
         const char* x = static_cast<const char*>(p.x) + static_cast<size_t>(at.token) * 128;
         const auto fill = [&](int step) {
@@ -130,9 +130,8 @@ template <Output OUT> DEVICE void gemm_portable(const Params& p) {
 #ifdef HOPPER
 
 // Adds to d the products of the next `steps` stages: 64 weight rows of each warpgroup by N tokens.
-template <int N, int BLOCKS, int STAGE_BYTES, class R>
-DEVICE void multiply(float (&d)[N / 2], R& ring, uint32_t stages, int steps) {
-    const int warp = threadIdx.x / 32;
+template <int N, int STAGE_BYTES, class R> DEVICE void multiply(float (&d)[N / 2], R& ring, uint32_t stages, int steps) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t before = 0;
     for (int step = 0; step < steps; ++step) {
         ring.wait_full();
@@ -143,97 +142,77 @@ DEVICE void multiply(float (&d)[N / 2], R& ring, uint32_t stages, int steps) {
         for (int k = 0; k < 4; ++k) Wgmma<N>::bf16(d, a + 2 * k, b + 2 * k);
         wgmma_commit();
         wgmma_wait<1>();
-        if (step > 0) release<BLOCKS>(before);
+        if (step > 0 && lane == 0) barrier_arrive(before);
         before = ring.empty();
         ring.advance();
     }
     wgmma_wait<0>();
     wgmma_settle(d);
-    if (steps > 0) release<BLOCKS>(before);
+    if (steps > 0 && lane == 0) barrier_arrive(before);
 }
 
-template <int N, int BLOCKS, int STAGE_BYTES, Output OUT, class R>
-DEVICE void consume(const Params& p, R& ring, uint32_t stages, Place at, int live) {
+template <int N, int STAGE_BYTES, Output OUT, class R> DEVICE void consume(const Params& p, R& ring, uint32_t stages, Place at, int end) {
     float d[N / 2] = {};
-    multiply<N, BLOCKS, STAGE_BYTES>(d, ring, stages, p.cols / 64);
-    store<N, OUT>(p, d, at.row + threadIdx.x / 32 * 16, at.token, live);
+    multiply<N, STAGE_BYTES>(d, ring, stages, p.cols / 64);
+    store<N, OUT>(p, d, at.row + threadIdx.x / 32 * 16, at.token, end);
 }
 
-// The BLOCKS (1 or 2) blocks of a cluster take adjacent weight tiles of the same tokens, and each copies a half of those for both.
-template <int MAX, int BLOCKS, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
+template <int MAX, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
     constexpr int STAGE_BYTES = (ROWS + MAX) * 128;
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) uint64_t barriers[2 * STAGES];
     const uint32_t stages = shared_address(shared);
-    Ring<STAGES, 1, BLOCKS * CONSUMERS> ring(shared_address(barriers));
+    Ring<STAGES, 1, CONSUMERS> ring(shared_address(barriers));
     if (threadIdx.x == 0) ring.init();
     __syncthreads();
-    if constexpr (BLOCKS > 1) cluster_sync();
     pdl_wait();
     pdl_launch();
-    const int live = min(*p.live, p.tokens), rank = BLOCKS > 1 ? cluster_rank() : 0;
-    const int row_tiles = (p.w_rows + BLOCKS * ROWS - 1) / (BLOCKS * ROWS), token_tiles = (live + p.height - 1) / p.height;
-    const int tiles = row_tiles * token_tiles, first = blockIdx.x / BLOCKS, stride = gridDim.x / BLOCKS;
-    const int warp = threadIdx.x / 32;
-    const auto find = [&](int tile) {
-        Place at = place(p, tile, row_tiles, token_tiles, BLOCKS * ROWS, p.height);
-        at.row += rank * ROWS;
-        return at;
-    };
-    if (warp >= CONSUMERS) {
-        registers_shrink<40>();
+    const int live = min(*p.live, p.tokens), steps = p.cols / 64;
+    const int row_tiles = (p.w_rows + ROWS - 1) / ROWS, token_tiles = (live + p.height - 1) / p.height;
+    const int tiles = row_tiles * token_tiles;
+    if (threadIdx.x / 32 >= CONSUMERS) {
+        registers_shrink<24>();
         proxy_fence();
-        for (int tile = first; threadIdx.x == CONSUMERS * 32 && tile < tiles; tile += stride) {
-            const Place at = find(tile);
-            const uint32_t a_bytes = max(0, min(ROWS, p.w_rows - at.row)) * 128;
-            const int lines = (min(p.height, live - at.token) + 7) / 8 * 8, half = p.height / BLOCKS;
-            const uint32_t share = max(0, min(half, lines - rank * half)) * 128, offset = rank * half * 128;
+        for (int tile = blockIdx.x; threadIdx.x == CONSUMERS * 32 && tile < tiles; tile += gridDim.x) {
+            const Place at = place(p, tile, row_tiles, token_tiles, p.height);
+            const uint32_t a_bytes = min(ROWS, p.w_rows - at.row) * 128;
+            const uint32_t b_bytes = (min(p.height, live - at.token) + 7) / 8 * 1024;
             const char* a = static_cast<const char*>(p.w) + static_cast<size_t>(at.row) * 128;
-            const char* b = static_cast<const char*>(p.x) + static_cast<size_t>(at.token) * 128 + offset;
-            for (int step = 0; step < p.cols / 64; ++step) {
-                const uint32_t to = stages + ring.stage * STAGE_BYTES, to_b = to + ROWS * 128 + offset;
+            const char* b = static_cast<const char*>(p.x) + static_cast<size_t>(at.token) * 128;
+            for (int step = 0; step < steps; ++step) {
+                const uint32_t to = stages + ring.stage * STAGE_BYTES;
                 ring.wait_empty();
-                barrier_expect(ring.full(), a_bytes + lines * 128);
-                if (a_bytes) bulk_load(to, a, a_bytes, ring.full());
-                if constexpr (BLOCKS > 1) {
-                    if (share) bulk_load_shared(to_b, b, share, ring.full(), (1 << BLOCKS) - 1);
-                } else {
-                    bulk_load(to_b, b, share, ring.full());
-                }
+                barrier_expect(ring.full(), a_bytes + b_bytes);
+                bulk_load(to, a, a_bytes, ring.full());
+                bulk_load(to + ROWS * 128, b, b_bytes, ring.full());
                 ring.advance();
                 a += static_cast<size_t>(p.w_rows) * 128;
                 b += static_cast<size_t>(p.capacity) * 128;
             }
         }
-        // A block stays until no other copies into it or arrives at its barriers.
-        if constexpr (BLOCKS > 1) {
-            __syncwarp();
-            cluster_sync();
-        }
     } else {
-        registers_grow<232>();
-        for (int tile = first; tile < tiles; tile += stride) {
-            const Place at = find(tile);
-            const int tokens = min(p.height, live - at.token);
+        registers_grow<240>();
+        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+            const Place at = place(p, tile, row_tiles, token_tiles, p.height);
+            const int tokens = min(p.height, live - at.token), end = at.token + tokens;
             // A ragged tile multiplies as few columns as an instruction for it has.
             if constexpr (MAX == 256) {
                 if (tokens > 192) {
-                    consume<256, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, at.token + tokens);
+                    consume<256, STAGE_BYTES, OUT>(p, ring, stages, at, end);
                     continue;
                 }
                 if (tokens > 128) {
-                    consume<192, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, at.token + tokens);
+                    consume<192, STAGE_BYTES, OUT>(p, ring, stages, at, end);
                     continue;
                 }
             }
             if (tokens > 64)
-                consume<128, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, at.token + tokens);
+                consume<128, STAGE_BYTES, OUT>(p, ring, stages, at, end);
             else if (MAX == 256 || tokens > 32)
-                consume<64, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, at.token + tokens);
+                consume<64, STAGE_BYTES, OUT>(p, ring, stages, at, end);
             else
-                consume<32, BLOCKS, STAGE_BYTES, OUT>(p, ring, stages, at, at.token + tokens);
+                consume<32, STAGE_BYTES, OUT>(p, ring, stages, at, end);
         }
-        if constexpr (BLOCKS > 1) cluster_sync();
     }
 }
 
@@ -284,7 +263,7 @@ template <int MAX, int SPLIT, int STAGES, Output OUT> DEVICE void gemm_split(con
     } else if (warp < CONSUMERS) {
         const auto run = [&](auto& d) {
             constexpr int N = sizeof(d) / 2;
-            multiply<N, 1, STAGE_BYTES>(d, ring, stages, steps);
+            multiply<N, STAGE_BYTES>(d, ring, stages, steps);
             // Both warpgroups are done with the ring.
             asm volatile("bar.sync 1, 256;" ::: "memory");
 #pragma unroll
@@ -338,19 +317,18 @@ template <int MAX, int SPLIT, int STAGES, Output OUT> DEVICE void gemm_split(con
     cluster_sync();
 }
 
-#define BODY(MAX, BLOCKS, STAGES, OUT) gemm<MAX, BLOCKS, STAGES, OUT>(p)
+#define BODY(MAX, STAGES, OUT) gemm<MAX, STAGES, OUT>(p)
 #define BODY_SPLIT(MAX, SPLIT, STAGES, OUT) gemm_split<MAX, SPLIT, STAGES, OUT>(p)
 #define CLUSTER(BLOCKS) __cluster_dims__(BLOCKS, 1, 1)
 #else
-#define BODY(MAX, BLOCKS, STAGES, OUT)
+#define BODY(MAX, STAGES, OUT)
 #define BODY_SPLIT(MAX, SPLIT, STAGES, OUT)
 #define CLUSTER(BLOCKS)
 #endif
 
-#define DEFINE(NAME, OUT)                                                                                                  \
-    KERNEL __launch_bounds__(384, 1) NAME##_128(const __grid_constant__ Params p) { BODY(128, 1, 6, OUT); }                \
-    KERNEL __launch_bounds__(384, 1) NAME##_256(const __grid_constant__ Params p) { BODY(256, 1, 4, OUT); }                \
-    KERNEL CLUSTER(2) __launch_bounds__(384, 1) NAME##_pair(const __grid_constant__ Params p) { BODY(256, 2, 4, OUT); }    \
+#define DEFINE(NAME, OUT)                                                                                                          \
+    KERNEL __launch_bounds__(384, 1) NAME##_128(const __grid_constant__ Params p) { BODY(128, 6, OUT); }                           \
+    KERNEL __launch_bounds__(384, 1) NAME##_256(const __grid_constant__ Params p) { BODY(256, 4, OUT); }                           \
     KERNEL CLUSTER(4) __launch_bounds__(288, 2) NAME##_split_64(const __grid_constant__ Params p) { BODY_SPLIT(64, 4, 4, OUT); }   \
     KERNEL CLUSTER(4) __launch_bounds__(288, 2) NAME##_split_128(const __grid_constant__ Params p) { BODY_SPLIT(128, 4, 3, OUT); } \
     KERNEL __launch_bounds__(256) NAME##_portable(const __grid_constant__ Params p) { gemm_portable<OUT>(p); }

@@ -1,7 +1,7 @@
 // The experts' products for rows sorted by expert (moe_sort): gate and up with SwiGLU, and down. Weights are MXFP4 strips, operand A of
 // wgmma from registers: a warp turns the 16 rows of a strip into fp16, block scale multiplied in, while the products of the 64 columns
-// before run. Activations are fp16 panels, operand B. Two warps copy into a ring (one alone could not issue that many small copies fast
-// enough); two warpgroups use it. The portable path has the same tiles and mma.sync.
+// before run; each lane copies what it will need into a ring of its own (bulk copies of a strip's tile are too small to be fast).
+// Activations are fp16 panels, operand B, which one more warp copies in bulk. The portable path has the same tiles and mma.sync.
 //
 // Range: a row's weights are taken relative to its largest block scale, R: code * 2^(s - R + 1) in fp16 (at most 12; exact down to
 // s = R - 24, then fading), and the sum is multiplied by 2^(R - 128) in float32.
@@ -92,8 +92,6 @@ DEVICE float swiglu(float gate, float up, float alpha, float limit) {
 }
 
 constexpr int STRIPS = 8;  // of a tile, one a warp
-constexpr int CONSUMERS = STRIPS, COPIERS = 2;  // warps
-constexpr int A_BYTES = STRIPS * (TILE_CODES + TILE_SCALES);
 
 // Sums of one strip for N sorted rows from `first` on, of which `tokens` are to be stored.
 template <int N, Output OUT>
@@ -127,6 +125,8 @@ DEVICE void store(const Params& p, const float (&d)[N / 2], int expert, int stri
     }
 }
 
+DEVICE int row_tiles_of(const Params& p) { return (p.rows + STRIPS * STRIP_ROWS - 1) / (STRIPS * STRIP_ROWS); }
+
 // The portable path: a tile's rows by 64 at a time.
 template <Output OUT> DEVICE void moe_gemm_portable(const Params& p) {
     constexpr int TOKENS = 64, STAGES = 4, STAGE_BYTES = TOKENS * 128, THREADS = STRIPS * 32;
@@ -134,8 +134,7 @@ template <Output OUT> DEVICE void moe_gemm_portable(const Params& p) {
     const uint32_t stages = shared_address(shared);
     pdl_wait();
     pdl_launch();
-    const int row_tiles = (p.rows + STRIPS * STRIP_ROWS - 1) / (STRIPS * STRIP_ROWS), steps = p.cols / TILE_COLS;
-    const int work = *p.count * row_tiles, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row_tiles = row_tiles_of(p), steps = p.cols / TILE_COLS, work = *p.count * row_tiles, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int at = blockIdx.x; at < work; at += gridDim.x) {
         const int4 tile = p.tiles[at / row_tiles];
         const int strip = at % row_tiles * STRIPS + warp;
@@ -188,153 +187,198 @@ template <Output OUT> DEVICE void moe_gemm_portable(const Params& p) {
 
 #ifdef HOPPER
 
-// What one lane of a copying warp copies in each step.
-struct Copy {
-    const char* from;
-    uint32_t stride, to, apart, bytes;
+constexpr int CONSUMERS = STRIPS;  // warps
+
+// A lane's codes and scales of the tiles that its warp will take, DEPTH - 1 of them on their way: the tiles of one strip, then those of
+// the next in the list of work. Only the lane itself reads what it copied, so that nothing has to be awaited but its own copies.
+template <int DEPTH> struct Weights {
+    static constexpr int SLOT = 32 * (16 + 4), BYTES = DEPTH * SLOT;  // of a warp
+    const char *codes, *scales;           // of the next tile to copy
+    uint32_t to_codes, to_scales, bound;  // the slot taken last, which the next copy goes to; the end of the ring
+    int left, at, expert;                 // tiles of this strip; place in the list of work; the expert of the place after it
+
+    __device__ __forceinline__ Weights(const Params& p, uint32_t shared, int work) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        to_codes = shared + warp * BYTES + lane * 16;
+        to_scales = shared + warp * BYTES + 512 + lane * 4;
+        bound = to_codes + BYTES;
+        at = blockIdx.x;
+        if (at >= work) return;
+        expert = p.tiles[at / row_tiles_of(p)].x;
+        enter(p, work);
+        for (int i = 0; i < DEPTH - 1; ++i) {
+            load(p, work);
+            advance();
+        }
+    }
+    // To the strip of this place. Beyond the last place, and beyond the last strip of one, strips are copied for nothing.
+    __device__ __forceinline__ void enter(const Params& p, int work) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        const int strips = p.rows / STRIP_ROWS, tiles = p.cols / TILE_COLS, row_tiles = row_tiles_of(p);
+        const int strip = min(at % row_tiles * STRIPS + warp, strips - 1);
+        const char* from = p.w + (static_cast<size_t>(expert) * strips + strip) * strip_bytes(tiles);
+        codes = from + lane * 16;
+        scales = from + tiles * TILE_CODES + lane / 4 * 4;
+        left = tiles;
+        at += gridDim.x;
+        if (at < work) expert = p.tiles[at / row_tiles].x;
+    }
+    __device__ __forceinline__ void load(const Params& p, int work) {
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to_codes), "l"(codes) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to_scales), "l"(scales) : "memory");
+        copy_commit();
+        codes += TILE_CODES;
+        scales += TILE_SCALES;
+        if (--left == 0) enter(p, work);
+    }
+    __device__ __forceinline__ void advance() {
+        to_codes += SLOT;
+        to_scales += SLOT;
+        if (to_codes == bound) {
+            to_codes -= BYTES;
+            to_scales -= BYTES;
+        }
+    }
+    // The oldest tile; starts the copies of one more in the place of the one taken before.
+    __device__ __forceinline__ void take(const Params& p, int work, uint4& words, uint32_t& scale) {
+        load(p, work);
+        advance();
+        copy_wait<DEPTH - 1>();
+        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                     : "r"(to_codes)
+                     : "memory");
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale) : "r"(to_scales) : "memory");
+    }
 };
 
-template <int N, int MAX, int STAGES, int BLOCKS, Output OUT>
-DEVICE void consume(const Params& p, Ring<STAGES, COPIERS, BLOCKS * CONSUMERS>& ring, uint32_t stages, int4 tile, int row_tile) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, steps = p.cols / TILE_COLS;
-    const int strip = row_tile * STRIPS + warp;
+// Gives a stage back to the warp that copies.
+DEVICE void give_back(uint32_t empty) {
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty);
+}
+
+template <int N> struct Columns {
+    static constexpr int value = N;
+};
+
+// SPAN: tiles of 64 columns of a stage of activations.
+template <int N, int MAX, int STAGES, int SPAN, int DEPTH, Output OUT>
+DEVICE void consume(const Params& p, Ring<STAGES, 1, CONSUMERS>& ring, Weights<DEPTH>& weights, uint32_t stages, int4 tile, int row_tile,
+                    int work) {
+    const int lane = threadIdx.x % 32, steps = p.cols / TILE_COLS, strip = row_tile * STRIPS + threadIdx.x / 32;
     const bool real = strip * STRIP_ROWS < p.rows;
-    // Beyond the last strip a warp multiplies whatever the ring holds and stores nothing.
     const unsigned char* exponents =
-        p.exponents + static_cast<size_t>(tile.x) * p.rows + (real ? strip * STRIP_ROWS : 0) + lane / 4;
+        p.exponents + static_cast<size_t>(tile.x) * p.rows + (real ? strip : 0) * STRIP_ROWS + lane / 4;
     const uint32_t offsets = scale_offsets(exponents[0], exponents[8]);
-    const uint32_t codes = stages + STAGES * MAX * 128 + warp * TILE_CODES + lane * 16;
-    const uint32_t scales = stages + STAGES * MAX * 128 + STRIPS * TILE_CODES + warp * TILE_SCALES + lane / 4 * 4;
     float d[N / 2] = {};
     uint32_t a[2][4][4];
     uint32_t before = 0;
-    const auto step = [&](uint32_t (&operand)[4][4], bool has_before) {
-        ring.wait_full();
+    const auto step = [&](uint32_t (&operand)[4][4], int part) {
         uint4 words;
         uint32_t scale;
-        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                     : "r"(codes + ring.stage * A_BYTES));
-        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale) : "r"(scales + ring.stage * A_BYTES));
+        weights.take(p, work, words, scale);
         dequantise(words, scale, offsets, operand);
-        const uint64_t b = wgmma_descriptor(stages + ring.stage * (MAX * 128));
+        if (SPAN == 1 || part == 0) ring.wait_full();
+        const uint64_t b = wgmma_descriptor(stages + (ring.stage * SPAN + part) * (MAX * 128));
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) Wgmma<N>::fp16(d, operand[k], b + 2 * k);
         wgmma_commit();
         wgmma_wait<1>();
-        if (has_before) release<BLOCKS>(before);
+    };
+    const auto leave = [&] {
         before = ring.empty();
         ring.advance();
     };
     // An odd step goes first, on its own: behind the loop its operands would be a third set of registers.
     if (steps % 2) {
-        step(a[0], false);
+        step(a[0], 0);
         wgmma_wait<0>();
+        give_back(ring.empty());
+        ring.advance();
     }
     for (int k = steps % 2; k < steps; k += 2) {
-        step(a[0], k > 0);
-        step(a[1], true);
+        step(a[0], 0);
+        if (k > 1) give_back(before);
+        if constexpr (SPAN == 1) {
+            leave();
+            step(a[1], 0);
+            give_back(before);
+        } else {
+            step(a[1], 1);
+        }
+        leave();
     }
     wgmma_wait<0>();
     wgmma_settle(d);
-    release<BLOCKS>(before);
+    if (steps > 1) give_back(before);
     if (real) store<N, OUT>(p, d, tile.x, strip, tile.y, tile.z, offsets);
 }
 
-// The BLOCKS (1 or 2) blocks of a cluster take adjacent weight tiles of the same tokens, and each copies a half of those for both.
-template <int MAX, int STAGES, int BLOCKS, Output OUT> DEVICE void moe_gemm(const Params& p) {
-    constexpr int SHARE = MAX / BLOCKS;
+template <int MAX, int STAGES, int SPAN, int DEPTH, Output OUT> DEVICE void moe_gemm(const Params& p) {
+    constexpr int STAGE_BYTES = SPAN * MAX * 128;
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) uint64_t barriers[2 * STAGES];
     const uint32_t stages = shared_address(shared);
-    Ring<STAGES, COPIERS, BLOCKS * CONSUMERS> ring(shared_address(barriers));
+    Ring<STAGES, 1, CONSUMERS> ring(shared_address(barriers));
     if (threadIdx.x == 0) ring.init();
     __syncthreads();
-    if constexpr (BLOCKS > 1) cluster_sync();
     pdl_wait();
     pdl_launch();
-    constexpr int TILE_ROWS = STRIPS * STRIP_ROWS * BLOCKS;
-    const int row_tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS, steps = p.cols / TILE_COLS, rank = BLOCKS > 1 ? cluster_rank() : 0;
-    const int work = *p.count * row_tiles, begin = blockIdx.x / BLOCKS, stride = gridDim.x / BLOCKS;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (warp >= CONSUMERS) {
+    const int row_tiles = row_tiles_of(p), steps = p.cols / TILE_COLS, work = *p.count * row_tiles;
+    if (threadIdx.x / 32 >= CONSUMERS) {
         if constexpr (MAX == 256) registers_shrink<24>();
         proxy_fence();
-        const uint32_t to_codes = stages + STAGES * MAX * 128, to_scales = to_codes + STRIPS * TILE_CODES;
-        for (int at = begin; warp < CONSUMERS + COPIERS && at < work; at += stride) {
+        for (int at = blockIdx.x; threadIdx.x == CONSUMERS * 32 && at < work; at += gridDim.x) {
             const int4 tile = p.tiles[at / row_tiles];
-            const int first = (at % row_tiles * BLOCKS + rank) * STRIPS, strips = max(0, min(STRIPS, p.rows / STRIP_ROWS - first));
-            const char* strip = p.w + (static_cast<size_t>(tile.x) * (p.rows / STRIP_ROWS) + first + lane) * strip_bytes(steps);
-            Copy copy = {};
-            uint32_t bytes;
-            if (warp == CONSUMERS) {
-                if (lane < strips) copy = {strip, TILE_CODES, to_codes + lane * TILE_CODES, A_BYTES, TILE_CODES};
-                bytes = strips * TILE_CODES;
-            } else {
-                if (lane < strips)
-                    copy = {strip + steps * TILE_CODES, TILE_SCALES, to_scales + lane * TILE_SCALES, A_BYTES, TILE_SCALES};
-                if (lane == STRIPS)
-                    copy = {static_cast<const char*>(p.x) + static_cast<size_t>(tile.y + rank * SHARE) * 128,
-                            static_cast<uint32_t>(p.capacity) * 128, stages + rank * SHARE * 128, MAX * 128,
-                            static_cast<uint32_t>(max(0, min(SHARE, tile.z - rank * SHARE))) * 128};
-                bytes = strips * TILE_SCALES + tile.z * 128;
-            }
-            for (int step = 0; step < steps; ++step) {
+            const char* x = static_cast<const char*>(p.x) + static_cast<size_t>(tile.y) * 128;
+            // With an odd number of steps the first stage has one tile only.
+            for (int step = 0, span = (steps - 1) % SPAN + 1; step < steps; step += span, span = SPAN) {
                 ring.wait_empty();
-                if (lane == 0) barrier_expect(ring.full(), bytes);
-                __syncwarp();
-                if (copy.bytes) {
-                    const uint32_t to = copy.to + ring.stage * copy.apart;
-                    if constexpr (BLOCKS > 1)
-                        bulk_load_shared(to, copy.from, copy.bytes, ring.full(), lane == STRIPS ? (1 << BLOCKS) - 1 : 1 << rank);
-                    else
-                        bulk_load(to, copy.from, copy.bytes, ring.full());
+                barrier_expect(ring.full(), span * tile.z * 128);
+                for (int i = 0; i < span; ++i) {
+                    bulk_load(stages + ring.stage * STAGE_BYTES + i * (MAX * 128), x, tile.z * 128, ring.full());
+                    x += static_cast<size_t>(p.capacity) * 128;
                 }
-                copy.from += copy.stride;
                 ring.advance();
             }
         }
-        // A block stays until no other copies into it or arrives at its barriers.
-        if constexpr (BLOCKS > 1) {
-            __syncwarp();
-            cluster_sync();
-        }
     } else {
         if constexpr (MAX == 256) registers_grow<240>();
-        for (int at = begin; at < work; at += stride) {
+        Weights<DEPTH> weights(p, stages + STAGES * STAGE_BYTES, work);
+        for (int at = blockIdx.x; at < work; at += gridDim.x) {
             const int4 tile = p.tiles[at / row_tiles];
-            const int row_tile = at % row_tiles * BLOCKS + rank;
+            const int row_tile = at % row_tiles;
+            const auto run = [&](auto columns) {
+                consume<columns.value, MAX, STAGES, SPAN, DEPTH, OUT>(p, ring, weights, stages, tile, row_tile, work);
+            };
             if constexpr (MAX == 256) {
                 // A ragged tile multiplies as few columns as an instruction for it has.
                 if (tile.z > 192)
-                    consume<256, MAX, STAGES, BLOCKS, OUT>(p, ring, stages, tile, row_tile);
+                    run(Columns<256>{});
                 else if (tile.z > 128)
-                    consume<192, MAX, STAGES, BLOCKS, OUT>(p, ring, stages, tile, row_tile);
+                    run(Columns<192>{});
                 else if (tile.z > 64)
-                    consume<128, MAX, STAGES, BLOCKS, OUT>(p, ring, stages, tile, row_tile);
+                    run(Columns<128>{});
                 else
-                    consume<64, MAX, STAGES, BLOCKS, OUT>(p, ring, stages, tile, row_tile);
+                    run(Columns<64>{});
             } else {
-                consume<MAX, MAX, STAGES, BLOCKS, OUT>(p, ring, stages, tile, row_tile);
+                run(Columns<MAX>{});
             }
         }
-        if constexpr (BLOCKS > 1) cluster_sync();
+        copy_wait<0>();
     }
 }
-#define BODY(MAX, STAGES, BLOCKS, OUT) moe_gemm<MAX, STAGES, BLOCKS, OUT>(p)
-#define CLUSTER(BLOCKS) __cluster_dims__(BLOCKS, 1, 1)
+#define BODY(MAX, STAGES, SPAN, DEPTH, OUT) moe_gemm<MAX, STAGES, SPAN, DEPTH, OUT>(p)
 #else
-#define BODY(MAX, STAGES, BLOCKS, OUT)
-#define CLUSTER(BLOCKS)
+#define BODY(MAX, STAGES, SPAN, DEPTH, OUT)
 #endif
 
-#define DEFINE(NAME, OUT)                                                                                                              \
-    KERNEL CLUSTER(2) __launch_bounds__(384, 1) NAME##_pair(const __grid_constant__ Params p) { BODY(256, 6, 2, OUT); }                \
-    KERNEL __launch_bounds__(384, 1) NAME##_256(const __grid_constant__ Params p) { BODY(256, 6, 1, OUT); }                            \
-    KERNEL __launch_bounds__(320, 2) NAME##_64(const __grid_constant__ Params p) { BODY(64, 8, 1, OUT); }                              \
-    KERNEL __launch_bounds__(320, 2) NAME##_32(const __grid_constant__ Params p) { BODY(32, 12, 1, OUT); }                             \
-    KERNEL __launch_bounds__(320, 2) NAME##_16(const __grid_constant__ Params p) { BODY(16, 16, 1, OUT); }                             \
+#define DEFINE(NAME, OUT)                                                                                                   \
+    KERNEL __launch_bounds__(384, 1) NAME##_256(const __grid_constant__ Params p) { BODY(256, 5, 1, 8, OUT); }              \
+    KERNEL __launch_bounds__(288, 2) NAME##_64(const __grid_constant__ Params p) { BODY(64, 3, 2, 10, OUT); }               \
+    KERNEL __launch_bounds__(288, 2) NAME##_32(const __grid_constant__ Params p) { BODY(32, 6, 2, 10, OUT); }               \
+    KERNEL __launch_bounds__(288, 2) NAME##_16(const __grid_constant__ Params p) { BODY(16, 12, 2, 10, OUT); }              \
     KERNEL __launch_bounds__(256) NAME##_portable(const __grid_constant__ Params p) { moe_gemm_portable<OUT>(p); }
 DEFINE(moe_gate_up, SWIGLU)
 DEFINE(moe_down_f32, DOWN_F32)

@@ -56,8 +56,6 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                         (Spread::Narrow, 128, 8),
                         (Spread::Wide, 128, 8),
                         (Spread::Wide, 192, 8),
-                        (Spread::Pairs, 128, 8),
-                        (Spread::Pairs, 192, 8),
                     ],
                     _ => &[
                         (Spread::Narrow, 128, 16),
@@ -66,18 +64,13 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                         (Spread::Wide, 256, 4),
                         (Spread::Wide, 256, 8),
                         (Spread::Wide, 256, 16),
-                        (Spread::Pairs, 128, 16),
-                        (Spread::Pairs, 192, 8),
-                        (Spread::Pairs, 256, 4),
-                        (Spread::Pairs, 256, 8),
-                        (Spread::Pairs, 256, 16),
                     ],
                 };
                 let others = others.iter().map(|&(spread, height, group)| Plan { spread, height, group });
                 let plans = std::iter::once(planned).chain(others.filter(|&plan| plan != planned));
                 for plan in plans {
                     // The head is large: only as planned, and in whole tiles.
-                    if name == "head" && plan != planned && plan.spread != Spread::Pairs {
+                    if name == "head" && plan != planned {
                         continue;
                     }
                     let issue = |at: usize| {

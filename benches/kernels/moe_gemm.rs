@@ -118,14 +118,8 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                 bytes: (touched * weight_rows * 45 * 34 + pairs * HIDDEN * (2 + moved)) as f64,
                 flops: 2.0 * (pairs * weight_rows * HIDDEN) as f64,
             };
-            for pairs in [false, true] {
-                if pairs && shape.height < 256 {
-                    continue;
-                }
-                let how = if pairs { ", pairs" } else { "" };
-                let name = format!("moe_gemm {name} {rows} rows, height {}{how}", shape.height);
-                bench.time(&name, work, 4, |_| gemm.issue_as(device, &call, pairs))?;
-            }
+            let name = format!("moe_gemm {name} {rows} rows, height {}", shape.height);
+            bench.time(&name, work, 4, |_| gemm.issue(device, &call))?;
         }
 
         let weight = device.upload(&vec![0.25_f32; rows * SLOTS])?;

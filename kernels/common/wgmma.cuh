@@ -76,32 +76,6 @@ DEVICE int cluster_rank() {
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
-// Arrives at the barrier that has this address in another block's shared memory.
-DEVICE void barrier_arrive_of_block(uint32_t barrier, int block) {
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(
-            barrier),
-        "r"(block)
-        : "memory");
-}
-// Gives a stage back, to all blocks that copy into it.
-template <int BLOCKS> DEVICE void release(uint32_t empty) {
-    const int lane = threadIdx.x % 32;
-    if constexpr (BLOCKS == 1) {
-        if (lane == 0) barrier_arrive(empty);
-    } else {
-        if (lane < BLOCKS) barrier_arrive_of_block(empty, lane);
-    }
-}
-
-// As bulk_load, into every block of `mask`, at the same address, telling the same barrier, of each.
-DEVICE void bulk_load_shared(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint16_t mask) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(barrier), "h"(mask)
-        : "memory");
-}
-
 // 16 bytes of another block's shared memory, at the address that they have in its own.
 DEVICE float4 load_of_block(uint32_t address, int block) {
     uint32_t there;

@@ -14,35 +14,14 @@ const SPLIT: usize = 4;
 /// Token tiles that are swept together.
 const GROUP: usize = 8;
 /// What a multiprocessor gets out of L2 when all ask.
-const L2_BYTES_A_CYCLE: usize = 52;
+const L2_BYTES_A_CYCLE: usize = 58;
 /// Bytes of a step of 64 of one row.
 const LINE: usize = 128;
 /// By output, then by the order of [`Spread::ALL`].
-const KERNELS: [[&str; 6]; 3] = [
-    [
-        "gemm_f32_split_64",
-        "gemm_f32_split_128",
-        "gemm_f32_128",
-        "gemm_f32_256",
-        "gemm_f32_pair",
-        "gemm_f32_portable",
-    ],
-    [
-        "gemm_bf16_split_64",
-        "gemm_bf16_split_128",
-        "gemm_bf16_128",
-        "gemm_bf16_256",
-        "gemm_bf16_pair",
-        "gemm_bf16_portable",
-    ],
-    [
-        "gemm_add_split_64",
-        "gemm_add_split_128",
-        "gemm_add_128",
-        "gemm_add_256",
-        "gemm_add_pair",
-        "gemm_add_portable",
-    ],
+const KERNELS: [[&str; 5]; 3] = [
+    ["gemm_f32_split_64", "gemm_f32_split_128", "gemm_f32_128", "gemm_f32_256", "gemm_f32_portable"],
+    ["gemm_bf16_split_64", "gemm_bf16_split_128", "gemm_bf16_128", "gemm_bf16_256", "gemm_bf16_portable"],
+    ["gemm_add_split_64", "gemm_add_split_128", "gemm_add_128", "gemm_add_256", "gemm_add_portable"],
 ];
 
 #[repr(C)]
@@ -88,8 +67,6 @@ pub enum Spread {
     Narrow,
     /// By 256.
     Wide,
-    /// By 256, two blocks sharing the tokens' copies.
-    Pairs,
     /// By 64, without Hopper's instructions.
     Portable,
 }
@@ -112,21 +89,20 @@ impl fmt::Display for Plan {
 }
 
 impl Spread {
-    const ALL: [Self; 6] =
-        [Self::Split64, Self::Split128, Self::Narrow, Self::Wide, Self::Pairs, Self::Portable];
+    const ALL: [Self; 5] = [Self::Split64, Self::Split128, Self::Narrow, Self::Wide, Self::Portable];
 
     /// Tokens of a tile.
     fn tokens(self) -> usize {
         match self {
             Self::Split64 | Self::Portable => 64,
             Self::Split128 | Self::Narrow => 128,
-            Self::Wide | Self::Pairs => 256,
+            Self::Wide => 256,
         }
     }
 
     fn shared(self) -> usize {
         let stages = match self {
-            Self::Split64 | Self::Wide | Self::Pairs => 4,
+            Self::Split64 | Self::Wide => 4,
             Self::Split128 | Self::Portable => 3,
             Self::Narrow => 6,
         };
@@ -136,14 +112,14 @@ impl Spread {
     fn threads(self) -> u32 {
         match self {
             Self::Split64 | Self::Split128 => 288,
-            Self::Narrow | Self::Wide | Self::Pairs => 384,
+            Self::Narrow | Self::Wide => 384,
             Self::Portable => 256,
         }
     }
 
     /// Whether its tiles may be lower than it has room for.
     fn takes(self, height: usize) -> bool {
-        let walks = matches!(self, Self::Narrow | Self::Wide | Self::Pairs);
+        let walks = matches!(self, Self::Narrow | Self::Wide);
         height == self.tokens() || (walks && height < self.tokens() && matches!(height, 64 | 128 | 192))
     }
 }
@@ -156,12 +132,11 @@ impl Plan {
 
     /// Blocks for a product.
     fn blocks(&self, tokens: usize, w_rows: usize, multiprocessors: usize) -> usize {
-        let tiles = |rows: usize| w_rows.div_ceil(rows) * tokens.div_ceil(self.height);
+        let tiles = w_rows.div_ceil(ROWS) * tokens.div_ceil(self.height);
         match self.spread {
-            Spread::Split64 | Spread::Split128 => SPLIT * tiles(ROWS),
-            Spread::Narrow | Spread::Wide => tiles(ROWS).min(multiprocessors),
-            Spread::Pairs => 2 * tiles(2 * ROWS).min(multiprocessors / 2),
-            Spread::Portable => tiles(ROWS).min(2 * multiprocessors),
+            Spread::Split64 | Spread::Split128 => SPLIT * tiles,
+            Spread::Narrow | Spread::Wide => tiles.min(multiprocessors),
+            Spread::Portable => tiles.min(2 * multiprocessors),
         }
     }
 
@@ -176,24 +151,25 @@ impl Plan {
 
 /// The launch for a product on a Hopper device.
 pub fn plan(tokens: usize, w_rows: usize, cols: usize, multiprocessors: usize) -> Plan {
-    let narrow = w_rows.div_ceil(ROWS) * tokens.div_ceil(128);
-    // Shared sums are worth it where whole tiles would leave multiprocessors idle; beyond, they read too much of x again.
-    if tokens <= 256 && narrow < 2 * multiprocessors {
-        return Plan::of(if tokens <= 64 { Spread::Split64 } else { Spread::Split128 });
+    // Sharing sums is worth it as long as all blocks run at once, two to a multiprocessor.
+    let split = Plan::of(if tokens <= 64 { Spread::Split64 } else { Spread::Split128 });
+    if tokens <= 256 && split.blocks(tokens, w_rows, multiprocessors) <= 2 * multiprocessors {
+        return split;
     }
-    if tokens <= 128 {
-        return Plan::of(Spread::Narrow);
+    let narrow = Plan::of(Spread::Narrow);
+    if tokens <= narrow.height {
+        return narrow;
     }
-    let ways = [256, 192, 128].map(|height| Plan { height, ..Plan::of(Spread::Wide) });
-    let best = ways.into_iter().min_by_key(|way| way.cycles(tokens, w_rows, cols, multiprocessors));
-    best.unwrap_or(Plan::of(Spread::Wide))
+    let wide = Plan::of(Spread::Wide);
+    let ways = [wide, Plan { height: 192, ..wide }, narrow];
+    ways.into_iter().min_by_key(|way| way.cycles(tokens, w_rows, cols, multiprocessors)).unwrap_or(wide)
 }
 
 /// The loaded kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct Gemm {
     /// By output, then by the order of [`Spread::ALL`]; the portable ones only, where there are no others.
-    kernels: [[Option<Kernel>; 6]; 3],
+    kernels: [[Option<Kernel>; 5]; 3],
     portable: bool,
 }
 
@@ -242,7 +218,7 @@ impl Gemm {
     }
 
     fn of(device: &Device, portable: bool) -> Result<Self, DeviceError> {
-        let mut kernels = [[None; 6]; 3];
+        let mut kernels = [[None; 5]; 3];
         for (kernels, names) in kernels.iter_mut().zip(KERNELS) {
             for ((kernel, name), spread) in kernels.iter_mut().zip(names).zip(Spread::ALL) {
                 if !portable || spread == Spread::Portable {
@@ -340,10 +316,10 @@ mod tests {
         assert_eq!(plan(65, 5120, 2880), Plan::of(Spread::Split128));
         assert_eq!(plan(64, 201_088, 2880), Plan::of(Spread::Narrow));
         assert_eq!(plan(8192, 5120, 2880), Plan::of(Spread::Wide));
+        assert_eq!(plan(256, 5120, 2880).spread, Spread::Narrow);
         // 184 tiles of 256 tokens would take two rounds of 132; so do 253 lower ones.
         assert_eq!(plan(2048, 2880, 4096).height, 192);
         assert_eq!(Plan::of(Spread::Split64).blocks(17, 2880, 132), 92);
-        assert_eq!(Plan::of(Spread::Pairs).blocks(300, 2880, 132), 48);
     }
 
     #[test]

@@ -10,6 +10,8 @@ const ROWS: usize = 128;
 const STRIP_ROWS: usize = 16;
 /// Bytes of 64 columns of a strip.
 const TILE_BYTES: usize = 512 + 32;
+/// Bytes of a tile of one warp while it is on its way.
+const SLOT: usize = 32 * (16 + 4);
 /// Bytes of 64 columns of an activation row.
 const LINE: usize = 128;
 
@@ -56,8 +58,6 @@ struct Variant {
     shared: u32,
     /// Blocks of a multiprocessor.
     blocks: usize,
-    /// Blocks of a cluster, which share the copies of activations.
-    cluster: usize,
 }
 
 /// The tile height (of `moe_sort`) that suits `rows` rows with `slots` of `experts` experts each, spread evenly or not too unevenly.
@@ -93,8 +93,6 @@ pub enum Output<'a> {
 pub struct MoeGemm {
     /// By output, then height.
     variants: [[Variant; 4]; 3],
-    /// For the greatest height, by output: pairs of blocks, where there are clusters.
-    pairs: Option<[Variant; 3]>,
     exponents: Kernel,
     multiprocessors: usize,
 }
@@ -139,42 +137,36 @@ impl MoeGemm {
         if !device.facts().is_hopper() {
             return Self::portable(device);
         }
-        let narrow = |function, height: usize, stages: usize| {
-            let shared = stages * (height * LINE + ROWS / STRIP_ROWS * TILE_BYTES);
+        let variant = |function, height: usize, tiles: usize, depth: usize| {
+            let shared = tiles * height * LINE + depth * ROWS / STRIP_ROWS * SLOT;
             let kernel = device.kernel(OP, function, shared)?;
-            Ok::<_, DeviceError>(Variant {
-                kernel,
-                threads: 320,
-                shared: shared as u32,
-                blocks: 2,
-                cluster: 1,
-            })
+            Ok::<_, DeviceError>(Variant { kernel, threads: 288, shared: shared as u32, blocks: 2 })
         };
-        let wide =
-            |function| Ok::<_, DeviceError>(Variant { threads: 384, blocks: 1, ..narrow(function, 256, 6)? });
-        let pair = |function| Ok::<_, DeviceError>(Variant { cluster: 2, ..wide(function)? });
-        let pairs = [pair("moe_gate_up_pair")?, pair("moe_down_f32_pair")?, pair("moe_down_bf16_pair")?];
+        let narrow = |function, height, tiles| variant(function, height, tiles, 10);
+        let wide = |function| {
+            Ok::<_, DeviceError>(Variant { threads: 384, blocks: 1, ..variant(function, 256, 5, 8)? })
+        };
         let variants = [
             [
-                narrow("moe_gate_up_16", 16, 16)?,
+                narrow("moe_gate_up_16", 16, 24)?,
                 narrow("moe_gate_up_32", 32, 12)?,
-                narrow("moe_gate_up_64", 64, 8)?,
+                narrow("moe_gate_up_64", 64, 6)?,
                 wide("moe_gate_up_256")?,
             ],
             [
-                narrow("moe_down_f32_16", 16, 16)?,
+                narrow("moe_down_f32_16", 16, 24)?,
                 narrow("moe_down_f32_32", 32, 12)?,
-                narrow("moe_down_f32_64", 64, 8)?,
+                narrow("moe_down_f32_64", 64, 6)?,
                 wide("moe_down_f32_256")?,
             ],
             [
-                narrow("moe_down_bf16_16", 16, 16)?,
+                narrow("moe_down_bf16_16", 16, 24)?,
                 narrow("moe_down_bf16_32", 32, 12)?,
-                narrow("moe_down_bf16_64", 64, 8)?,
+                narrow("moe_down_bf16_64", 64, 6)?,
                 wide("moe_down_bf16_256")?,
             ],
         ];
-        Self::new(device, variants, Some(pairs))
+        Self::new(device, variants)
     }
 
     /// Loads the kernels that run on every device.
@@ -187,25 +179,19 @@ impl MoeGemm {
         let variant = |function| {
             let shared = STAGES * TOKENS * LINE;
             let kernel = device.kernel(OP, function, shared)?;
-            Ok::<_, DeviceError>(
-                [Variant { kernel, threads: 256, shared: shared as u32, blocks: 2, cluster: 1 }; 4],
-            )
+            Ok::<_, DeviceError>([Variant { kernel, threads: 256, shared: shared as u32, blocks: 2 }; 4])
         };
         let variants = [
             variant("moe_gate_up_portable")?,
             variant("moe_down_f32_portable")?,
             variant("moe_down_bf16_portable")?,
         ];
-        Self::new(device, variants, None)
+        Self::new(device, variants)
     }
 
-    fn new(
-        device: &Device,
-        variants: [[Variant; 4]; 3],
-        pairs: Option<[Variant; 3]>,
-    ) -> Result<Self, DeviceError> {
+    fn new(device: &Device, variants: [[Variant; 4]; 3]) -> Result<Self, DeviceError> {
         let exponents = device.kernel(OP, "moe_exponents", 0)?;
-        Ok(Self { variants, pairs, exponents, multiprocessors: device.facts().multiprocessors as usize })
+        Ok(Self { variants, exponents, multiprocessors: device.facts().multiprocessors as usize })
     }
 
     /// Issues what finds each weight row's largest block scale, once at load: strips of `rows` rows of all experts to as many bytes.
@@ -245,14 +231,6 @@ impl MoeGemm {
     /// # Errors
     /// Shapes or buffers that do not fit each other, or a device fault.
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
-        self.issue_as(device, call, false)
-    }
-
-    /// Issues it, for the greatest height with or without sharing copies between pairs of blocks.
-    ///
-    /// # Errors
-    /// Shapes or buffers that do not fit each other, or a device fault.
-    pub fn issue_as(&self, device: &Device, call: &Call<'_>, pairs: bool) -> Result<(), DeviceError> {
         let Call { experts, rows, cols, capacity, height, most_tiles, .. } = *call;
         let (output, y, len, wanted, alpha, limit) = match call.y {
             Output::SwiGlu { y, alpha, limit } => {
@@ -273,10 +251,6 @@ impl MoeGemm {
             && len >= wanted
             && call.tiles.len() >= 4 * most_tiles
             && call.counts.len() >= 2;
-        let variant = match &self.pairs {
-            Some(sharing) if pairs && height == HEIGHTS[3] => Some(sharing[output]),
-            _ => variant,
-        };
         let (Some(variant), true) = (variant, fits) else {
             let what = format!(
                 "{experts} experts of {rows} x {cols}, {capacity} rows in tiles of {height}, do not fit the buffers"
@@ -297,10 +271,9 @@ impl MoeGemm {
             alpha,
             limit,
         };
-        let most = (most_tiles * rows.div_ceil(ROWS * variant.cluster)).max(1);
-        let clusters = most.min(variant.blocks * self.multiprocessors / variant.cluster);
+        let most = (most_tiles * rows.div_ceil(ROWS)).max(1);
         let launch = Launch {
-            grid: [(clusters * variant.cluster) as u32, 1, 1],
+            grid: [most.min(variant.blocks * self.multiprocessors) as u32, 1, 1],
             block: variant.threads,
             shared: variant.shared,
             overlap: true,

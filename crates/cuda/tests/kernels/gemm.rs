@@ -303,9 +303,6 @@ fn gemm_passes_the_same_in_every_way() {
         (Spread::Wide, 256, 3),
         (Spread::Wide, 192, 8),
         (Spread::Wide, 64, 2),
-        (Spread::Pairs, 256, 1),
-        (Spread::Pairs, 192, 8),
-        (Spread::Pairs, 128, 8),
     ] {
         let plan = Plan { spread, height, group };
         println!("{plan}");
@@ -314,15 +311,4 @@ fn gemm_passes_the_same_in_every_way() {
         check_equals_its_definition(&device, &path);
         check_rows_do_not_depend_on_neighbours(&device, &path);
     }
-}
-
-/// Pairs of blocks on shapes with an odd number of weight tiles and more tiles than blocks.
-#[test]
-fn gemm_pairs_of_real_shapes() {
-    let Some((device, _turn)) = device() else { return };
-    if !device.facts().is_hopper() {
-        println!("skipped: {} is not a Hopper device", device.facts().name);
-        return;
-    }
-    check_of_real_shapes(&device, &Path::of(&device, Plan::of(Spread::Pairs)));
 }

@@ -89,12 +89,6 @@ struct Case {
     height: usize,
 }
 
-/// The kernels, and whether the largest tiles go to pairs of blocks.
-struct Path {
-    gemm: MoeGemm,
-    pairs: bool,
-}
-
 impl Case {
     fn new(strips: Strips, rows_of: &[usize], height: usize, bias: Vec<f32>) -> Self {
         let choice: Vec<i32> =
@@ -110,12 +104,12 @@ impl Case {
     }
 
     /// Runs it; rows of the result, row-major. Checks that nothing else was written.
-    fn run(&self, device: &Device, path: &Path, kind: Kind) -> Vec<f64> {
+    fn run(&self, device: &Device, gemm: &MoeGemm, kind: Kind) -> Vec<f64> {
         let Strips { rows, cols, .. } = self.strips;
         let capacity = self.sorted_rows + 24;
         let w = device.upload(&self.strips.bytes).unwrap();
         let exponents = device.zeros(self.experts * rows).unwrap();
-        path.gemm.exponents(device, &w, &exponents, self.experts * rows, cols).unwrap();
+        gemm.exponents(device, &w, &exponents, self.experts * rows, cols).unwrap();
         let outs = if kind == Kind::GateUp { rows / 2 } else { rows };
         let mut y16 = device.allocate::<u16>(capacity * outs).unwrap();
         let mut y32 = device.allocate::<f32>(capacity * outs).unwrap();
@@ -140,7 +134,7 @@ impl Case {
             height: self.height,
             most_tiles: self.tiles.len(),
         };
-        path.gemm.issue_as(device, &call, path.pairs).unwrap();
+        gemm.issue(device, &call).unwrap();
         let live = self.sorted_rows * outs;
         if kind == Kind::F32 {
             let y = y32.read(0, capacity * outs).unwrap();
@@ -191,7 +185,7 @@ fn limit(kind: Kind) -> f64 {
 }
 
 /// With activations that pick one column each, any mistake of layout shows as a weight from elsewhere, by name.
-fn check_puts_every_weight_in_its_place(device: &Device, path: &Path) {
+fn check_puts_every_weight_in_its_place(device: &Device, gemm: &MoeGemm) {
     let mut random = Random::new();
     for height in HEIGHTS {
         let (rows, cols, rows_of) = (208, 192, [200, 0, 37, 8]);
@@ -200,7 +194,7 @@ fn check_puts_every_weight_in_its_place(device: &Device, path: &Path) {
         let picks = |row: usize| (row * 13 + 5) % cols;
         case.x = vec![0; case.sorted_rows * cols];
         (0..case.sorted_rows).for_each(|row| case.x[row * cols + picks(row)] = f16::ONE.to_bits());
-        let got = case.run(device, path, Kind::F32);
+        let got = case.run(device, gemm, Kind::F32);
         let wrong: Vec<String> = (0..case.sorted_rows * rows)
             .filter_map(|at| {
                 let (row, out) = (at / rows, at % rows);
@@ -217,7 +211,7 @@ fn check_puts_every_weight_in_its_place(device: &Device, path: &Path) {
     }
 }
 
-fn check_equals_its_definition(device: &Device, path: &Path) {
+fn check_equals_its_definition(device: &Device, gemm: &MoeGemm) {
     let mut random = Random::new();
     for (at, rows_of) in [
         vec![1],
@@ -238,7 +232,7 @@ fn check_equals_its_definition(device: &Device, path: &Path) {
                 let bias = random.units(rows_of.len() * rows, 1.0);
                 let mut case = Case::new(strips, rows_of, height, bias);
                 case.x = to_f16(&random.units(case.sorted_rows * cols, 3.0));
-                let got = case.run(device, path, kind);
+                let got = case.run(device, gemm, kind);
                 let outs = if kind == Kind::GateUp { rows / 2 } else { rows };
                 // All of the first and last sorted rows, some of the others.
                 let checked: Vec<usize> =
@@ -266,7 +260,7 @@ fn check_equals_its_definition(device: &Device, path: &Path) {
 }
 
 /// Scale bytes from 0 to 254. Within 24 of a row's largest a weight is exact; below, the error is 2^-24 of the largest.
-fn check_takes_every_scale(device: &Device, path: &Path) {
+fn check_takes_every_scale(device: &Device, gemm: &MoeGemm) {
     let mut random = Random::new();
     let (rows, cols, rows_of) = (256, 128, [40, 9]);
     for height in [16, 256] {
@@ -282,7 +276,7 @@ fn check_takes_every_scale(device: &Device, path: &Path) {
         let x = f16::from_f32(1.0 / 64.0);
         case.x = vec![0; case.sorted_rows * cols];
         (0..case.sorted_rows).for_each(|row| case.x[row * cols + picks(row)] = x.to_bits());
-        let got = case.run(device, path, Kind::F32);
+        let got = case.run(device, gemm, Kind::F32);
         for (at, got) in got.iter().enumerate() {
             let (row, out) = (at / rows, at % rows);
             let weight_row = case.expert(row) * rows + out;
@@ -302,7 +296,7 @@ fn check_takes_every_scale(device: &Device, path: &Path) {
 }
 
 /// The model's own shapes, checked at sampled elements.
-fn check_of_real_shapes(device: &Device, path: &Path) {
+fn check_of_real_shapes(device: &Device, gemm: &MoeGemm) {
     let mut random = Random::new();
     let rows_of = [300, 0, 1, 700, 256, 64, 13, 500];
     for (kind, rows) in [(Kind::GateUp, 5760), (Kind::Bf16, 2880)] {
@@ -310,7 +304,7 @@ fn check_of_real_shapes(device: &Device, path: &Path) {
         let bias = random.units(rows_of.len() * rows, 1.0);
         let mut case = Case::new(strips, &rows_of, height(459, 4, 8), bias);
         case.x = to_f16(&random.units(case.sorted_rows * 2880, 1.0));
-        let got = case.run(device, path, kind);
+        let got = case.run(device, gemm, kind);
         let places: Vec<(usize, usize)> =
             (0..2000).map(|_| (random.below(case.sorted_rows), random.below(2880))).collect();
         let want: Vec<f64> = places.iter().map(|&(row, out)| case.definition(kind, row, out)).collect();
@@ -323,46 +317,33 @@ fn check_of_real_shapes(device: &Device, path: &Path) {
 #[test]
 fn moe_gemm_puts_every_weight_in_its_place() {
     let Some((device, _turn)) = device() else { return };
-    check_puts_every_weight_in_its_place(
-        &device,
-        &Path { gemm: MoeGemm::load(&device).unwrap(), pairs: false },
-    );
+    check_puts_every_weight_in_its_place(&device, &MoeGemm::load(&device).unwrap());
 }
 
 #[test]
 fn moe_gemm_equals_its_definition() {
     let Some((device, _turn)) = device() else { return };
-    check_equals_its_definition(&device, &Path { gemm: MoeGemm::load(&device).unwrap(), pairs: false });
+    check_equals_its_definition(&device, &MoeGemm::load(&device).unwrap());
 }
 
 #[test]
 fn moe_gemm_takes_every_scale() {
     let Some((device, _turn)) = device() else { return };
-    check_takes_every_scale(&device, &Path { gemm: MoeGemm::load(&device).unwrap(), pairs: false });
+    check_takes_every_scale(&device, &MoeGemm::load(&device).unwrap());
 }
 
 #[test]
 fn moe_gemm_of_real_shapes() {
     let Some((device, _turn)) = device() else { return };
-    check_of_real_shapes(&device, &Path { gemm: MoeGemm::load(&device).unwrap(), pairs: false });
+    check_of_real_shapes(&device, &MoeGemm::load(&device).unwrap());
 }
 
 #[test]
 fn moe_gemm_portable_passes_the_same() {
     let Some((device, _turn)) = device() else { return };
-    let path = Path { gemm: MoeGemm::portable(&device).unwrap(), pairs: false };
-    check_puts_every_weight_in_its_place(&device, &path);
-    check_equals_its_definition(&device, &path);
-    check_takes_every_scale(&device, &path);
-    check_of_real_shapes(&device, &path);
-}
-
-#[test]
-fn moe_gemm_in_pairs_passes_the_same() {
-    let Some((device, _turn)) = device() else { return };
-    let path = Path { gemm: MoeGemm::load(&device).unwrap(), pairs: true };
-    check_puts_every_weight_in_its_place(&device, &path);
-    check_equals_its_definition(&device, &path);
-    check_takes_every_scale(&device, &path);
-    check_of_real_shapes(&device, &path);
+    let gemm = MoeGemm::portable(&device).unwrap();
+    check_puts_every_weight_in_its_place(&device, &gemm);
+    check_equals_its_definition(&device, &gemm);
+    check_takes_every_scale(&device, &gemm);
+    check_of_real_shapes(&device, &gemm);
 }
