@@ -1,21 +1,25 @@
 //! Weights on their way into the layouts that kernels read.
 
+mod maps;
+
 use std::borrow::Cow;
 
-use ctxserve_backend::{AttentionSpec, DeviceError, ExpertSpec, ExpertWeights, Role};
+use ctxserve_backend::{DeviceError, ExpertSpec, ExpertWeights, Role};
 use ctxserve_core::{Elements, MXFP4_BLOCK, Matrix};
 use half::bf16;
 
-use crate::driver::{Buffer, Device};
-use crate::ops::attention::HEAD_DIM;
+use crate::driver::{Buffer, Device, Pod, Uploader};
 use crate::ops::moe_gemm::MoeGemm;
 use crate::ops::pack_mxfp4::{self, PackMxfp4, Rows, Strips};
 use crate::ops::pack_panels::{self, PackPanels, Source};
+use maps::{output_cols, qkv_rows};
 
 /// Widths are padded to whole panels.
 pub(crate) const PANEL: usize = 64;
-/// Bytes of codes that are packed at a time: the staging buffer's bound.
-const STAGING: usize = 256 << 20;
+/// [`Packer::chunk`]: long against a launch, short against the weights.
+const CHUNK: usize = 256 << 20;
+/// Alignment of the parts of the staging memory.
+const ALIGN: usize = 256;
 
 /// A matrix in one or two layouts.
 #[derive(Debug)]
@@ -73,64 +77,79 @@ pub struct CudaExperts {
     pub(crate) inner: usize,
 }
 
-/// Packs weights as they are loaded.
+/// Packs weights as they are loaded. Nothing waits for the device between two tensors: the staging memory is written and read in
+/// the order of the stream.
 #[derive(Debug)]
 pub(crate) struct Packer {
     panels: PackPanels,
     mxfp4: PackMxfp4,
     gemm: Option<MoeGemm>,
-    codes: Option<Buffer<u8>>,
+    tools: Option<Tools>,
+    /// Bytes that are packed at a time, of a tensor whose parts can be packed one after the other.
+    chunk: usize,
+    /// Whether steps may be under way: see [`Packer::settle`].
+    finished: bool,
+}
+
+/// What exists only while loading.
+#[derive(Debug)]
+struct Tools {
+    uploader: Uploader,
+    /// Tensors as they were stored, on their way into layouts.
+    staging: Buffer<u8>,
+}
+
+/// A matrix's place in panels.
+struct Layout {
+    rows: usize,
+    cols: usize,
+    /// Source rows, where they are permuted.
+    row_map: Option<Vec<i32>>,
+    /// Source columns, where they are permuted.
+    col_map: Option<Vec<i32>>,
 }
 
 fn shape_error(op: &'static str, what: &str) -> DeviceError {
     DeviceError::new(op, format!("{what} contradict the layer's shape"))
 }
 
-/// Source rows of the QKV matrix in the order of the panels: in q and k heads rotary pairs side by side, heads padded.
-fn qkv_rows(spec: &AttentionSpec) -> Vec<i32> {
-    let half = spec.head_dim / 2;
-    let heads = spec.heads + 2 * spec.kv_heads;
-    let mut map = vec![-1; heads * HEAD_DIM];
-    for (head, rows) in map.chunks_mut(HEAD_DIM).enumerate() {
-        let first = head * spec.head_dim;
-        let rotated = head < spec.heads + spec.kv_heads;
-        for at in 0..spec.head_dim {
-            let place = match (rotated, at < half) {
-                (true, true) => 2 * at,
-                (true, false) => 2 * (at - half) + 1,
-                (false, _) => natural(at, half),
-            };
-            rows[place] = (first + at) as i32;
-        }
-    }
-    map
-}
-
-/// Where element `at` of a head is once kernels have it in their natural order: the second half begins in the middle of
-/// the padded head, as rotation leaves it.
-fn natural(at: usize, half: usize) -> usize {
-    if at < half { at } else { HEAD_DIM / 2 + at - half }
-}
-
-/// Source columns of the output projection: heads padded.
-fn output_cols(spec: &AttentionSpec) -> Vec<i32> {
-    let mut map = vec![-1; spec.heads * HEAD_DIM];
-    for (head, cols) in map.chunks_mut(HEAD_DIM).enumerate() {
-        for at in 0..spec.head_dim {
-            cols[natural(at, spec.head_dim / 2)] = (head * spec.head_dim + at) as i32;
-        }
-    }
-    map
-}
-
 impl Packer {
     pub(crate) fn new(device: &Device, gemm: Option<MoeGemm>) -> Result<Self, DeviceError> {
-        Ok(Self { panels: PackPanels::load(device)?, mxfp4: PackMxfp4::load(device)?, gemm, codes: None })
+        let (panels, mxfp4) = (PackPanels::load(device)?, PackMxfp4::load(device)?);
+        Ok(Self { panels, mxfp4, gemm, tools: None, chunk: CHUNK, finished: false })
     }
 
-    /// Lets go of the staging memory once everything is loaded.
+    /// Lets go of the staging memory once everything is loaded. Whoever calls it synchronizes before the first step.
     pub(crate) fn finish(&mut self) {
-        self.codes = None;
+        self.tools = None;
+        self.finished = true;
+    }
+
+    /// Kernels read weights before they wait for anything, so no step may begin while weights are on their way. One wait does for
+    /// all that is loaded before the first step; what comes later is waited for as it comes.
+    fn settle(&mut self, device: &Device) -> Result<(), DeviceError> {
+        if self.finished {
+            self.tools = None;
+            device.synchronize()?;
+        }
+        Ok(())
+    }
+
+    /// The tools, with at least `room` bytes of staging memory.
+    fn tools(&mut self, device: &Device, room: usize) -> Result<&mut Tools, DeviceError> {
+        let tools = match self.tools.take() {
+            Some(tools) if tools.staging.len() >= room => tools,
+            Some(Tools { uploader, staging }) => {
+                drop(staging);
+                Tools { uploader, staging: device.allocate(room)? }
+            }
+            None => Tools { uploader: Uploader::new(device)?, staging: device.allocate(room)? },
+        };
+        Ok(self.tools.insert(tools))
+    }
+
+    fn upload<T: Pod>(&mut self, device: &Device, values: &[T]) -> Result<Buffer<T>, DeviceError> {
+        self.tools(device, 0)?.uploader.upload(values)
     }
 
     pub(crate) fn matrix(
@@ -170,49 +189,121 @@ impl Packer {
             let source = row_map.as_ref().map_or(at, |map| usize::try_from(map[at]).unwrap_or(usize::MAX));
             *place = bias.as_ref().and_then(|bias| bias.get(source)).copied().unwrap_or_default();
         }
-        let source = Stored::new(device, &matrix)?;
-        let panels = match role {
-            Role::Embedding { head: false } | Role::Router => None,
-            _ => {
-                let panels = device.allocate(padded_rows * cols)?;
-                let row_map = row_map.map(|map| device.upload(&map)).transpose()?;
-                let column_map = col_map.map(|map| device.upload(&map)).transpose()?;
-                let call = pack_panels::Call {
-                    source: source.as_source(),
-                    rows,
-                    cols: real_cols,
-                    panels: &panels,
-                    capacity: padded_rows,
-                    padded: cols,
-                    first: 0,
-                    count: padded_rows,
-                    row_map: row_map.as_ref(),
-                    column_map: column_map.as_ref(),
-                };
-                self.panels.issue(device, &call)?;
-                device.synchronize()?;
-                Some(panels)
+        let plain = match (role, matrix.elements()) {
+            (Role::Qkv(_) | Role::Output(_) | Role::Head, _) => None,
+            (_, Elements::Bf16(values)) if cols == real_cols => {
+                Some(self.upload(device, bytemuck::cast_slice(values))?)
             }
+            _ => Some(self.upload(device, &rows_of(&matrix, cols))?),
         };
-        let plain = match (role, source) {
-            (Role::Embedding { .. } | Role::Router, Stored::Bf16(values)) if cols == real_cols => {
-                Some(values)
-            }
-            (Role::Embedding { .. } | Role::Router, _) => Some(device.upload(&rows_of(&matrix, cols))?),
-            _ => None,
+        let layout = Layout { rows: padded_rows, cols, row_map, col_map };
+        let panels = match (role, &plain) {
+            (Role::Embedding { head: false } | Role::Router, _) => None,
+            (_, Some(plain)) => Some(self.repacked(device, plain, rows, &layout)?),
+            (_, None) => Some(self.packed(device, &matrix, &layout)?),
         };
-        let bias = device.upload(&padded_bias)?;
+        let bias = self.upload(device, &padded_bias)?;
+        self.settle(device)?;
         Ok(CudaMatrix { plain, panels, bias, rows, padded_rows, cols })
     }
 
-    pub(crate) fn vector(&self, device: &Device, mut values: Vec<f32>) -> Result<CudaVector, DeviceError> {
+    /// Panels of a row-major matrix that is on the device already, padded as they are.
+    fn repacked(
+        &self,
+        device: &Device,
+        plain: &Buffer<u16>,
+        rows: usize,
+        layout: &Layout,
+    ) -> Result<Buffer<u16>, DeviceError> {
+        let Layout { rows: padded_rows, cols, .. } = *layout;
+        let panels = device.allocate(padded_rows * cols)?;
+        let call = pack_panels::Call {
+            source: Source::Bf16(plain),
+            rows,
+            cols,
+            panels: &panels,
+            capacity: padded_rows,
+            padded: cols,
+            first: 0,
+            count: padded_rows,
+            row_map: None,
+            column_map: None,
+        };
+        self.panels.issue(device, &call)?;
+        Ok(panels)
+    }
+
+    /// Panels of a matrix in host memory: at once where its rows are permuted, else some rows at a time.
+    fn packed(
+        &mut self,
+        device: &Device,
+        matrix: &Matrix,
+        layout: &Layout,
+    ) -> Result<Buffer<u16>, DeviceError> {
+        let decoded: Vec<bf16>;
+        let (bytes, wide): (&[u8], bool) = match matrix.elements() {
+            Elements::Bf16(values) => (bytemuck::cast_slice(values), false),
+            Elements::F32(values) => (bytemuck::cast_slice(values), true),
+            Elements::Mxfp4 { codes, scales } => {
+                decoded = decode(codes, scales);
+                (bytemuck::cast_slice(&decoded), false)
+            }
+        };
+        let (kernel, rows, real_cols) = (self.panels, matrix.rows(), matrix.cols());
+        let row_bytes = real_cols * if wide { size_of::<f32>() } else { size_of::<bf16>() };
+        let each = if layout.row_map.is_some() { layout.rows } else { (self.chunk / row_bytes).max(1) };
+        let [row_map, col_map] =
+            [&layout.row_map, &layout.col_map].map(|map| map.as_deref().unwrap_or_default());
+        let columns_at = size_of_val(row_map).next_multiple_of(ALIGN);
+        let source_at = columns_at + size_of_val(col_map).next_multiple_of(ALIGN);
+        let panels = device.allocate(layout.rows * layout.cols)?;
+        let Tools { uploader, staging } = self.tools(device, source_at + each.min(rows) * row_bytes)?;
+        uploader.write(staging, 0, bytemuck::cast_slice(row_map))?;
+        uploader.write(staging, columns_at, bytemuck::cast_slice(col_map))?;
+        // SAFETY: the views end before what they view does, which is written again by later ops of the stream only.
+        let (rows_on, cols_on) = unsafe {
+            (staging.view::<i32>(0, row_map.len())?, staging.view::<i32>(columns_at, col_map.len())?)
+        };
+        for first in (0..layout.rows).step_by(each) {
+            // Rows beyond the source are padding.
+            let real = rows.saturating_sub(first).min(each);
+            uploader.write(staging, source_at, &bytes[first.min(rows) * row_bytes..][..real * row_bytes])?;
+            // SAFETY: as above.
+            let (narrow, full) = unsafe {
+                let count = |is| if is { real * real_cols } else { 0 };
+                (staging.view(source_at, count(!wide))?, staging.view(source_at, count(wide))?)
+            };
+            let call = pack_panels::Call {
+                source: if wide { Source::F32(&full) } else { Source::Bf16(&narrow) },
+                rows: real,
+                cols: real_cols,
+                panels: &panels,
+                capacity: layout.rows,
+                padded: layout.cols,
+                first,
+                count: each.min(layout.rows - first),
+                row_map: layout.row_map.as_ref().map(|_| &rows_on),
+                column_map: layout.col_map.as_ref().map(|_| &cols_on),
+            };
+            kernel.issue(device, &call)?;
+        }
+        Ok(panels)
+    }
+
+    pub(crate) fn vector(
+        &mut self,
+        device: &Device,
+        mut values: Vec<f32>,
+    ) -> Result<CudaVector, DeviceError> {
         let len = values.len();
         let padded = len.next_multiple_of(PANEL);
         values.resize(padded, 0.0);
         let factor = (len as f64 / padded.max(1) as f64).sqrt();
         let scaled: Vec<f32> = values.iter().map(|&v| (f64::from(v) * factor) as f32).collect();
-        let scaled = if len == padded { None } else { Some(device.upload(&scaled)?) };
-        Ok(CudaVector { values: device.upload(&values)?, scaled, len })
+        let scaled = if len == padded { None } else { Some(self.upload(device, &scaled)?) };
+        let values = self.upload(device, &values)?;
+        self.settle(device)?;
+        Ok(CudaVector { values, scaled, len })
     }
 
     pub(crate) fn experts(
@@ -235,22 +326,27 @@ impl Packer {
             return Err(shape_error(OP, "weights"));
         }
         let (wide, deep) = (hidden.next_multiple_of(PANEL), inner.next_multiple_of(PANEL));
-        let spread = |bias: &[f32], real: usize, padded: usize| {
+        let mut spread = |bias: &[f32], real: usize, padded: usize| {
             let mut all = vec![0.0; experts * padded];
             all.chunks_mut(padded)
                 .zip(bias.chunks(real))
                 .for_each(|(to, from)| to[..real].copy_from_slice(from));
-            device.upload(&all)
+            self.upload(device, &all)
         };
+        let gate_up_bias = spread(&gate_up_bias, 2 * inner, 2 * deep)?;
+        let down_bias = spread(&down_bias, hidden, wide)?;
         let gate_up = self.strips(device, gate_up, experts, Rows::GateUp)?;
         let down = self.strips(device, down, experts, Rows::Down)?;
+        let gate_up_exponents = self.exponents(device, &gate_up, experts * 2 * deep, wide)?;
+        let down_exponents = self.exponents(device, &down, experts * wide, deep)?;
+        self.settle(device)?;
         Ok(CudaExperts {
-            gate_up_exponents: self.exponents(device, &gate_up, experts * 2 * deep, wide)?,
-            down_exponents: self.exponents(device, &down, experts * wide, deep)?,
             gate_up,
-            gate_up_bias: spread(&gate_up_bias, 2 * inner, 2 * deep)?,
+            gate_up_exponents,
+            down_exponents,
+            gate_up_bias,
             down,
-            down_bias: spread(&down_bias, hidden, wide)?,
+            down_bias,
             spec: *spec,
             hidden: wide,
             inner: deep,
@@ -268,7 +364,6 @@ impl Packer {
         let Some(gemm) = &self.gemm else { return Ok(None) };
         let exponents = device.allocate(rows)?;
         gemm.exponents(device, strips, &exponents, rows, cols)?;
-        device.synchronize()?;
         Ok(Some(exponents))
     }
 
@@ -290,21 +385,15 @@ impl Packer {
         let bytes = Strips::of(kind, padded, cols).bytes();
         let all: Buffer<u8> = device.zeros(experts * bytes)?;
         let whole = if padded == rows { experts } else { 1 };
-        let each = (STAGING / (code_bytes + scale_bytes)).clamp(1, whole);
-        let room = each * (code_bytes + scale_bytes) + 256;
-        if self.codes.as_ref().is_none_or(|codes| codes.len() < room) {
-            self.codes = None;
-            self.codes = Some(device.allocate(room)?);
-        }
-        let Some(staging) = &mut self.codes else {
-            return Err(DeviceError::new("load_experts", "no staging memory"));
-        };
+        let each = (self.chunk / (code_bytes + scale_bytes)).clamp(1, whole);
+        let kernel = self.mxfp4;
+        let scales_at = (each * code_bytes).next_multiple_of(ALIGN);
+        let Tools { uploader, staging } = self.tools(device, scales_at + each * scale_bytes)?;
         for first in (0..experts).step_by(each) {
             let count = each.min(experts - first);
-            let scales_at = (count * code_bytes).next_multiple_of(16);
-            staging.write(0, &codes[first * code_bytes..][..count * code_bytes])?;
-            staging.write(scales_at, &scales[first * scale_bytes..][..count * scale_bytes])?;
-            // SAFETY: the views end before what they view is touched again.
+            uploader.write(staging, 0, &codes[first * code_bytes..][..count * code_bytes])?;
+            uploader.write(staging, scales_at, &scales[first * scale_bytes..][..count * scale_bytes])?;
+            // SAFETY: the views end before what they view does; later ops of the stream alone write there again.
             let (codes, scales, strips) = unsafe {
                 (
                     staging.view(0, count * code_bytes)?,
@@ -322,36 +411,9 @@ impl Packer {
                 cols,
                 kind,
             };
-            self.mxfp4.issue(device, &call)?;
+            kernel.issue(device, &call)?;
         }
-        // Kernels read weights before they wait for anything.
-        device.synchronize()?;
         Ok(all)
-    }
-}
-
-/// A matrix on the device as it was stored.
-enum Stored {
-    Bf16(Buffer<u16>),
-    F32(Buffer<f32>),
-}
-
-impl Stored {
-    fn new(device: &Device, matrix: &Matrix) -> Result<Self, DeviceError> {
-        Ok(match matrix.elements() {
-            Elements::Bf16(values) => Self::Bf16(device.upload(bytemuck::cast_slice(values))?),
-            Elements::F32(values) => Self::F32(device.upload(values)?),
-            Elements::Mxfp4 { codes, scales } => {
-                Self::Bf16(device.upload(bytemuck::cast_slice(&decode(codes, scales)))?)
-            }
-        })
-    }
-
-    fn as_source(&self) -> Source<'_> {
-        match self {
-            Self::Bf16(values) => Source::Bf16(values),
-            Self::F32(values) => Source::F32(values),
-        }
     }
 }
 
@@ -387,32 +449,4 @@ fn decode(codes: &[u8], scales: &[u8]) -> Vec<bf16> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn spec(heads: usize, kv_heads: usize, head_dim: usize) -> AttentionSpec {
-        AttentionSpec { heads, kv_heads, head_dim, scale: 1.0, window: None, norm_eps: 1e-5 }
-    }
-
-    #[test]
-    fn rotary_pairs_sit_side_by_side() {
-        let map = qkv_rows(&spec(1, 1, 64));
-        assert_eq!(map[..4], [0, 32, 1, 33]);
-        assert_eq!(map[64..68], [64, 96, 65, 97]);
-        // Values keep their order.
-        assert_eq!(map[128..132], [128, 129, 130, 131]);
-        let mut sorted = map.clone();
-        sorted.sort_unstable();
-        assert!(sorted.iter().copied().eq(0..192));
-    }
-
-    #[test]
-    fn short_heads_are_padded() {
-        let map = qkv_rows(&spec(2, 1, 4));
-        assert_eq!(map[..5], [0, 2, 1, 3, -1]);
-        assert_eq!(map[64..69], [4, 6, 5, 7, -1]);
-        assert_eq!(map[192..195], [12, 13, -1]);
-        assert_eq!(map[224..227], [14, 15, -1]);
-        assert_eq!(output_cols(&spec(2, 1, 4))[96..99], [6, 7, -1]);
-    }
-}
+mod tests;

@@ -74,6 +74,11 @@ impl<T: Pod> Buffer<T> {
     /// # Errors
     /// Lengths that do not fit, or a device fault.
     pub fn write_pinned(&mut self, at: usize, from: &Pinned<T>, len: usize) -> Result<(), DeviceError> {
+        self.issue_pinned(at, from, len)
+    }
+
+    /// [`Self::write_pinned`] for threads that write disjoint elements of one buffer at once.
+    pub(super) fn issue_pinned(&self, at: usize, from: &Pinned<T>, len: usize) -> Result<(), DeviceError> {
         const OP: &str = "upload";
         self.inside(OP, at, len)?;
         if len > from.len() {
@@ -90,6 +95,11 @@ impl<T: Pod> Buffer<T> {
                 self.device.inner.stream,
             )
         })
+    }
+
+    /// Where it is.
+    pub(super) fn device(&self) -> &Device {
+        &self.device
     }
 
     /// Issues a copy of elements `at..at + len` into the start of `to`, which holds them once the stream has passed it.
@@ -201,7 +211,8 @@ impl Device {
         if bytes > 0 {
             // SAFETY: freed in `Drop`.
             check(OP, unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) }).map_err(|error| {
-                DeviceError::new(OP, format!("{bytes} bytes of device memory: {}", error.what))
+                let free = self.free_memory().map_or_else(|_| "an unknown number".to_owned(), |n| n.to_string());
+                DeviceError::new(OP, format!("{bytes} bytes of device memory, {free} are free: {}", error.what))
             })?;
         }
         Ok(Buffer { address, len, owned: true, device: self.clone(), element: PhantomData })

@@ -8,6 +8,7 @@ mod image;
 mod launch;
 mod memory;
 mod pinned;
+mod upload;
 
 pub use device::{Device, Facts, unavailable};
 pub use graph::{Graph, Mark};
@@ -15,6 +16,7 @@ pub use image::Kernel;
 pub use launch::{Launch, Params};
 pub use memory::{Buffer, Pod};
 pub use pinned::Pinned;
+pub use upload::Uploader;
 
 use std::ffi::CStr;
 

@@ -33,3 +33,4 @@ mod pack_panels;
 mod rms_norm;
 mod route;
 mod sampler;
+mod upload;
