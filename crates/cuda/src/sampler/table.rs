@@ -1,5 +1,8 @@
 //! What a sampling row looks like to the kernels.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use ctxserve_backend::SampleRow;
 use ctxserve_core::TokenId;
 
@@ -62,9 +65,24 @@ struct Entry {
     marks: u32,
 }
 
+/// Steps for which the ids of a prompt are kept unused.
+const KEPT: u64 = 64;
+
+/// The distinct ids of a prompt under a repetition penalty: found once, not in every step.
+#[derive(Debug)]
+struct Prompt {
+    /// Held so that its address stays its own.
+    _tokens: Arc<[TokenId]>,
+    ids: Vec<TokenId>,
+    used: u64,
+}
+
 /// The adjustments of a step's rows: each id of a row once, sorted by part.
 #[derive(Debug)]
 pub(super) struct Lists {
+    /// By address and length.
+    prompts: HashMap<(usize, usize), Prompt>,
+    step: u64,
     /// Of each id, the row (as counted by `row`) that entered it last, and where in `entries` it is.
     places: Vec<(u32, u32)>,
     row: u32,
@@ -77,6 +95,8 @@ pub(super) struct Lists {
 impl Lists {
     pub(super) fn new(vocab: usize) -> Self {
         Self {
+            prompts: HashMap::new(),
+            step: 0,
             places: vec![(0, 0); vocab],
             row: 0,
             entries: Vec::new(),
@@ -88,6 +108,9 @@ impl Lists {
     /// Starts a step.
     pub(super) fn clear(&mut self) {
         self.words.clear();
+        self.step += 1;
+        let oldest = self.step.saturating_sub(KEPT);
+        self.prompts.retain(|_, prompt| prompt.used >= oldest);
     }
 
     /// All lists of the step.
@@ -110,7 +133,8 @@ impl Lists {
             self.enter(id, |entry| entry.bias += bias);
         }
         if params.repetition_penalty != 1.0 {
-            for &id in row.prompt.iter().chain(row.generated.iter()) {
+            self.enter_prompt(&row.prompt);
+            for &id in row.generated.iter() {
                 self.enter(id, |entry| entry.marks |= SEEN);
             }
         }
@@ -123,6 +147,21 @@ impl Lists {
             self.enter(id, |entry| entry.marks |= BANNED);
         }
         if self.entries.is_empty() { None } else { Some(self.pack()) }
+    }
+
+    fn enter_prompt(&mut self, tokens: &Arc<[TokenId]>) {
+        let place = (tokens.as_ptr() as usize, tokens.len());
+        let mut prompt = self.prompts.remove(&place).unwrap_or_else(|| {
+            let mut ids = tokens.to_vec();
+            ids.sort_unstable();
+            ids.dedup();
+            Prompt { _tokens: Arc::clone(tokens), ids, used: 0 }
+        });
+        for &id in &prompt.ids {
+            self.enter(id, |entry| entry.marks |= SEEN);
+        }
+        prompt.used = self.step;
+        self.prompts.insert(place, prompt);
     }
 
     fn enter(&mut self, id: TokenId, change: impl FnOnce(&mut Entry)) {
@@ -211,6 +250,16 @@ mod tests {
         }
         lists.clear();
         assert!(lists.words().is_empty());
+        // Another prompt, the same again, and none of it kept for ever.
+        row.prompt = Arc::from([8]);
+        for _ in 0..2 {
+            let start = lists.add(&row).unwrap() as usize;
+            let ids: Vec<u32> = entries(&lists, start, 3).iter().map(|(_, entry)| entry.id).collect();
+            assert_eq!(ids, [5, 8, 9, 7, 1024, 2999]);
+        }
+        assert_eq!(lists.prompts.len(), 2);
+        (0..KEPT + 1).for_each(|_| lists.clear());
+        assert!(lists.prompts.is_empty());
         assert_eq!(lists.add(&SampleRow::new(Arc::default())), None);
     }
 
