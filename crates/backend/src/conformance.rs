@@ -87,13 +87,18 @@ impl Report {
     }
 }
 
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, error, limit } = self;
+        write!(f, "{name}: error {error:.3e}, limit {limit:.3e}")
+    }
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let failed = self.failures().count();
         writeln!(f, "seed {}: {} cases, {failed} failed", self.seed, self.cases.len())?;
-        for Case { name, error, limit } in self.failures() {
-            writeln!(f, "  {name}: error {error:.3e}, limit {limit:.3e}")?;
-        }
+        self.failures().try_for_each(|case| writeln!(f, "  {case}"))?;
         Ok(())
     }
 }

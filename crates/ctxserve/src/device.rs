@@ -1,8 +1,10 @@
 //! The one place that names backends.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
+use ctxserve_backend::conformance::Like;
 use ctxserve_backend::{Backend, KvDtype};
 use ctxserve_checkpoint::Checkpoint;
 use ctxserve_cpu::{CpuBackend, CpuOptions, Precision};
@@ -197,6 +199,7 @@ impl Target {
         options: &DeviceOptions,
         load_options: LoadOptions,
         limits: Limits,
+        info: &ModelInfo,
     ) -> anyhow::Result<Box<dyn Runner>> {
         match self {
             Self::Cpu => {
@@ -211,10 +214,55 @@ impl Target {
                     max_context: limits.context,
                     graphs: options.graphs,
                 };
-                loaded(CudaBackend::new(gpu, cuda)?, checkpoint, load_options)
+                if !options.self_test {
+                    tracing::warn!("--skip-self-test: the GPU's kernels are not checked");
+                    return loaded(CudaBackend::new(gpu, cuda)?, checkpoint, load_options);
+                }
+                let (like, kv_dtype) = (like(info), load_options.kv_dtype);
+                // Beside loading, which waits for files most of the time.
+                thread::scope(|scope| {
+                    let tested = scope.spawn(|| self_test(&gpu, like, kv_dtype));
+                    let runner = CudaBackend::new(gpu.clone(), cuda)
+                        .map_err(anyhow::Error::from)
+                        .and_then(|backend| loaded(backend, checkpoint, load_options));
+                    // First: a kernel that brings the device down fails the loading too, where it says less.
+                    tested.join().map_err(|_| anyhow!("the self-test panicked"))??;
+                    runner
+                })
             }
         }
     }
+}
+
+/// What the self-test takes from a model.
+fn like(info: &ModelInfo) -> Like {
+    let (costs, kv) = (&info.costs, &info.kv);
+    let heads = costs.query_width / kv.head_dim.max(1);
+    // Without experts, any: the others are tested all the same.
+    let experts = if costs.experts == 0 { 8 } else { costs.experts };
+    let top_k = if costs.experts == 0 { 4 } else { costs.top_k };
+    Like { head_dim: kv.head_dim, group: (heads / kv.kv_heads.max(1)).max(1), experts, top_k }
+}
+
+/// Runs the GPU's kernels once against the CPU's definitions.
+///
+/// # Errors
+/// The first op that differs by more than its rounding allows, or a fault of the device.
+fn self_test(gpu: &Gpu, like: Like, kv_dtype: KvDtype) -> anyhow::Result<()> {
+    let start = Instant::now();
+    let report = ctxserve_cuda::self_test(gpu, like, kv_dtype, || Ok(CpuBackend::plain()))
+        .with_context(|| format!("the self-test of {}", gpu.facts().name))?;
+    let cases = report.cases.len();
+    report.failures().for_each(|case| tracing::error!("self-test: {case}"));
+    if let Some(case) = report.failures().next() {
+        let failed = report.failures().count();
+        bail!(
+            "{} computes wrong results: {failed} of {cases} cases of the self-test, first {case}",
+            gpu.facts().name
+        );
+    }
+    tracing::info!("self-test: {cases} cases in {:.0} ms", 1e3 * start.elapsed().as_secs_f64());
+    Ok(())
 }
 
 fn widths(info: &ModelInfo) -> Widths {
@@ -263,6 +311,7 @@ mod tests {
             kv_dtype,
             page_size: None,
             gpu_share: 0.9,
+            self_test: true,
             graphs: true,
         }
     }

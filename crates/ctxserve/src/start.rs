@@ -130,12 +130,13 @@ impl Opened {
         let root = self.model.root;
         let runner: Box<dyn Runner> = match self.model.body {
             Body::Checkpoint(checkpoint) => {
+                let info = self.info.as_ref().context("nothing is known of the model")?;
                 let limits = Limits {
                     chunk: self.engine.max_batched_tokens,
                     sequences: self.engine.max_num_seqs.min(self.engine.max_batched_tokens),
                     context: self.engine.max_model_len.unwrap_or(0),
                 };
-                self.target.open(&checkpoint, &self.device, self.load, limits)?
+                self.target.open(&checkpoint, &self.device, self.load, limits, info)?
             }
             Body::Script(runner) => Box::new(runner),
         };

@@ -46,6 +46,8 @@ pub struct CudaBackend {
     extent: Extent,
     /// Whether the step being issued was described already: [`Backend::step`] does so before it records.
     described: bool,
+    #[cfg(feature = "fault-injection")]
+    faults: crate::fault::Faults,
 }
 
 /// What exists once the KV cache does.
@@ -116,7 +118,18 @@ impl CudaBackend {
         let kernels = Kernels::load(&device)?;
         let packer = Packer::new(&device, Some(kernels.experts))?;
         let (widths, extent) = (Widths::default(), Extent::default());
-        Ok(Self { device, options, kernels, packer, widths, state: None, extent, described: false })
+        Ok(Self {
+            device,
+            options,
+            kernels,
+            packer,
+            widths,
+            state: None,
+            extent,
+            described: false,
+            #[cfg(feature = "fault-injection")]
+            faults: crate::fault::Faults::new()?,
+        })
     }
 
     /// The device.
@@ -161,7 +174,9 @@ impl CudaBackend {
         BUCKETS.into_iter().find(|&rows| rows >= shape.rows && rows <= most).filter(|_| fits)
     }
 
-    fn check(batch: &Batch, kv: &CudaKv, vocab: usize) -> Result<(), DeviceError> {
+    fn check(&self, batch: &Batch, kv: &CudaKv, vocab: usize) -> Result<(), DeviceError> {
+        #[cfg(feature = "fault-injection")]
+        let batch = &self.faults.batch(batch);
         let plan = kv.plan();
         batch.check(&plan.spec, &plan.pages, vocab).map_err(|e| DeviceError::new("begin", e.to_string()))
     }
@@ -255,6 +270,8 @@ impl Backend for CudaBackend {
 
     fn allocate_kv(&mut self, plan: &KvPlan) -> Result<CudaKv, DeviceError> {
         self.packer.finish();
+        #[cfg(feature = "fault-injection")]
+        self.faults.allocation(&self.device)?;
         let kv = CudaKv::new(&self.device, plan)?;
         let (rows, sequences) = (self.options.max_rows, self.options.max_sequences);
         let scratch_lines = scratch_lines(self.options.max_context, rows);
@@ -273,7 +290,7 @@ impl Backend for CudaBackend {
     }
 
     fn begin(&mut self, batch: &Batch, kv: &CudaKv, vocab: usize) -> Result<(), DeviceError> {
-        Self::check(batch, kv, vocab)?;
+        self.check(batch, kv, vocab)?;
         if self.described {
             return Ok(());
         }
@@ -355,11 +372,13 @@ impl Backend for CudaBackend {
         batch: &Batch,
         forward: &mut dyn FnMut(&mut Self, &mut CudaKv) -> Result<LogitRows, DeviceError>,
     ) -> Result<Pending, DeviceError> {
+        #[cfg(feature = "fault-injection")]
+        self.faults.step(&self.device)?;
         let Some(rows) = self.bucket(&Shape::of(batch)) else {
             let logits = forward(self, kv)?;
             return self.sample(&logits, batch);
         };
-        Self::check(batch, kv, self.widths.vocab)?;
+        self.check(batch, kv, self.widths.vocab)?;
         self.describe_batch(batch, Some(rows))?;
         let Some(state) = &mut self.state else {
             return Err(DeviceError::new("begin", "the KV cache was never allocated"));

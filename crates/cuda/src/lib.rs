@@ -7,12 +7,15 @@
 
 mod backend;
 pub mod driver;
+#[cfg(feature = "fault-injection")]
+mod fault;
 mod kernels;
 mod kv;
 mod layers;
 pub mod ops;
 pub mod probe;
 pub mod sampler;
+mod selftest;
 mod step;
 mod weights;
 mod workspace;
@@ -20,6 +23,7 @@ mod workspace;
 pub use backend::{CudaBackend, CudaOptions, HeadRows, HiddenRows, LogitRows};
 pub use driver::unavailable;
 pub use kv::{CudaKv, check as check_kv};
+pub use selftest::{claims, self_test};
 pub use step::Capacity;
 pub use weights::{CudaExperts, CudaMatrix, CudaVector};
 pub use workspace::{Widths, bytes as workspace_bytes};

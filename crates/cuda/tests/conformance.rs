@@ -3,31 +3,30 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+use std::time::Instant;
+
 use ctxserve_backend::KvDtype;
-use ctxserve_backend::conformance::{Claims, run};
-use ctxserve_core::Encoding;
+use ctxserve_backend::conformance::{Like, run};
 use ctxserve_cpu::CpuBackend;
 use ctxserve_cuda::driver::Device;
-use ctxserve_cuda::{CudaBackend, CudaOptions, unavailable};
+use ctxserve_cuda::{CudaBackend, CudaOptions, claims, self_test, unavailable};
+
+/// Whether there is a device; says so, or fails, if not.
+fn is_skipped() -> bool {
+    let Some(why) = unavailable(0) else { return false };
+    assert!(std::env::var_os("CTXSERVE_REQUIRE_GPU").is_none(), "{why}");
+    println!("skipped: {why}");
+    true
+}
 
 #[test]
 fn kernels_match_the_plain_loops_within_bf16() {
-    if let Some(why) = unavailable(0) {
-        assert!(std::env::var_os("CTXSERVE_REQUIRE_GPU").is_none(), "{why}");
-        println!("skipped: {why}");
+    if is_skipped() {
         return;
     }
     let seed = std::env::var("CTXSERVE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(20_261_122);
     let options = CudaOptions { max_rows: 512, max_sequences: 256, max_context: 4096, graphs: false };
-    let claims = Claims {
-        exact: 5e-6,
-        // Weights, activations and queries are rounded to bf16.
-        products: 1.5e-2,
-        bitwise: false,
-        kv: vec![KvDtype::Bf16, KvDtype::Fp8E4m3],
-        experts: vec![Encoding::Mxfp4],
-        page_sizes: vec![16, 32, 64, 128],
-    };
+    let claims = claims(vec![KvDtype::Bf16, KvDtype::Fp8E4m3]);
     let report =
         run(seed, &claims, || CudaBackend::new(Device::open(0)?, options), || Ok(CpuBackend::plain()))
             .unwrap();
@@ -36,4 +35,26 @@ fn kernels_match_the_plain_loops_within_bf16() {
     }
     assert!(report.cases.len() > 100, "only {} cases ran", report.cases.len());
     assert_eq!(report.failures().count(), 0, "{report}");
+}
+
+#[test]
+fn the_self_test_passes_and_is_quick() {
+    if is_skipped() {
+        return;
+    }
+    let device = Device::open(0).unwrap();
+    for (head_dim, group, experts, top_k) in [(64, 8, 32, 4), (64, 8, 128, 4), (64, 2, 8, 4), (32, 3, 5, 2)] {
+        for kv in [KvDtype::Bf16, KvDtype::Fp8E4m3] {
+            let like = Like { head_dim, group, experts, top_k };
+            let start = Instant::now();
+            let report = self_test(&device, like, kv, || Ok(CpuBackend::plain())).unwrap();
+            let seconds = start.elapsed().as_secs_f64();
+            println!("{like:?}, {kv:?}: {} cases in {seconds:.3} s", report.cases.len());
+            for part in ["Embed", "Queries", "Attention", "Experts"] {
+                println!("  {part}: worst {:.2e}", report.worst(part));
+            }
+            assert_eq!(report.failures().count(), 0, "{report}");
+            assert!(report.cases.len() > 40, "only {} cases ran", report.cases.len());
+        }
+    }
 }

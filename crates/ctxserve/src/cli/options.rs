@@ -76,6 +76,8 @@ pub struct DeviceOptions {
     pub gpu_share: f64,
     /// Whether decode steps are recorded as graphs.
     pub graphs: bool,
+    /// Whether a GPU's kernels are checked before it serves.
+    pub self_test: bool,
 }
 
 /// How keys and values are to be stored.
@@ -273,6 +275,7 @@ fn device(values: &Values) -> Result<DeviceOptions, OptionError> {
         kv_dtype: values.read("kv-cache-dtype", |text| one_of(text, &kinds))?.unwrap_or(KvChoice::Auto),
         page_size: page,
         graphs: !values.switch("enforce-eager")?.unwrap_or(false),
+        self_test: !values.switch("skip-self-test")?.unwrap_or(false),
         gpu_share: values.read("gpu-memory-utilization", share)?.unwrap_or(0.9),
     })
 }

@@ -133,6 +133,11 @@ pub const RUNNING: &[Flag] = &[
         Switch,
         "Launch every kernel by itself instead of recording decode steps as CUDA graphs",
     ),
+    honoured(
+        "skip-self-test",
+        Switch,
+        "Start without checking the GPU's kernels against their definitions [default: off]",
+    ),
     no_op("async-scheduling", Switch, "scheduling is never the bottleneck here"),
     no_op("disable-custom-all-reduce", Switch, ONE_DEVICE),
     only("tensor-parallel-size", Value("N"), &["1"], ONE_DEVICE),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ctxserve_core::{Encoding, SamplingParams};
+use ctxserve_core::{Encoding, MXFP4_BLOCK, SamplingParams};
 
 use super::super::Like;
 use super::super::fixture::{Fixture, Loaded, Shape, Stage};
@@ -29,6 +29,9 @@ impl Suite<'_> {
             let Like { head_dim, group, experts, top_k } = like;
             let (window, page_size, spare_pages) = (Some(20), 32, SEQUENCES);
             let (dense, expert) = (Encoding::Bf16, Encoding::Mxfp4);
+            // FP4 comes in blocks along rows, which are as wide as the residual stream.
+            let width = group * head_dim;
+            let extra = (width + 1).next_multiple_of(MXFP4_BLOCK) - width;
             let shape = Shape {
                 kv,
                 head_dim,
@@ -40,6 +43,7 @@ impl Suite<'_> {
                 spare_pages,
                 dense,
                 expert,
+                extra,
                 ..shape()
             };
             let fixture = Fixture::new(self.claims.fit(shape), &mut self.random)?;

@@ -1,0 +1,40 @@
+//! What the backend claims, and the check of it that a server runs before it is ready.
+
+use ctxserve_backend::conformance::{Claims, Like, Report, quick};
+use ctxserve_backend::{Backend, DeviceError, KvDtype};
+use ctxserve_core::Encoding;
+
+use crate::driver::Device;
+use crate::{CudaBackend, CudaOptions};
+
+/// Always the same, so that a device which is right never fails by bad luck.
+const SEED: u64 = 20_261_122;
+
+/// How exact the kernels are, on devices of any generation.
+pub fn claims(kv: Vec<KvDtype>) -> Claims {
+    Claims {
+        exact: 5e-6,
+        // Weights, activations and queries are rounded to bf16.
+        products: 1.5e-2,
+        bitwise: false,
+        kv,
+        experts: vec![Encoding::Mxfp4],
+        page_sizes: vec![16, 32, 64, 128],
+    }
+}
+
+/// Runs every kernel that serves a model of this kind, over few rows and many, on a layer of its own beside whatever the device
+/// holds, against backends from `reference`. Takes some tens of megabytes of device memory while it runs. Steps of the device may be issued meanwhile
+/// from another thread.
+///
+/// # Errors
+/// A device fault; a disagreement is in the [`Report`].
+pub fn self_test<R: Backend>(
+    device: &Device,
+    like: Like,
+    kv: KvDtype,
+    reference: impl Fn() -> Result<R, DeviceError>,
+) -> Result<Report, DeviceError> {
+    let options = CudaOptions { max_rows: 512, max_sequences: 512, max_context: 256, graphs: false };
+    quick(SEED, &claims(vec![kv]), like, || CudaBackend::new(device.clone(), options), reference)
+}
