@@ -19,6 +19,7 @@ struct Params {
     int tokens;  // most that the grid is made for
     int group;   // token tiles that are swept together, for reuse in L2
     int height;  // tokens of a tile, a multiple of 64, where a kernel leaves it open
+    int stagger;  // nanoseconds by which the second warpgroup starts later: then one multiplies while the other stores
 };
 
 // What becomes of the sums.
@@ -170,6 +171,7 @@ template <int MAX, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
     const int live = min(*p.live, p.tokens), steps = p.cols / 64;
     const int row_tiles = (p.w_rows + ROWS - 1) / ROWS, token_tiles = (live + p.height - 1) / p.height;
     const int tiles = row_tiles * token_tiles;
+    if (p.stagger > 0 && threadIdx.x / 128 == 1) __nanosleep(p.stagger);
     if (threadIdx.x / 32 >= CONSUMERS) {
         registers_shrink<24>();
         proxy_fence();

@@ -21,6 +21,7 @@ struct Params {
     int rows;                        // of one expert, a multiple of 16
     int capacity;                    // multiple of 8
     float alpha, limit;              // SwiGLU: sigmoid's factor, clamp
+    int stagger;                     // nanoseconds by which the second warpgroup starts later: one multiplies while the other stores
 };
 
 struct ExponentParams {
@@ -326,6 +327,7 @@ template <int MAX, int STAGES, int SPAN, int DEPTH, Output OUT> DEVICE void moe_
     pdl_wait();
     pdl_launch();
     const int row_tiles = row_tiles_of(p), steps = p.cols / TILE_COLS, work = *p.count * row_tiles;
+    if (p.stagger > 0 && threadIdx.x / 128 == 1) __nanosleep(p.stagger);
     if (threadIdx.x / 32 >= CONSUMERS) {
         if constexpr (MAX == 256) registers_shrink<24>();
         proxy_fence();

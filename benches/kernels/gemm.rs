@@ -66,8 +66,12 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                         (Spread::Wide, 256, 16),
                     ],
                 };
-                let others = others.iter().map(|&(spread, height, group)| Plan { spread, height, group });
+                let others =
+                    others.iter().map(|&(spread, height, group)| Plan { height, group, ..Plan::of(spread) });
                 let plans = std::iter::once(planned).chain(others.filter(|&plan| plan != planned));
+                let staggers: &[u32] = if tokens > 512 { &[0, 1000, 2000, 3000] } else { &[0] };
+                let plans =
+                    plans.flat_map(|plan| staggers.iter().map(move |&stagger| Plan { stagger, ..plan }));
                 for plan in plans {
                     // The head is large: only as planned, and in whole tiles.
                     if name == "head" && plan != planned {

@@ -118,8 +118,11 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                 bytes: (touched * weight_rows * 45 * 34 + pairs * HIDDEN * (2 + moved)) as f64,
                 flops: 2.0 * (pairs * weight_rows * HIDDEN) as f64,
             };
-            let name = format!("moe_gemm {name} {rows} rows, height {}", shape.height);
-            bench.time(&name, work, 4, |_| gemm.issue(device, &call))?;
+            let staggers: &[u32] = if rows > 512 { &[0, 1000, 2000, 4000] } else { &[0] };
+            for &stagger in staggers {
+                let name = format!("moe_gemm {name} {rows} rows, height {}, {stagger} ns", shape.height);
+                bench.time(&name, work, 4, |_| gemm.issue_as(device, &call, stagger))?;
+            }
         }
 
         let weight = device.upload(&vec![0.25_f32; rows * SLOTS])?;

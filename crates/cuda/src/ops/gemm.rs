@@ -40,6 +40,7 @@ struct Arguments {
     tokens: i32,
     group: i32,
     height: i32,
+    stagger: i32,
 }
 
 // SAFETY: mirrors `Params` of kernels/gemm.cu.
@@ -80,11 +81,13 @@ pub struct Plan {
     pub height: usize,
     /// Token tiles that are swept together.
     pub group: usize,
+    /// Nanoseconds by which the second half of a block starts later, so that one half multiplies while the other stores.
+    pub stagger: u32,
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} {}, groups of {}", self.spread, self.height, self.group)
+        write!(f, "{:?} {}, groups of {}, {} ns", self.spread, self.height, self.group, self.stagger)
     }
 }
 
@@ -127,7 +130,7 @@ impl Spread {
 impl Plan {
     /// With the tallest tiles.
     pub fn of(spread: Spread) -> Self {
-        Self { spread, height: spread.tokens(), group: GROUP }
+        Self { spread, height: spread.tokens(), group: GROUP, stagger: 0 }
     }
 
     /// Blocks for a product.
@@ -265,7 +268,7 @@ impl Gemm {
             && call.w.len() >= w_rows * cols
             && call.x.len() >= capacity * cols
             && call.bias.is_none_or(|bias| bias.len() >= outs)
-            && call.live.len() >= 1
+            && !call.live.is_empty()
             && (tokens == 0 || len >= (tokens - 1) * stride + outs);
         if !fits {
             let what = format!("{tokens} tokens of {cols} by {w_rows} rows do not fit the buffers");
@@ -274,7 +277,7 @@ impl Gemm {
         if tokens == 0 {
             return Ok(());
         }
-        let Plan { spread, height, group } = plan;
+        let Plan { spread, height, group, stagger } = plan;
         let Some(kernel) = &self.kernels[output][spread as usize] else {
             return Err(DeviceError::new(OP, format!("the kernels for {plan} are not loaded")));
         };
@@ -293,6 +296,7 @@ impl Gemm {
             tokens: tokens as i32,
             group: group.max(1) as i32,
             height: height as i32,
+            stagger: stagger as i32,
         };
         let launch = Launch {
             grid: [blocks as u32, 1, 1],

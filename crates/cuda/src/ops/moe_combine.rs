@@ -93,7 +93,7 @@ impl MoeCombine {
             && len >= sorted * stride
             && call.position.len() >= rows * slots
             && call.weight.len() >= rows * slots
-            && call.live.len() >= 1;
+            && !call.live.is_empty();
         if !fits {
             return Err(DeviceError::new(OP, format!("{rows} rows of {cols} do not fit the buffers")));
         }

@@ -30,6 +30,7 @@ struct Arguments {
     capacity: i32,
     alpha: f32,
     limit: f32,
+    stagger: i32,
 }
 
 // SAFETY: mirrors `Params` of kernels/moe_gemm.cu.
@@ -231,6 +232,15 @@ impl MoeGemm {
     /// # Errors
     /// Shapes or buffers that do not fit each other, or a device fault.
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
+        self.issue_as(device, call, 0)
+    }
+
+    /// Issues it with the second half of each block starting `stagger` nanoseconds later, so that one half multiplies while the
+    /// other stores.
+    ///
+    /// # Errors
+    /// Shapes or buffers that do not fit each other, or a device fault.
+    pub fn issue_as(&self, device: &Device, call: &Call<'_>, stagger: u32) -> Result<(), DeviceError> {
         let Call { experts, rows, cols, capacity, height, most_tiles, .. } = *call;
         let (output, y, len, wanted, alpha, limit) = match call.y {
             Output::SwiGlu { y, alpha, limit } => {
@@ -270,6 +280,7 @@ impl MoeGemm {
             capacity: capacity as i32,
             alpha,
             limit,
+            stagger: stagger as i32,
         };
         let most = (most_tiles * rows.div_ceil(ROWS)).max(1);
         let launch = Launch {

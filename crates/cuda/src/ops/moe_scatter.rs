@@ -79,7 +79,7 @@ impl MoeScatter {
             && call.weight.len() >= cols
             && call.y.len() >= capacity * cols
             && call.position.len() >= rows * slots
-            && call.live.len() >= 1;
+            && !call.live.is_empty();
         if !fits {
             return Err(DeviceError::new(OP, format!("{rows} rows of {cols} do not fit the buffers")));
         }

@@ -101,7 +101,7 @@ impl MoeSort {
             && height > 0
             && height.is_multiple_of(8)
             && call.choice.len() >= rows * slots
-            && call.live.len() >= 1
+            && !call.live.is_empty()
             && call.position.len() >= rows * slots
             && call.source.len() >= shape.sorted()
             && call.tiles.len() >= 4 * shape.tiles()

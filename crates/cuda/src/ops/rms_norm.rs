@@ -73,7 +73,7 @@ impl RmsNorm {
             && rows <= capacity
             && call.weight.len() >= cols
             && call.y.len() >= capacity * cols
-            && call.live.len() >= 1
+            && !call.live.is_empty()
             && call.index.map_or(call.x.len() >= rows * cols, |index| index.len() >= rows);
         if !fits {
             return Err(DeviceError::new(OP, format!("{rows} rows of {cols} do not fit its buffers")));

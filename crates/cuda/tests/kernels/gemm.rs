@@ -304,7 +304,7 @@ fn gemm_passes_the_same_in_every_way() {
         (Spread::Wide, 192, 8),
         (Spread::Wide, 64, 2),
     ] {
-        let plan = Plan { spread, height, group };
+        let plan = Plan { spread, height, group, stagger: 700 };
         println!("{plan}");
         let path = Path::of(&device, plan);
         check_puts_every_element_in_its_place(&device, &path);
