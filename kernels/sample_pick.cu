@@ -16,7 +16,7 @@ struct Alternative {
 };
 constexpr int ALTERNATIVES = 20;
 
-static_assert(sizeof(Shared) == 53680, "crates/cuda/src/ops/sample_pick.rs asks for as much");
+static_assert(sizeof(Shared) == 53696, "crates/cuda/src/ops/sample_pick.rs asks for as much");
 
 struct Params {
     const Line* table;           // [1 + rows]; line 0 is the header

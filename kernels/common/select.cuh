@@ -23,7 +23,7 @@ struct Shared {
     const float* logits;
     int vocab, parts;
     float best;                // its greatest logit
-    float greatest[THREADS];   // of each part; -inf beyond the last
+    alignas(16) float greatest[THREADS];  // of each part; -inf beyond the last
     double mass[THREADS];      // of each part
     uint32_t list[THREADS];    // parts to read
     Histogram coarse;          // by exponent
