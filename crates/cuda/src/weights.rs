@@ -3,6 +3,7 @@
 mod maps;
 
 use std::borrow::Cow;
+use std::thread;
 
 use ctxserve_backend::{DeviceError, ExpertSpec, ExpertWeights, Role};
 use ctxserve_core::{Elements, MXFP4_BLOCK, Matrix};
@@ -203,6 +204,7 @@ impl Packer {
             (_, None) => Some(self.packed(device, &matrix, &layout)?),
         };
         let bias = self.upload(device, &padded_bias)?;
+        discard(matrix, rows * real_cols);
         self.settle(device)?;
         Ok(CudaMatrix { plain, panels, bias, rows, padded_rows, cols })
     }
@@ -413,7 +415,17 @@ impl Packer {
             };
             kernel.issue(device, &call)?;
         }
+        discard((codes, scales), experts * rows * cols);
         Ok(all)
+    }
+}
+
+/// Frees host memory. That of a large tensor on a thread of its own: the system takes about as long to take the pages back as it
+/// took to copy what was in them. Where no thread is to be had it is freed here.
+fn discard<T: Send + 'static>(memory: T, elements: usize) {
+    const LARGE: usize = 4 << 20;
+    if elements >= LARGE {
+        let _ = thread::Builder::new().name("free".to_owned()).spawn(move || drop(memory));
     }
 }
 
