@@ -3,9 +3,14 @@
 //
 // A block takes the (up to 8) query heads of one key/value head over one stretch of positions. Its warps take tiles of keys in
 // turn, each through its own ring of asynchronous copies. S^T = K Q^T has keys as rows and query heads as columns;
-// O^T = V^T P^T has dimensions as rows. Warps merge in shared memory, blocks of a row through global memory: the last to arrive
-// merges, in order of position.
+// O^T = V^T P^T has dimensions as rows. What warps found meets in shared memory, what blocks of a cluster found in that of each
+// other, and what clusters found in global memory, where the last to arrive has the last word. All sums are in order of position.
+//
+// Where the new tokens come as `kv`, a block reads the step's description and the cache before its pdl_wait. That is sound when some
+// kernel between the one that wrote the description and this one (embed) lets its successor start only after its own pdl_wait, and none
+// between them writes what the cache has from earlier steps.
 #include "common/attention.cuh"
+#include "common/inbox.cuh"
 
 struct Params {
     const __nv_bfloat16* q;  // [rows, heads * 64], rotated
@@ -17,21 +22,22 @@ struct Params {
     const int* live;      // rows to do
     const float* sinks;   // [heads] or null
     void* out;            // bf16 [rows, heads * 64], row-major or panels
-    float* partial;       // [rows][kv_heads][splits][PARTIAL], where splits > 1
-    int* arrived;         // [rows][kv_heads], zero before and after
+    float* partial;       // [rows][kv_heads][8][clusters][PARTIAL], where there are several
+    int* arrived;         // [rows][kv_heads][8], zero before and after
     int group;            // query heads of a key/value head, 1..8
     int capacity;         // rows of the panels of `out`; 0 is row-major
+    int depth_shift;      // log2 of the tiles that every warp of a cluster has before another cluster is used
     float scale;          // times log2(e)
 };
 
-constexpr int WARPS = 4;
-constexpr int STAGES = 4;
+constexpr int STAGES = 3;
 constexpr int GROUP = 8;
-// Outputs of the query heads, not yet divided, then their peaks and their sums.
-constexpr int PARTIAL = GROUP * HEAD_DIM + 2 * GROUP;
+// The outputs of a head, not yet divided, its peak, its sum.
+constexpr int PARTIAL = HEAD_DIM + 2;
 // Keeps products of probabilities and value scales in the normal range of fp16.
 constexpr float P_SCALE = 1024.0f;
 constexpr int MERGE_STRIDE = HEAD_DIM + 4;
+constexpr int BATCH = 8;  // parts that are read at once
 
 template <bool FP8> struct Shape {
     static constexpr int KEYS = FP8 ? 32 : 16;  // of a tile
@@ -54,6 +60,7 @@ struct Seen {
     int first, last;   // positions
     int copied;        // last position to be read from the cache
     const int* table;  // by logical page
+    int slot;          // of the new token
 };
 
 template <bool FP8> DEVICE void find_pages(const Params& p, const Seen& seen, int tile, int (&pages)[Shape<FP8>::PAGES]) {
@@ -95,7 +102,7 @@ DEVICE void fetch(const Params& p, const Seen& seen, int tile, const int (&pages
 template <bool FP8> DEVICE void append(const Params& p, const Seen& seen, float2 k, float2 v, uint32_t stage) {
     using S = Shape<FP8>;
     const int lane = threadIdx.x % 32, key = seen.last % S::KEYS;
-    const int slot = p.slot[seen.row], size = 1 << p.cache.page_shift;
+    const int slot = seen.slot, size = 1 << p.cache.page_shift;
     const size_t token = token_of(p.cache, slot >> p.cache.page_shift, seen.head, slot & (size - 1));
     const size_t values = values_after_keys(p.cache);
     // A lane's two elements and where they are in a line of chunks.
@@ -135,16 +142,13 @@ template <bool FP8> DEVICE void append(const Params& p, const Seen& seen, float2
     __syncwarp();
 }
 
-// Queries as operand B: lane (g, t) has head g. The order of the dimensions is that in which `scores` meets the keys'.
+// Queries as operand B: lane (g, t) has head g. The order of the dimensions is that in which `attend` meets the keys'. Missing heads
+// repeat the last one; their results are not written.
 template <bool FP8> DEVICE void load_queries(const Params& p, const Seen& seen, uint32_t (&q)[8]) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    uint4 a = make_uint4(0, 0, 0, 0), b = a;
-    if (g < p.group) {
-        const size_t at = (static_cast<size_t>(seen.row) * p.cache.kv_heads + seen.head) * p.group + g;
-        const uint4* from = reinterpret_cast<const uint4*>(p.q + at * HEAD_DIM);
-        a = from[FP8 ? 2 * t : t];
-        b = from[FP8 ? 2 * t + 1 : t + 4];
-    }
+    const size_t at = (static_cast<size_t>(seen.row) * p.cache.kv_heads + seen.head) * p.group + min(g, p.group - 1);
+    const uint4* from = reinterpret_cast<const uint4*>(p.q + at * HEAD_DIM);
+    const uint4 a = from[FP8 ? 2 * t : t], b = from[FP8 ? 2 * t + 1 : t + 4];
     const uint32_t words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -266,57 +270,89 @@ DEVICE void attend(const Params& p, const Seen& seen, int tile, uint32_t stage, 
 
 template <bool FP8> DEVICE int dimension(int m, int upper, int g) { return FP8 ? 8 * g + 2 * m + upper : 16 * m + 8 * upper + g; }
 
-// Divides four dimensions of a head by their sum and writes them.
-DEVICE void finish(const Params& p, const Seen& seen, int member, int col, float4 o, float peak, float sum) {
+// A lane's two dimensions of query head `member`, divided and written.
+DEVICE void finish(const Params& p, const Seen& seen, int member, Part part, float sink) {
     if (member >= p.group) return;
     const int heads = p.cache.kv_heads * p.group, head = seen.head * p.group + member;
-    if (p.sinks) sum += exp2_fast(p.sinks[head] * LOG2E - peak);
-    const float inverse = 1.0f / sum;
-    const uint2 packed = make_uint2(pack2<__nv_bfloat16>(o.x * inverse, o.y * inverse), pack2<__nv_bfloat16>(o.z * inverse, o.w * inverse));
-    *reinterpret_cast<uint2*>(output_at(p.out, seen.row, head, col, heads, p.capacity)) = packed;
+    const float inverse = 1.0f / (part.sum + exp2_fast(sink * LOG2E - part.peak));
+    char* to = output_at(p.out, seen.row, head, threadIdx.x % 32 * 2, heads, p.capacity);
+    *reinterpret_cast<uint32_t*>(to) = pack2<__nv_bfloat16>(part.o.x * inverse, part.o.y * inverse);
 }
 
-template <bool FP8> DEVICE void attention_decode(const Params& p) {
+// CLUSTER blocks of WARPS warps each take consecutive stretches of a row's positions. The grid is (CLUSTER * kv_heads, rows, clusters): blocks
+// that short rows have no use for come last.
+template <bool FP8, int WARPS, int CLUSTER> DEVICE void attention_decode(const Params& p) {
     using S = Shape<FP8>;
     extern __shared__ __align__(128) char shared[];
     __shared__ float peaks[WARPS][GROUP], sums[WARPS][GROUP];
-    __shared__ int order;
-    pdl_launch();
-    pdl_wait();
-    const int split = blockIdx.x, splits = gridDim.x;
+    // Parts that the blocks of the cluster sent: by block, then query head.
+    constexpr int MINE = CLUSTER > 1 ? GROUP / CLUSTER : 1;
+    __shared__ __align__(16) float inbox[CLUSTER][MINE][PARTIAL];
+    __shared__ __align__(8) uint64_t inbox_full;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.z, clusters = gridDim.z;
+    // Query heads that this warp has the last word on, of those of its cluster.
+    constexpr int MEMBERS = WARPS * CLUSTER >= GROUP ? 1 : GROUP / (WARPS * CLUSTER);
+    const auto member_at = [&](int i) { return rank + CLUSTER * (warp + WARPS * i); };
     Seen seen;
-    seen.head = blockIdx.y;
-    seen.row = blockIdx.z;
-    if (seen.row >= *p.live) return;
-    seen.last = p.position[seen.row];
+    seen.head = blockIdx.x / CLUSTER;
+    seen.row = blockIdx.y;
+    pdl_launch();
+    if constexpr (CLUSTER > 1) {
+        if (threadIdx.x == 0) inbox_open(shared_address(&inbox_full), sizeof(inbox));
+        __syncwarp();
+        cluster_arrive();
+    }
+    float sinks[MEMBERS];
+#pragma unroll
+    for (int i = 0; i < MEMBERS; ++i)
+        sinks[i] = p.sinks && member_at(i) < p.group ? p.sinks[seen.head * p.group + member_at(i)] : -INFINITY;
+    // With the new token in hand nothing that the kernel before writes is needed to fetch what the cache has.
+    const bool ahead = p.kv != nullptr;
+    if (!ahead) pdl_wait();
+    // No branch before the last of these loads, so that they take one round trip. What rows beyond the live ones have is not used.
+    const bool live = seen.row < *p.live;
+    const int position = p.position[seen.row];
+    seen.slot = p.slot[seen.row];
+    seen.table = table_of(p.tables, seen.row);
+    seen.last = live ? position : 0;
     seen.first = first_visible(seen.last, p.cache.window);
     seen.copied = p.kv ? seen.last - 1 : seen.last;
-    seen.table = table_of(p.tables, seen.row);
 
     // Tiles start at multiples of their length, so that none crosses a page (or a half of one, a page).
     const int first_tile = seen.first / S::KEYS, tiles = seen.last / S::KEYS + 1 - first_tile;
-    const int each = (tiles + splits * WARPS - 1) / (splits * WARPS) * WARPS, used = (tiles + each - 1) / each;
-    if (split >= used) return;
-    const int begin = first_tile + split * each, end = min(begin + each, first_tile + tiles);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const auto ceiling = [](int a, int b) { return (a + b - 1) / b; };
+    const int wanted = min((tiles - 1) / (CLUSTER * WARPS) >> p.depth_shift, clusters - 1) + 1;
+    int each = ceiling(tiles, CLUSTER * WARPS) * WARPS, used = 1;  // tiles of a block, clusters
+    if (wanted > 1) {
+        each = ceiling(tiles, wanted * CLUSTER * WARPS) * WARPS;
+        used = ceiling(tiles, each * CLUSTER);
+    }
+    if (!live || cluster >= used) {
+        // This grid must not end before the kernel before it. One block that waits is enough: the others make room for the next kernel.
+        if (ahead && seen.row == 0 && cluster == 0) pdl_wait();
+        return;
+    }
+    const int begin = first_tile + (cluster * CLUSTER + rank) * each, end = min(begin + each, first_tile + tiles);
     const int count = max((end - begin - warp + WARPS - 1) / WARPS, 0);
     const auto tile_at = [&](int i) { return begin + warp + i * WARPS; };
 
     char* mine = shared + warp * STAGES * S::STAGE;
     const uint32_t ring = shared_address(mine);
-    int pages[S::PAGES];
+    int early[STAGES][S::PAGES];
+#pragma unroll
+    for (int i = 0; i < STAGES; ++i)
+        if (i < count) find_pages<FP8>(p, seen, tile_at(i), early[i]);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
-        if (i < count) {
-            find_pages<FP8>(p, seen, tile_at(i), pages);
-            fetch<FP8>(p, seen, tile_at(i), pages, ring + i * S::STAGE);
-        }
+        if (i < count) fetch<FP8>(p, seen, tile_at(i), early[i], ring + i * S::STAGE);
         copy_commit();
     }
-    if (STAGES - 1 < count) find_pages<FP8>(p, seen, tile_at(STAGES - 1), pages);
-    uint32_t q[8];
-    load_queries<FP8>(p, seen, q);
-    const bool appends = p.kv && count > 0 && tile_at(count - 1) == seen.last / S::KEYS;
+    int pages[S::PAGES];
+#pragma unroll
+    for (int i = 0; i < S::PAGES; ++i) pages[i] = early[STAGES - 1][i];
+    if (ahead) pdl_wait();
+    const bool appends = ahead && count > 0 && tile_at(count - 1) == seen.last / S::KEYS;
     float2 k = make_float2(0, 0), v = k;
     if (appends) {
         const int width = p.cache.kv_heads * HEAD_DIM;
@@ -324,6 +360,8 @@ template <bool FP8> DEVICE void attention_decode(const Params& p) {
         k = *reinterpret_cast<const float2*>(from);
         v = *reinterpret_cast<const float2*>(from + width);
     }
+    uint32_t q[8];
+    load_queries<FP8>(p, seen, q);
 
     State<FP8> state;
 #pragma unroll
@@ -345,7 +383,9 @@ template <bool FP8> DEVICE void attention_decode(const Params& p) {
         attend<FP8>(p, seen, tile_at(i), stage, q, state);
     }
 
-    // Warps merge. A warp without keys has a peak of minus infinity and adds nothing.
+    // Warps meet. Each leaves what it found where its ring was.
+    __syncwarp();
+    float* merged = reinterpret_cast<float*>(mine);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
 #pragma unroll
@@ -354,86 +394,93 @@ template <bool FP8> DEVICE void attention_decode(const Params& p) {
             peaks[warp][2 * t + e] = state.peak[e];
             sums[warp][2 * t + e] = state.sum[e];
         }
-    }
-    __syncthreads();
-    float* merged = reinterpret_cast<float*>(mine);
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-        float peak = -INFINITY;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, peaks[w][2 * t + e]);
-        const float factor = exp2_fast(state.peak[e] - peak) * (FP8 ? 1 / P_SCALE : 1.0f);
 #pragma unroll
         for (int m = 0; m < 4; ++m)
 #pragma unroll
             for (int upper = 0; upper < 2; ++upper)
-                merged[(2 * t + e) * MERGE_STRIDE + dimension<FP8>(m, upper, g)] = state.o[m][2 * upper + e] * factor;
+                merged[(2 * t + e) * MERGE_STRIDE + dimension<FP8>(m, upper, g)] = state.o[m][2 * upper + e] * (FP8 ? 1 / P_SCALE : 1);
     }
     __syncthreads();
-    static_assert(WARPS * 32 * 4 == GROUP * HEAD_DIM, "a thread has four dimensions of one head");
-    const int member = threadIdx.x / 16, col = threadIdx.x % 16 * 4;
-    float peak = -INFINITY, sum = 0;
+    const auto of_block = [&](int member) {
+        Part parts[WARPS];
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) peak = fmaxf(peak, peaks[w][member]);
-    float4 o = make_float4(0, 0, 0, 0);
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-        sum += sums[w][member] * exp2_fast(peaks[w][member] - peak);
-        const float* from = reinterpret_cast<const float*>(shared + w * STAGES * S::STAGE) + member * MERGE_STRIDE + col;
-        const float4 part = *reinterpret_cast<const float4*>(from);
-        o.x += part.x, o.y += part.y, o.z += part.z, o.w += part.w;
-    }
-    if (used == 1) {
-        finish(p, seen, member, col, o, peak, sum);
-        return;
-    }
-
-    // Blocks merge.
-    const int pair = seen.row * p.cache.kv_heads + seen.head;
-    float* partials = p.partial + static_cast<size_t>(pair) * splits * PARTIAL;
-    float* mine_out = partials + split * PARTIAL;
-    *reinterpret_cast<float4*>(mine_out + member * HEAD_DIM + col) = o;
-    if (col == 0) {
-        mine_out[GROUP * HEAD_DIM + member] = peak;
-        mine_out[GROUP * HEAD_DIM + GROUP + member] = sum;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        order = atomicAdd(p.arrived + pair, 1);
-        __threadfence();
-    }
-    __syncthreads();
-    if (order != used - 1) return;
-    if (threadIdx.x == 0) p.arrived[pair] = 0;
-    constexpr int BATCH = 8;
-    peak = -INFINITY, sum = 0, o = make_float4(0, 0, 0, 0);
-    for (int start = 0; start < used; start += BATCH) {
-        float part_peak[BATCH], part_sum[BATCH];
-        float4 part[BATCH];
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            // Beyond the end the last part is read again, with weight zero.
-            const float* from = partials + min(start + i, used - 1) * PARTIAL;
-            part_peak[i] = __ldcg(from + GROUP * HEAD_DIM + member);
-            part_sum[i] = __ldcg(from + GROUP * HEAD_DIM + GROUP + member);
-            part[i] = __ldcg(reinterpret_cast<const float4*>(from + member * HEAD_DIM + col));
+        for (int w = 0; w < WARPS; ++w) {
+            const float* from = reinterpret_cast<const float*>(shared + w * STAGES * S::STAGE) + member * MERGE_STRIDE + 2 * lane;
+            parts[w] = Part{*reinterpret_cast<const float2*>(from), peaks[w][member], sums[w][member]};
         }
-        float higher = peak;
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) higher = fmaxf(higher, part_peak[i]);
-        const float factor = exp2_fast(peak - higher);
-        peak = higher;
-        sum *= factor, o.x *= factor, o.y *= factor, o.z *= factor, o.w *= factor;
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            const float weight = start + i < used ? exp2_fast(part_peak[i] - peak) : 0;
-            sum += part_sum[i] * weight;
-            o.x += part[i].x * weight, o.y += part[i].y * weight, o.z += part[i].z * weight, o.w += part[i].w * weight;
-        }
+        return merge(nothing(), parts);
+    };
+    if constexpr (CLUSTER > 1) {
+        static_assert(WARPS == GROUP, "a warp sends one query head's part");
+        const Part part = of_block(warp);
+        const uint32_t to = shared_address(inbox[rank][warp / CLUSTER]), full = shared_address(&inbox_full);
+        cluster_wait();  // all have opened their inboxes, long ago
+        send(to + 8 * lane, full, warp % CLUSTER, part.o);
+        if (lane == 0) send(to + 4 * HEAD_DIM, full, warp % CLUSTER, make_float2(part.peak, part.sum));
     }
-    finish(p, seen, member, col, o, peak, sum);
+#pragma unroll
+    for (int i = 0; i < MEMBERS; ++i) {
+        const int member = member_at(i);
+        if (member >= GROUP) break;
+        Part part;
+        if constexpr (CLUSTER > 1) {
+            Part parts[CLUSTER];
+            inbox_wait(shared_address(&inbox_full));
+#pragma unroll
+            for (int r = 0; r < CLUSTER; ++r) {
+                const float* from = inbox[r][member / CLUSTER];
+                parts[r] = Part{*reinterpret_cast<const float2*>(from + 2 * lane), from[HEAD_DIM], from[HEAD_DIM + 1]};
+            }
+            part = merge(nothing(), parts);
+        } else {
+            part = of_block(member);
+        }
+        if (used > 1) {
+            // Clusters meet: each leaves its part, the last to come reads all.
+            const int pair = (seen.row * p.cache.kv_heads + seen.head) * GROUP + member;
+            float* all = p.partial + static_cast<size_t>(pair) * clusters * PARTIAL;
+            float* own = all + cluster * PARTIAL;
+            *reinterpret_cast<float2*>(own + 2 * lane) = part.o;
+            if (lane == 0) *reinterpret_cast<float2*>(own + HEAD_DIM) = make_float2(part.peak, part.sum);
+            __syncwarp();
+            int order = 0;
+            if (lane == 0) order = arrive(p.arrived + pair);
+            if (__shfl_sync(~0u, order, 0) != used - 1) continue;
+            __syncwarp();
+            if (lane == 0) p.arrived[pair] = 0;
+            part = nothing();
+            for (int start = 0; start < used; start += BATCH) {
+                Part parts[BATCH];
+#pragma unroll
+                for (int c = 0; c < BATCH; ++c) {
+                    const float* from = all + min(start + c, used - 1) * PARTIAL;
+                    const float2 o = __ldcg(reinterpret_cast<const float2*>(from + 2 * lane));
+                    const float2 rest = __ldcg(reinterpret_cast<const float2*>(from + HEAD_DIM));
+                    // Beyond the end the last part was read again; it does not count.
+                    parts[c] = start + c < used ? Part{o, rest.x, rest.y} : nothing();
+                }
+                part = merge(part, parts);
+            }
+        }
+        finish(p, seen, member, part, sinks[i]);
+    }
 }
 
-KERNEL __launch_bounds__(WARPS * 32) attention_decode_e4m3(const __grid_constant__ Params p) { attention_decode<true>(p); }
-KERNEL __launch_bounds__(WARPS * 32) attention_decode_bf16(const __grid_constant__ Params p) { attention_decode<false>(p); }
+#define KERNELS(WARPS)                                                                                                                   \
+    KERNEL __launch_bounds__(WARPS * 32) attention_decode_e4m3_##WARPS(const __grid_constant__ Params p) { attention_decode<true, WARPS, 1>(p); } \
+    KERNEL __launch_bounds__(WARPS * 32) attention_decode_bf16_##WARPS(const __grid_constant__ Params p) { attention_decode<false, WARPS, 1>(p); }
+KERNELS(4)
+KERNELS(8)
+
+// Clusters are a matter of compute capability 9.0 and newer; elsewhere these are not used.
+#if __CUDA_ARCH__ >= 900
+#define CLUSTERS(SIZE)                                                                                                                     \
+    KERNEL __launch_bounds__(256) __cluster_dims__(SIZE, 1, 1) attention_decode_e4m3_cluster_##SIZE(const __grid_constant__ Params p) {  \
+        attention_decode<true, 8, SIZE>(p);                                                                                                \
+    }                                                                                                                                      \
+    KERNEL __launch_bounds__(256) __cluster_dims__(SIZE, 1, 1) attention_decode_bf16_cluster_##SIZE(const __grid_constant__ Params p) {  \
+        attention_decode<false, 8, SIZE>(p);                                                                                               \
+    }
+CLUSTERS(2)
+CLUSTERS(8)
+#endif

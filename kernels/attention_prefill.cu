@@ -29,14 +29,13 @@ struct Run {
     int begin, end;     // lines needed, from `line`
 };
 
-template <int THREADS, int ROWS> DEVICE bool find_run(const Params& p, int item, Run& run) {
-    const Place place = find_place<THREADS, ROWS>(p.sequences, p.window, item);
-    const int s = place.sequence;
-    if (s < 0) return false;
-    const int start = p.sequences.start[s], count = p.sequences.row_count[s];
+template <int ROWS> DEVICE bool find_run(const Params& p, int item, Run& run) {
+    const Place place = find_place<ROWS>(p.sequences, p.window, item);
+    if (place.rows == 0) return false;
+    const int start = place.start, count = place.rows;
     // The last rows of a sequence see most: they come first.
     const int skipped = ((count + ROWS - 1) / ROWS - 1 - (item - place.run)) * ROWS;
-    run.row = p.sequences.first_row[s] + skipped;
+    run.row = place.first_row + skipped;
     run.rows = min(count - skipped, ROWS);
     run.position = start + skipped;
     run.base = first_visible(start, p.window);
@@ -68,7 +67,7 @@ KERNEL __launch_bounds__(portable::WARPS * 32) attention_prefill_portable(const 
     pdl_launch();
     pdl_wait();
     Run run;
-    if (!find_run<WARPS * 32, ROWS>(p, blockIdx.y, run)) return;
+    if (!find_run<ROWS>(p, blockIdx.y, run)) return;
     const int head = blockIdx.x, kv_head = head / p.group;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const size_t offset = (static_cast<size_t>(kv_head) * p.lines + run.line) * 128;
@@ -179,10 +178,8 @@ constexpr int KEYS = 128;
 constexpr int STAGES = 3;
 constexpr int TILE = KEYS * HEAD_DIM * 2;     // bytes
 constexpr int QUERIES = 64 * HEAD_DIM * 2;    // bytes of a group's rows
-constexpr int SHARED = 1024 + GROUPS * QUERIES + 2 * STAGES * TILE + 4 * STAGES * 8;
 
 #ifdef HOPPER
-#define D4(i) "%" #i
 #define S8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define S32(d, i) S8(d, i), S8(d, i + 8), S8(d, i + 16), S8(d, i + 24)
 #define LIST_32                                                                                                  \
@@ -205,7 +202,6 @@ DEVICE void product_of_values(float (&o)[32], const uint32_t (&p)[4], uint64_t v
                  : S32(o, 0)
                  : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v));
 }
-#undef D4
 #undef S8
 #undef S32
 #undef LIST_32
@@ -284,9 +280,10 @@ KERNEL __launch_bounds__(hopper::THREADS, 1) attention_prefill_hopper(const __gr
         value_ring.init();
     }
     pdl_launch();
+    __syncthreads();  // the barriers are there
     pdl_wait();
     Run run;
-    if (!find_run<THREADS, ROWS>(p, blockIdx.y, run)) return;  // it also is the barrier after the inits
+    if (!find_run<ROWS>(p, blockIdx.y, run)) return;
     const int head = blockIdx.x, kv_head = head / p.group;
     const int first = run.begin / KEYS, tiles = (run.end + KEYS - 1) / KEYS;
     const int group = threadIdx.x / 128;
@@ -383,8 +380,11 @@ KERNEL __launch_bounds__(hopper::THREADS, 1) attention_prefill_hopper(const __gr
             wgmma_settle(o);
             if (lane == 0) barrier_arrive(value_ring.empty());
             value_ring.advance();
+            // Peaks rarely move after the first tiles.
+            if (__any_sync(~0u, state.rescale[0] != 1 || state.rescale[1] != 1)) {
 #pragma unroll
-            for (int i = 0; i < 32; ++i) o[i] *= state.rescale[i / 2 % 2];
+                for (int i = 0; i < 32; ++i) o[i] *= state.rescale[i / 2 % 2];
+            }
             pack(weights, s);
         }
         value_ring.wait_full();
@@ -405,9 +405,11 @@ KERNEL __launch_bounds__(hopper::THREADS, 1) attention_prefill_hopper(const __gr
         const int row = thread / 32 * 16 + g + 8 * r;
         if (row >= rows) continue;
         const float inverse = 1.0f / sum;
+        const int out_row = run.row + group * 64 + row, turn = p.capacity ? out_row & 7 : 0;
+        char* line = output_at(p.out, out_row, head, turn * 8, p.heads, p.capacity);
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
-            char* to = output_at(p.out, run.row + group * 64 + row, head, n * 8 + 2 * t, p.heads, p.capacity);
+            char* to = line + ((n ^ turn) << 4) + 4 * t;
             *reinterpret_cast<uint32_t*>(to) = pack2<__nv_bfloat16>(o[4 * n + 2 * r] * inverse, o[4 * n + 2 * r + 1] * inverse);
         }
     }

@@ -25,12 +25,11 @@ template <bool FP8> DEVICE void kv_gather(const Params& p) {
     pdl_wait();
     pdl_launch();
     const int line = blockIdx.x * LINES, head = blockIdx.y;
-    const Place place = find_place<THREADS, 0>(p.sequences, p.cache.window, line);
-    const int s = place.sequence;
-    if (s < 0) return;
-    const int start = p.sequences.start[s], last = start + p.sequences.row_count[s] - 1;
-    const int base = first_visible(start, p.cache.window) + line - place.line;  // position of this block's first line
-    const int* table = table_of(p.tables, s);
+    const Place place = find_place<0>(p.sequences, p.cache.window, line);
+    if (place.rows == 0) return;
+    const int last = place.start + place.rows - 1;
+    const int base = first_visible(place.start, p.cache.window) + line - place.line;  // position of this block's first line
+    const int* table = table_of(p.tables, place.sequence);
     const int mask = (1 << p.cache.page_shift) - 1;
     constexpr int BYTES = FP8 ? 1 : 2, CHUNKS = HEAD_DIM * BYTES / 16, STEP = THREADS / CHUNKS;
     const int chunk = threadIdx.x % CHUNKS;

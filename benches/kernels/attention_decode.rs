@@ -115,18 +115,10 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
     }
     let multiprocessors = bench.device.facts().multiprocessors as usize;
     let pool = Pool::new(bench, true)?;
-    for rows in [1, 16, 64, 256] {
+    for rows in [1, 4, 8, 16, 32, 64, 256] {
         for context in [1024, 8192, 32_768] {
             let planned = splits(rows, &pool.cache(None), multiprocessors);
-            let mut tried = vec![planned];
-            if rows == 1 {
-                tried.extend([planned / 2, planned * 3 / 2, planned * 2]);
-            } else if rows < 256 {
-                tried.extend([planned * 2, planned * 4]);
-            } else if context < 32_768 {
-                tried.push(2);
-            }
-            for splits in tried {
+            for splits in [planned, 1] {
                 case(bench, &pool, rows, context, None, splits)?;
             }
         }

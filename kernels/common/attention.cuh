@@ -45,53 +45,41 @@ struct Sequences {
 };
 constexpr int LINES = 128;
 
-DEVICE int lines_of(const Sequences& sequences, int s, int window) {
-    const int start = sequences.start[s];
-    return (start + sequences.row_count[s] - first_visible(start, window) + LINES - 1) / LINES * LINES;
-}
-
-// Which sequence holds line `at` (or, where ROWS is not 0, run `at` of that many rows) of all that `sequences` have.
+// A sequence of many rows, found by a line or run of rows.
 struct Place {
-    int sequence;  // -1 is none
-    int line;      // the sequence's first
-    int run;       // its first
+    int sequence, first_row, rows, start;  // no rows: there is none
+    int line;                    // its first
+    int run;                     // its first
 };
 
-// By the whole block of THREADS; every thread gets the answer.
-template <int THREADS, int ROWS> DEVICE Place find_place(const Sequences& sequences, int window, int at) {
-    __shared__ Place found;
-    __shared__ int2 totals[THREADS / 32];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (threadIdx.x == 0) found = Place{-1, 0, 0};
-    int2 before = make_int2(0, 0);
-    for (int base = 0; base < sequences.count; base += THREADS) {
-        const int s = sequences.first + base + threadIdx.x;
-        int2 own = make_int2(0, 0);
-        if (base + threadIdx.x < sequences.count) {
-            own.x = lines_of(sequences, s, window);
-            own.y = ROWS ? (sequences.row_count[s] + (ROWS ? ROWS : 1) - 1) / (ROWS ? ROWS : 1) : 0;
-        }
-        int2 sum = own;
+// Which sequence holds line `at` of all that `sequences` have or, where ROWS is not 0, run `at` of that many rows. Each warp looks for itself,
+// a lane a sequence, so that nobody waits for a barrier.
+template <int ROWS> DEVICE Place find_place(const Sequences& sequences, int window, int at) {
+    const int lane = threadIdx.x % 32;
+    int lines = 0, runs = 0;
+    for (int base = 0; base < sequences.count; base += 32) {
+        const int s = sequences.first + min(base + lane, sequences.count - 1);
+        const int first_row = sequences.first_row[s], rows = sequences.row_count[s], start = sequences.start[s];
+        const bool there = base + lane < sequences.count;
+        const int own_lines = there ? (start + rows - first_visible(start, window) + LINES - 1) / LINES * LINES : 0;
+        const int own_runs = there && ROWS ? (rows + (ROWS ? ROWS : 1) - 1) / (ROWS ? ROWS : 1) : 0;
+        int line_end = own_lines, run_end = own_runs;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
-            const int x = __shfl_up_sync(~0u, sum.x, step), y = __shfl_up_sync(~0u, sum.y, step);
-            if (lane >= step) sum.x += x, sum.y += y;
+            const int x = __shfl_up_sync(~0u, line_end, step), y = __shfl_up_sync(~0u, run_end, step);
+            if (lane >= step) line_end += x, run_end += y;
         }
-        __syncthreads();
-        if (lane == 31) totals[warp] = sum;
-        __syncthreads();
-        int2 all = before;
-#pragma unroll
-        for (int w = 0; w < THREADS / 32; ++w) {
-            if (w == warp) sum.x += all.x, sum.y += all.y;
-            all.x += totals[w].x, all.y += totals[w].y;
+        line_end += lines, run_end += runs;
+        const int end = ROWS ? run_end : line_end, begin = end - (ROWS ? own_runs : own_lines);
+        const uint32_t found = __ballot_sync(~0u, at >= begin && at < end);
+        if (found) {
+            const int from = __ffs(found) - 1;
+            return Place{sequences.first + base + from, __shfl_sync(~0u, first_row, from), __shfl_sync(~0u, rows, from), __shfl_sync(~0u, start, from),
+                         __shfl_sync(~0u, line_end - own_lines, from), __shfl_sync(~0u, run_end - own_runs, from)};
         }
-        before = all;
-        const int end = ROWS ? sum.y : sum.x, begin = end - (ROWS ? own.y : own.x);
-        if (at >= begin && at < end) found = Place{s, sum.x - own.x, sum.y - own.y};
+        lines = __shfl_sync(~0u, line_end, 31), runs = __shfl_sync(~0u, run_end, 31);
     }
-    __syncthreads();
-    return found;
+    return Place{};
 }
 
 DEVICE float exp2_fast(float v) {
@@ -179,4 +167,29 @@ DEVICE char* output_at(void* out, int row, int head, int col, int heads, int cap
     char* base = static_cast<char*>(out);
     if (capacity == 0) return base + ((static_cast<size_t>(row) * heads + head) * HEAD_DIM + col) * 2;
     return base + panel_chunk(row, head * HEAD_DIM + (col & ~7), capacity) + (col & 7) * 2;
+}
+
+// Two dimensions of a head, what its scores peak at, and the sum of its probabilities relative to that.
+struct Part {
+    float2 o;
+    float peak, sum;
+};
+DEVICE Part nothing() { return Part{make_float2(0, 0), -INFINITY, 0}; }
+
+template <int N> DEVICE Part merge(Part into, const Part (&parts)[N]) {
+    float peak = into.peak;
+#pragma unroll
+    for (int i = 0; i < N; ++i) peak = fmaxf(peak, parts[i].peak);
+    // Where nothing was seen all peaks are minus infinity.
+    const float safe = peak == -INFINITY ? 0 : peak;
+    const float keep = exp2_fast(into.peak - safe);
+    Part all = {make_float2(into.o.x * keep, into.o.y * keep), peak, into.sum * keep};
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        const float weight = exp2_fast(parts[i].peak - safe);
+        all.o.x += parts[i].o.x * weight;
+        all.o.y += parts[i].o.y * weight;
+        all.sum += parts[i].sum * weight;
+    }
+    return all;
 }

@@ -3,13 +3,16 @@
 use ctxserve_backend::DeviceError;
 
 use super::attention::{Cache, CacheArguments, HEAD_DIM, MOST_GROUP, Tables, TablesArguments};
-use crate::driver::{Buffer, Device, Kernel, Launch, Params};
+use crate::driver::{Buffer, Device, Facts, Kernel, Launch, Params};
 
 const OP: &str = "attention_decode";
-const WARPS: usize = 4;
-const STAGES: usize = 4;
-/// Floats of a block's part of a row's result.
-const PARTIAL: usize = MOST_GROUP * HEAD_DIM + 2 * MOST_GROUP;
+const STAGES: usize = 3;
+/// Floats of a cluster's part of the results of a row and key/value head.
+const PARTIAL: usize = MOST_GROUP * (HEAD_DIM + 2);
+/// Splits that any number of rows may use; `Workspace` has room for them.
+const MANY_ROWS: usize = 4;
+/// Blocks of a large cluster.
+const CLUSTER: usize = 8;
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
 
 #[repr(C)]
@@ -28,17 +31,58 @@ struct Arguments {
     arrived: u64,
     group: i32,
     capacity: i32,
+    depth_shift: i32,
     scale: f32,
 }
 
 // SAFETY: mirrors `Params` of kernels/attention_decode.cu.
 unsafe impl Params for Arguments {}
 
-/// The loaded kernels.
+/// Which kernel, and when it uses more of its blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Warps of a block.
+    pub warps: usize,
+    /// Blocks of a cluster: 1, 2 or 8.
+    pub cluster: usize,
+    /// log2 of the tiles that each warp of a cluster has before another cluster takes part.
+    pub depth_shift: usize,
+}
+
+impl Shape {
+    /// The kernel for `splits` blocks a row and key/value head of which there are `pairs`.
+    pub fn of(pairs: usize, splits: usize, facts: &Facts) -> Self {
+        let blocks = BLOCKS * facts.multiprocessors as usize;
+        let clusters = facts.capability >= (9, 0);
+        if clusters && splits.is_multiple_of(CLUSTER) {
+            return Self { warps: 8, cluster: CLUSTER, depth_shift: 2 };
+        }
+        if clusters && splits.is_multiple_of(2) && pairs * 2 <= blocks {
+            return Self { warps: 8, cluster: 2, depth_shift: 2 };
+        }
+        let warps = if pairs <= blocks { 8 } else { 4 };
+        // Without clusters blocks meet in global memory, which only longer rows are worth, or blocks that would be idle.
+        let depth_shift = match warps {
+            4 => 5,
+            _ if pairs * CLUSTER <= blocks => 1,
+            _ if pairs * 2 <= blocks => 2,
+            _ => 4,
+        };
+        Self { warps, cluster: 1, depth_shift }
+    }
+
+    /// Bytes of shared memory of a block.
+    fn shared(self, fp8: bool) -> usize {
+        self.warps * STAGES * (4096 + if fp8 { 256 } else { 0 })
+    }
+}
+
+/// The loaded kernels, each for e4m3 and for bf16.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionDecode {
-    e4m3: Kernel,
-    bf16: Kernel,
+    four: [Kernel; 2],
+    eight: [Kernel; 2],
+    clusters: Option<[[Kernel; 2]; 2]>,
 }
 
 /// Memory in which the parts of a row's result meet. One launch at a time uses it.
@@ -49,21 +93,21 @@ pub struct Workspace {
 }
 
 impl Workspace {
-    /// Room for `rows` rows of `kv_heads` in `splits` parts.
+    /// Room for up to `rows` rows of `kv_heads` in the [`splits`] of any number of rows, or in `splits` parts if those are more.
     ///
     /// # Errors
     /// Out of memory.
     pub fn new(device: &Device, rows: usize, kv_heads: usize, splits: usize) -> Result<Self, DeviceError> {
         let pairs = rows * kv_heads;
         Ok(Self {
-            partial: device.allocate(if splits > 1 { pairs * splits * PARTIAL } else { 0 })?,
-            arrived: device.zeros(pairs)?,
+            partial: device.allocate(pairs * splits.max(MANY_ROWS) * PARTIAL)?,
+            arrived: device.zeros(pairs * MOST_GROUP)?,
         })
     }
 
     /// Bytes that `new` takes.
     pub fn bytes(rows: usize, kv_heads: usize, splits: usize) -> usize {
-        rows * kv_heads * 4 * (1 + if splits > 1 { splits * PARTIAL } else { 0 })
+        rows * kv_heads * 4 * (MOST_GROUP + splits.max(MANY_ROWS) * PARTIAL)
     }
 }
 
@@ -94,7 +138,7 @@ pub struct Call<'a> {
     pub rows: usize,
     /// Query heads.
     pub heads: usize,
-    /// Blocks that may share a row's positions.
+    /// Blocks that may share a row's positions; see [`splits`].
     pub splits: usize,
     /// Rows that the panels of `out` are laid out for, a multiple of 8; absent: row-major.
     pub capacity: Option<usize>,
@@ -102,18 +146,25 @@ pub struct Call<'a> {
     pub scale: f32,
 }
 
-/// Blocks a row and key/value head that fill a device when `rows` rows are live; 1 for a window, which one block covers.
+/// Blocks on a multiprocessor when few rows are live.
+const BLOCKS: usize = 2;
+
+/// Blocks that may share a row and key/value head when `rows` rows are live. Rows that are short use fewer.
 pub fn splits(rows: usize, cache: &Cache, multiprocessors: usize) -> usize {
-    const BLOCKS: usize = 2;
     const MOST: usize = 64;
+    // One block covers a window.
     if cache.window.is_some_and(|window| window <= 512) {
         return 1;
     }
-    (BLOCKS * multiprocessors).div_ceil((rows * cache.kv_heads).max(1)).clamp(1, MOST)
-}
-
-fn shared(fp8: bool) -> usize {
-    WARPS * STAGES * (4096 + if fp8 { 256 } else { 0 })
+    let (pairs, blocks) = ((rows * cache.kv_heads).max(1), BLOCKS * multiprocessors);
+    // Large clusters do not fit everywhere on a device: a fifth of it is left to chance.
+    let large = blocks * 4 / 5 / pairs / CLUSTER * CLUSTER;
+    if large > 0 {
+        return large.min(MOST);
+    }
+    // Blocks that rows have no use for still come and go: the more rows, the fewer of them.
+    let small = (blocks / pairs / 2 * 2).max(if pairs <= 4 * blocks { MANY_ROWS } else { 2 });
+    if small.is_multiple_of(CLUSTER) { small - 2 } else { small }
 }
 
 impl AttentionDecode {
@@ -122,10 +173,31 @@ impl AttentionDecode {
     /// # Errors
     /// No code for this device.
     pub fn load(device: &Device) -> Result<Self, DeviceError> {
+        let load = |names: [&'static str; 2], warps: usize| {
+            let shape = Shape { warps, cluster: 1, depth_shift: 0 };
+            let [e4m3, bf16] = names;
+            Ok([device.kernel(OP, e4m3, shape.shared(true))?, device.kernel(OP, bf16, shape.shared(false))?])
+        };
+        let clusters = if device.facts().capability >= (9, 0) {
+            let two = load(["attention_decode_e4m3_cluster_2", "attention_decode_bf16_cluster_2"], 8)?;
+            Some([two, load(["attention_decode_e4m3_cluster_8", "attention_decode_bf16_cluster_8"], 8)?])
+        } else {
+            None
+        };
         Ok(Self {
-            e4m3: device.kernel(OP, "attention_decode_e4m3", shared(true))?,
-            bf16: device.kernel(OP, "attention_decode_bf16", shared(false))?,
+            four: load(["attention_decode_e4m3_4", "attention_decode_bf16_4"], 4)?,
+            eight: load(["attention_decode_e4m3_8", "attention_decode_bf16_8"], 8)?,
+            clusters,
         })
+    }
+
+    fn kernel(&self, shape: Shape) -> &[Kernel; 2] {
+        match (&self.clusters, shape.cluster) {
+            (Some([two, _]), 2) => two,
+            (Some([_, eight]), CLUSTER) => eight,
+            _ if shape.warps == 4 => &self.four,
+            _ => &self.eight,
+        }
     }
 
     /// Issues it.
@@ -136,8 +208,11 @@ impl AttentionDecode {
         let Call { rows, heads, splits, cache, workspace, .. } = *call;
         let kv_heads = cache.kv_heads;
         let arguments = cache.arguments(OP)?;
+        let fp8 = cache.is_fp8();
+        let shape = Shape::of(rows * kv_heads, splits, device.facts());
         let width = heads * HEAD_DIM;
-        let parts = if splits > 1 { rows * kv_heads * splits * PARTIAL } else { 0 };
+        let clusters = splits / shape.cluster;
+        let parts = if clusters > 1 { rows * kv_heads * clusters * PARTIAL } else { 0 };
         let fits = heads.is_multiple_of(kv_heads)
             && (1..=MOST_GROUP).contains(&(heads / kv_heads))
             && (1..=65_535).contains(&rows)
@@ -152,7 +227,7 @@ impl AttentionDecode {
             && call.capacity.is_none_or(|capacity| capacity.is_multiple_of(8) && capacity >= rows)
             && call.out.len() >= call.capacity.unwrap_or(rows) * width
             && workspace.partial.len() >= parts
-            && workspace.arrived.len() >= rows * kv_heads;
+            && workspace.arrived.len() >= rows * kv_heads * MOST_GROUP;
         if !fits {
             let what = format!("{rows} rows of {heads} heads over {kv_heads} do not fit their buffers");
             return Err(DeviceError::new(OP, what));
@@ -171,13 +246,14 @@ impl AttentionDecode {
             arrived: workspace.arrived.address(),
             group: (heads / kv_heads) as i32,
             capacity: call.capacity.unwrap_or(0) as i32,
+            depth_shift: shape.depth_shift as i32,
             scale: call.scale * LOG2_E,
         };
-        let kernel = if cache.is_fp8() { &self.e4m3 } else { &self.bf16 };
+        let kernel = &self.kernel(shape)[usize::from(!fp8)];
         let launch = Launch {
-            grid: [splits as u32, kv_heads as u32, rows as u32],
-            block: WARPS as u32 * 32,
-            shared: shared(cache.is_fp8()) as u32,
+            grid: [(shape.cluster * kv_heads) as u32, rows as u32, clusters as u32],
+            block: shape.warps as u32 * 32,
+            shared: shape.shared(fp8) as u32,
             overlap: true,
         };
         // SAFETY: every buffer was checked to be large enough; pages and slots are inside the cache by the caller's plan.

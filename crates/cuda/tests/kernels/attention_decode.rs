@@ -136,7 +136,9 @@ fn attention_decode_equals_its_definition() {
     let edges = [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130, 257];
     for fp8 in [true, false] {
         for (window, page_size, splits) in [
-            (None, 16, 3),
+            (None, 16, 8),
+            (None, 16, 2),
+            (None, 64, 24),
             (None, 64, 1),
             (None, 32, 7),
             (Some(128), 16, 1),
@@ -159,7 +161,15 @@ fn attention_decode_equals_its_definition() {
 fn attention_decode_holds_for_long_rows() {
     let Some((device, _turn)) = device() else { return };
     let mut random = Random::new();
-    for (fp8, splits, page_size) in [(true, 33, 16), (true, 5, 256), (false, 16, 64), (true, 1, 64)] {
+    for (fp8, splits, page_size) in [
+        (true, 33, 16),
+        (true, 5, 256),
+        (false, 16, 64),
+        (true, 1, 64),
+        (true, 32, 64),
+        (true, 4, 16),
+        (false, 6, 16),
+    ] {
         let shape = Shape { page_size, fp8, ..FULL };
         let case = Case { shape, group: 8, splits, sinks: true, panels: true, appends: true };
         check(&device, &mut random, case, &[5000, 1000, 1, 2048, 2049]);
@@ -223,6 +233,19 @@ fn attention_decode_refuses_what_does_not_fit() {
 }
 
 #[test]
+fn attention_decode_holds_for_many_rows() {
+    let Some((device, _turn)) = device() else { return };
+    let mut random = Random::new();
+    let shape = Shape { page_size: 64, kv_heads: 8, ..FULL };
+    for (group, splits) in [(8, 4), (2, 1)] {
+        let lengths: Vec<usize> =
+            (0..40).map(|row| 1 + random.below(300) + if row % 19 == 3 { 4700 } else { 0 }).collect();
+        let case = Case { shape, group, splits, sinks: true, panels: true, appends: true };
+        check(&device, &mut random, case, &lengths);
+    }
+}
+
+#[test]
 fn splits_fill_the_device() {
     let cache = |window| ctxserve_cuda::ops::attention::Cache {
         data: 0,
@@ -231,9 +254,17 @@ fn splits_fill_the_device() {
         kv_heads: 8,
         window,
     };
-    assert_eq!(splits(1, &cache(None), 132), 33);
-    assert_eq!(splits(16, &cache(None), 132), 3);
-    assert_eq!(splits(256, &cache(None), 132), 1);
+    assert_eq!(splits(1, &cache(None), 132), 24);
+    assert_eq!(splits(2, &cache(None), 132), 8);
+    assert_eq!(splits(4, &cache(None), 132), 6);
+    assert_eq!(splits(16, &cache(None), 132), 4);
+    assert_eq!(splits(256, &cache(None), 132), 2);
     assert_eq!(splits(1, &cache(Some(128)), 132), 1);
     assert!(splits(1, &cache(Some(4096)), 132) > 1);
+    // What fewer rows use fits into the memory for more.
+    for rows in 1..300 {
+        let most = splits(rows, &cache(None), 132);
+        let room = Workspace::bytes(300, 8, 4);
+        assert!(Workspace::bytes(rows, 8, most) <= room);
+    }
 }
