@@ -119,6 +119,67 @@ fn a_file_cut_after_opening_is_an_error_that_names_the_tensor() {
     assert!(message.contains("model.safetensors: tensor \"norm\""), "{message}");
 }
 
+/// Several times what one thread reads at once, of every kind that is read so.
+#[test]
+fn large_tensors_are_read_right_in_pieces() {
+    let (rows, cols) = (1201, 7104); // not whole pieces in any type
+    let count = rows * cols;
+    let value = |i: usize| (i % 509) as f32 - 254.0;
+    let bytes: Vec<u8> = (0..count / 2).map(|i| (i % 251) as u8).collect();
+    let scales: Vec<u8> = (0..count / 32).map(|i| (i % 241) as u8).collect();
+    let dir = dir(&mxfp4_config(), &[]);
+    let path = dir.path().join("model.safetensors");
+    let tensors = [
+        tensor("single", Dtype::F32, &[rows, cols], f32s((0..count).map(value))),
+        tensor("half", Dtype::F16, &[rows, cols], f16s((0..count).map(value))),
+        tensor("brain", Dtype::BF16, &[rows, cols], bf16s((0..count).map(|i| value(i % 200)))),
+        tensor("x_blocks", Dtype::U8, &[1, rows, cols / 32, 16], bytes.clone()),
+        tensor("x_scales", Dtype::U8, &[1, rows, cols / 32], scales.clone()),
+    ];
+    write(&path, &tensors);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    for name in ["single", "half"] {
+        let matrix = checkpoint.matrix(name, rows, cols).unwrap();
+        let Elements::F32(values) = matrix.elements() else { panic!("{name}") };
+        assert!(values.iter().copied().eq((0..count).map(value)), "{name}");
+    }
+    let Elements::Bf16(values) = checkpoint.matrix("brain", rows, cols).unwrap().into_elements() else {
+        panic!("brain")
+    };
+    assert!(values.iter().map(|v| v.to_f32()).eq((0..count).map(|i| value(i % 200))));
+    let stack = checkpoint.experts("x", 1, rows, cols).unwrap();
+    assert_eq!(stack.elements(), &Elements::Mxfp4 { codes: bytes, scales });
+
+    // None of them is whole any more, wherever the cut is.
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(1 << 10).unwrap();
+    let outcomes = [
+        ("single", checkpoint.matrix("single", rows, cols)),
+        ("half", checkpoint.matrix("half", rows, cols)),
+        ("brain", checkpoint.matrix("brain", rows, cols)),
+        ("x_", checkpoint.experts("x", 1, rows, cols)),
+    ];
+    for (name, outcome) in outcomes {
+        let message = outcome.map(|_| ()).unwrap_err().to_string();
+        assert!(message.contains(&format!("model.safetensors: tensor \"{name}")), "{message}");
+    }
+}
+
+#[test]
+fn the_first_bad_element_of_a_large_tensor_is_named() {
+    let (rows, cols) = (1024, 8192);
+    let mut values = vec![0.0; rows * cols];
+    for at in [700 * cols + 5, 701 * cols, 1023 * cols] {
+        values[at] = f32::INFINITY;
+    }
+    let tensors = vec![tensor("w", Dtype::F32, &[rows, cols], f32s(values))];
+    let checkpoint = Checkpoint::in_memory(json!({}), tensors).unwrap();
+    for _ in 0..10 {
+        let message = checkpoint.matrix("w", rows, cols).unwrap_err().to_string();
+        assert!(message.contains("element [700, 5] is inf"), "{message}");
+    }
+}
+
 fn spec(name: &str, dtype: Dtype, shape: &[usize]) -> TensorSpec {
     TensorSpec { name: name.to_owned(), dtype, shape: shape.to_vec() }
 }
