@@ -169,7 +169,7 @@ impl<T: Pod> Buffer<T> {
     /// The view must not outlive this buffer.
     pub unsafe fn view<U: Pod>(&self, offset: usize, len: usize) -> Result<Buffer<U>, DeviceError> {
         let end = len.checked_mul(size_of::<U>()).and_then(|bytes| bytes.checked_add(offset));
-        if !end.is_some_and(|end| end <= self.bytes()) || !offset.is_multiple_of(align_of::<U>().max(1)) {
+        if end.is_none_or(|end| end > self.bytes()) || !offset.is_multiple_of(align_of::<U>().max(1)) {
             return Err(DeviceError::new(
                 "view",
                 format!("{len} elements at byte {offset} of {}", self.bytes()),
