@@ -218,10 +218,9 @@ impl Target {
                     tracing::warn!("--skip-self-test: the GPU's kernels are not checked");
                     return loaded(CudaBackend::new(gpu, cuda)?, checkpoint, load_options);
                 }
-                let (like, kv_dtype) = (like(info), load_options.kv_dtype);
                 // Beside loading, which waits for files most of the time.
                 thread::scope(|scope| {
-                    let tested = scope.spawn(|| self_test(&gpu, like, kv_dtype));
+                    let tested = scope.spawn(|| self_test(&gpu, info));
                     let runner = CudaBackend::new(gpu.clone(), cuda)
                         .map_err(anyhow::Error::from)
                         .and_then(|backend| loaded(backend, checkpoint, load_options));
@@ -248,9 +247,15 @@ fn like(info: &ModelInfo) -> Like {
 ///
 /// # Errors
 /// The first op that differs by more than its rounding allows, or a fault of the device.
-fn self_test(gpu: &Gpu, like: Like, kv_dtype: KvDtype) -> anyhow::Result<()> {
+fn self_test(gpu: &Gpu, info: &ModelInfo) -> anyhow::Result<()> {
     let start = Instant::now();
-    let report = ctxserve_cuda::self_test(gpu, like, kv_dtype, || Ok(CpuBackend::plain()))
+    let mut kv: Vec<KvDtype> = Vec::new();
+    for dtype in info.kv.groups.iter().map(|group| group.dtype) {
+        if !kv.contains(&dtype) {
+            kv.push(dtype);
+        }
+    }
+    let report = ctxserve_cuda::self_test(gpu, like(info), kv, || Ok(CpuBackend::plain()))
         .with_context(|| format!("the self-test of {}", gpu.facts().name))?;
     let cases = report.cases.len();
     report.failures().for_each(|case| tracing::error!("self-test: {case}"));

@@ -23,18 +23,18 @@ pub fn claims(kv: Vec<KvDtype>) -> Claims {
     }
 }
 
-/// Runs every kernel that serves a model of this kind, over few rows and many, on a layer of its own beside whatever the device
-/// holds, against backends from `reference`. Takes some tens of megabytes of device memory while it runs. Steps of the device may be issued meanwhile
-/// from another thread.
+/// Runs every kernel that serves a model of this kind, over few rows and many, on a small layer of its own, against backends from
+/// `reference`. `kv` has the storages in use. Takes some tens of megabytes of device memory while it runs; another thread may
+/// use the device meanwhile.
 ///
 /// # Errors
 /// A device fault; a disagreement is in the [`Report`].
 pub fn self_test<R: Backend>(
     device: &Device,
     like: Like,
-    kv: KvDtype,
+    kv: Vec<KvDtype>,
     reference: impl Fn() -> Result<R, DeviceError>,
 ) -> Result<Report, DeviceError> {
     let options = CudaOptions { max_rows: 512, max_sequences: 512, max_context: 256, graphs: false };
-    quick(SEED, &claims(vec![kv]), like, || CudaBackend::new(device.clone(), options), reference)
+    quick(SEED, &claims(kv), like, || CudaBackend::new(device.clone(), options), reference)
 }

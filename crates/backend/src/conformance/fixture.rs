@@ -1,6 +1,7 @@
 //! A small layer, loaded into any backend.
 
 use ctxserve_core::{Elements, Encoding, Matrix, TokenId};
+use half::bf16;
 
 use super::random::{Random, matrix};
 use super::schedule::singles;
@@ -118,13 +119,17 @@ impl Fixture {
         let gate_up_bias = random.vector(experts * 2 * inner, 9.0);
         Ok(Self {
             shape,
-            embedding: matrix(VOCAB, hidden, Elements::F32(embedding))?,
+            // Exact in every backend, as the router is: near ties of the router see the difference.
+            embedding: matrix(
+                VOCAB,
+                hidden,
+                Elements::Bf16(embedding.into_iter().map(bf16::from_f32).collect()),
+            )?,
             norm: random.vector(hidden, 0.5).into_iter().map(|x| 1.0 + x).collect(),
             qkv: (qkv, random.vector(qkv_rows, 0.5)),
             copy_heads,
             output: (output, output_bias),
             sinks: random.vector(width / shape.head_dim, 3.0),
-            // Exact in every backend: a rounded router would choose otherwise near ties.
             router: (random.matrix(experts, hidden, Encoding::Bf16)?, random.vector(experts, 1.0)),
             experts: ExpertWeights { gate_up, gate_up_bias, down, down_bias },
             copy_hidden: copy(hidden, hidden, 0)?,
@@ -187,7 +192,7 @@ fn silence(weights: Matrix, groups: usize, rows: usize) -> Result<Matrix, Device
     for start in (0..groups).map(|group| group * rows * cols) {
         match &mut elements {
             Elements::F32(values) => values[start..start + cols].fill(0.0),
-            Elements::Bf16(values) => values[start..start + cols].fill(half::bf16::ZERO),
+            Elements::Bf16(values) => values[start..start + cols].fill(bf16::ZERO),
             Elements::Mxfp4 { codes, .. } => codes[start / 2..(start + cols) / 2].fill(0),
         }
     }
