@@ -37,9 +37,9 @@ template <int TILES, int STAGES, int ROWS> DEVICE void gemv_out(const Params& p)
     }
 #define VARIANT(TILES, STAGES)  \
     KERNEL_OF(TILES, STAGES, 1) \
+    KERNEL_OF(TILES, STAGES, 4) \
     KERNEL_OF(TILES, STAGES, 8) \
     KERNEL_OF(TILES, STAGES, 16)
 VARIANT(3, 4)
-VARIANT(3, 3)
 VARIANT(3, 2)
 VARIANT(1, 2)

@@ -14,7 +14,7 @@ struct Params {
     float* kv;  // of each row keys, rotated, then values
     int q_width, kv_width;
     int rope_pairs;   // at most 32; later pairs of a head are padding
-    int norm_cols;    // what the mean of squares divides by
+    float mean;       // one over the columns that the mean of squares is over
     float eps, mscale;
 };
 
@@ -23,7 +23,8 @@ struct Rotated {
     const Params& p;
     struct Early {
         float2 bias;
-        float cosine, sine;  // position and frequency until `refine`
+        int position;  // as it is read: what needs it in registers would wait for it
+        float cosine, sine;  // a frequency until `refine`
     };
 
     METHOD Early load(int row, int column) const {
@@ -31,14 +32,15 @@ struct Rotated {
         e.bias = __ldg(reinterpret_cast<const float2*>(p.bias + column));
         const int pair = column % 64 / 2;
         const bool turns = column < p.q_width + p.kv_width && pair < p.rope_pairs;
-        e.cosine = turns ? static_cast<float>(__ldcg(p.positions + row)) : 0.0f;
+        e.position = turns ? __ldcg(p.positions + row) : 0;
+        e.cosine = 0;
         e.sine = turns ? __ldg(p.inv_freq + pair) : 0.0f;
         return e;
     }
 
     // The angle is rounded to float32 as in the reference; it reaches 131072 radians, so it is reduced in float64.
     METHOD void refine(Early& e) const {
-        const double turns = static_cast<double>(__fmul_rn(e.cosine, e.sine)) * 0.15915494309189533577;
+        const double turns = static_cast<double>(__fmul_rn(static_cast<float>(e.position), e.sine)) * 0.15915494309189533577;
         sincospif(static_cast<float>(2 * (turns - rint(turns))), &e.sine, &e.cosine);
         e.cosine *= p.mscale;
         e.sine *= p.mscale;
@@ -65,8 +67,8 @@ struct Rotated {
 };
 
 template <int TILES, int STAGES, int ROWS> DEVICE void gemv_qkv(const Params& p) {
-    const gemv::NormedRows rows{p.x, p.norm, nullptr, p.m.panels * 64, {}};
-    gemv::run<TILES, STAGES, ROWS>(p.m, rows, Rotated{p}, static_cast<float>(p.norm_cols), p.eps);
+    const gemv::NormedRows rows{p.x, p.norm, nullptr, 0, p.m.panels * 64, {}};
+    gemv::run<TILES, STAGES, ROWS>(p.m, rows, Rotated{p}, p.mean, p.eps);
 }
 
 #define KERNEL_OF(TILES, STAGES, ROWS)                                                                                         \
@@ -75,9 +77,9 @@ template <int TILES, int STAGES, int ROWS> DEVICE void gemv_qkv(const Params& p)
     }
 #define VARIANT(TILES, STAGES)  \
     KERNEL_OF(TILES, STAGES, 1) \
+    KERNEL_OF(TILES, STAGES, 4) \
     KERNEL_OF(TILES, STAGES, 8) \
     KERNEL_OF(TILES, STAGES, 16)
 VARIANT(5, 2)
-VARIANT(5, 3)
 VARIANT(2, 2)
 VARIANT(1, 2)

@@ -47,20 +47,5 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
     for rows in [1, 2, 4, 8, 16] {
         time(&format!("gemv_head {rows} rows"), rows, &GemvHead::load(device, dims(rows))?)?;
     }
-    let plan = *GemvHead::load(device, dims(1))?.plan();
-    let bytes_of_stage = plan.warps * plan.variant.tiles * 1024;
-    let ring = plan.variant.stages * bytes_of_stage;
-    for (stages, twice) in [(2, false), (2, true), (4, false)] {
-        let mut plan = plan;
-        plan.shared = plan.shared - ring + stages * bytes_of_stage;
-        plan.variant.stages = stages;
-        if twice {
-            let all = VOCAB / 8;
-            plan.blocks *= 2;
-            plan.full = all / (plan.blocks * plan.variant.tiles);
-            plan.tail = (all - plan.full * plan.blocks * plan.variant.tiles).div_ceil(plan.blocks);
-        }
-        time(&format!("gemv_head 1 row, {stages} stages"), 1, &GemvHead::with_plan(device, dims(1), plan)?)?;
-    }
     Ok(())
 }

@@ -31,26 +31,5 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
             kernel.issue(device, &Call { weights, bias: &bias, heads: &heads, x: &x, live: &live })
         })?;
     }
-    let live = device.upload(&[1])?;
-    let plan = *GemvOut::load(device, dims(1))?.plan();
-    let bytes_of_stage = plan.warps * plan.variant.tiles * 1024;
-    let ring = plan.variant.stages * bytes_of_stage;
-    for stages in [2, 3, 4] {
-        for width in [1, 8] {
-            for launch_early in [false, true] {
-                let mut plan = plan;
-                plan.shared = plan.shared - ring + stages * bytes_of_stage;
-                plan.variant.stages = stages;
-                (plan.width, plan.launch_early) = (width, launch_early);
-                let kernel = GemvOut::with_plan(device, dims(1), plan)?;
-                let early = if launch_early { "early" } else { "late" };
-                let name = format!("gemv_out 1 row, {stages} stages, width {width}, {early}");
-                bench.time(&name, work(1), 2 * LAYERS, |layer| {
-                    let weights = &weights[layer % LAYERS];
-                    kernel.issue(device, &Call { weights, bias: &bias, heads: &heads, x: &x, live: &live })
-                })?;
-            }
-        }
-    }
     Ok(())
 }

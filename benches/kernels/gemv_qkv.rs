@@ -55,23 +55,6 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
             kernel.issue(device, &call(layer, rows))
         })?;
     }
-    let plan = *GemvQkv::load(device, dims(1))?.plan();
-    let bytes_of_stage = plan.warps * plan.variant.tiles * 1024;
-    for stages in [2, 3] {
-        for width in [1, 8] {
-            for launch_early in [false, true] {
-                let mut plan = plan;
-                plan.shared += (stages - plan.variant.stages) * bytes_of_stage;
-                plan.variant.stages = stages;
-                (plan.width, plan.launch_early) = (width, launch_early);
-                let kernel = GemvQkv::with_plan(device, dims(1), plan)?;
-                let early = if launch_early { "early" } else { "late" };
-                let name = format!("gemv_qkv 1 row, {stages} stages, width {width}, {early}");
-                bench.time(&name, work(1), 2 * LAYERS, |layer| kernel.issue(device, &call(layer, 1)))?;
-            }
-        }
-    }
-
     // As in a layer, less attention between them: both, alternately.
     let of_out = layers(bench, COLS * Q)?;
     for rows in [1, 4, 16] {

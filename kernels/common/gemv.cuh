@@ -18,21 +18,21 @@
 
 namespace gemv {
 
-constexpr int MAX_SLICE = 8;        // panels of a warp
+constexpr int MAX_SLICE = 8;  // panels of a warp
+constexpr int MAX_WARPS = 16;
 // With few rows two blocks of 288 threads, of consecutive launches, are to have their registers on one SM.
 constexpr int max_threads(int rows) { return rows > 8 ? 512 : 576; }
-constexpr int LAUNCH_EARLY = 1;     // let the next kernel start at once, not when the last weights are on their way
 
 struct Product {
     const void* weights;  // panels of [outputs, cols]
-    const int* live;      // token rows to do; later ones count as zeros and are not written
+    const int* live;      // token rows to do; what later ones hold stays with them and is not written
     int outputs;          // multiple of 8
     int panels;           // cols / 64
     int slice;            // panels of a warp, at most MAX_SLICE; every warp has at least one
     int lines;            // token rows of this launch
     int first;            // the first of them
     int full, tail;       // rounds of TILES tiles that every block has, tiles of a block in a last round
-    int flags;
+    int launch;           // let the next kernel start when this many panels of a warp have not arrived yet
 };
 
 // The tiles of a block. One that does not walk has one round of TILES tiles; else TILES a round while every block has them, and an
@@ -63,6 +63,7 @@ struct NormedRows {
     const float* x;                  // [rows, cols]
     const float* weight;             // [cols]
     const int* index;                // row of x for each token row; null is the same row
+    unsigned sources;                // rows of x, if there is an index: those of rows that are not live may be anything
     int cols;
     float4 w[UNITS];
 
@@ -75,16 +76,16 @@ struct NormedRows {
     }
     METHOD void before_wait(const Share& s) { weights(s, s.lane); }
 
-    template <int ROWS> METHOD void stage(const Product& m, const Share& s, int live) {
-        part<ROWS>(m, s, live, s.lane);
+    template <int ROWS> METHOD void stage(const Product& m, const Share& s) {
+        part<ROWS>(m, s, s.lane);
         for (int base = s.lane + 32 * UNITS; base - s.lane < s.count * 16; base += 32 * UNITS) {
             weights(s, base);
-            part<ROWS>(m, s, live, base);
+            part<ROWS>(m, s, base);
         }
     }
 
-    template <int ROWS> METHOD void part(const Product& m, const Share& s, int live, int unit0) const {
-        constexpr int BATCH = ROWS == 1 ? 1 : 4;
+    template <int ROWS> METHOD void part(const Product& m, const Share& s, int unit0) const {
+        constexpr int BATCH = ROWS == 1 ? 1 : ROWS == 4 ? 2 : ROWS == 8 ? 4 : 6;  // rows at once: registers
         for (int line0 = 0; line0 < m.lines; line0 += BATCH) {
             float4 v[BATCH][UNITS];
 #pragma unroll
@@ -92,7 +93,7 @@ struct NormedRows {
                 const int line = line0 + k;
                 if (line >= m.lines) continue;
                 int row = m.first + line;
-                if (index) row = line < live ? __ldcg(index + row) : 0;
+                if (index) row = min(static_cast<unsigned>(__ldcg(index + row)), sources - 1);
                 const float4* from = reinterpret_cast<const float4*>(x + static_cast<size_t>(row) * cols + s.begin * 64);
 #pragma unroll
                 for (int i = 0; i < UNITS; ++i) {
@@ -109,8 +110,7 @@ struct NormedRows {
                 for (int i = 0; i < UNITS; ++i) {
                     const int unit = unit0 + 32 * i;
                     if (unit >= s.count * 16) continue;
-                    float4 a = v[k][i];
-                    if (line >= live) a = make_float4(0, 0, 0, 0);
+                    const float4 a = v[k][i];
                     squares += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
                     const uint2 packed = make_uint2(pack2<__nv_bfloat16>(a.x * w[i].x, a.y * w[i].y),
                                                     pack2<__nv_bfloat16>(a.z * w[i].z, a.w * w[i].w));
@@ -133,7 +133,7 @@ struct PlainRows {
 
     METHOD void before_wait(const Share&) {}
 
-    template <int ROWS> METHOD void stage(const Product& m, const Share& s, int live) const {
+    template <int ROWS> METHOD void stage(const Product& m, const Share& s) const {
         constexpr int BATCH = ROWS == 1 ? 1 : 4, UNITS = MAX_SLICE * 8 / 32;
         for (int base = 0; base < m.lines; base += BATCH) {
             uint4 v[BATCH][UNITS];
@@ -155,7 +155,7 @@ struct PlainRows {
                     const int unit = s.lane + 32 * i;
                     if (line >= m.lines || unit >= s.count * 8) continue;
                     unsigned char* to = s.tokens + ((unit >> 3) * m.lines + line) * 128 + (((unit & 7) ^ (line & 7)) << 4);
-                    *reinterpret_cast<uint4*>(to) = line < live ? v[k][i] : make_uint4(0, 0, 0, 0);
+                    *reinterpret_cast<uint4*>(to) = v[k][i];
                 }
             }
         }
@@ -163,17 +163,15 @@ struct PlainRows {
 };
 
 // `Output` has: WALKS, whether a block has several rounds of tiles; a type `Early` of what it loads while weights still stream; `load(row, column)`, `refine` (arithmetic on it) and
-// `store(row, column, {y[column], y[column + 1]}, early)`, `column` even.
-// ROWS is 1, 8 or 16: the most token rows. With one there are registers to hold the first stage over the wait, so that the ring is
-// refilled before it.
+// `store(row, column, {y[column], y[column + 1]}, early)`, `column` even. `mean` is one over the columns that are normed over.
+// ROWS is 1, 4, 8 or 16: the most token rows. With at most 4 there are registers to hold the first stage over the wait, so that the
+// ring is refilled before it.
 template <int TILES, int STAGES, int ROWS, class Input, class Output>
-DEVICE void run(const Product& m, Input input, const Output& output, float norm_cols, float eps) {
+DEVICE void run(const Product& m, Input input, const Output& output, float mean, float eps) {
     extern __shared__ __align__(128) unsigned char shared[];
     constexpr int STAGE = TILES * 1024, PAIRS = TILES * 4;
-    constexpr bool HIGH = ROWS > 8, HOLD = ROWS == 1;
+    constexpr bool HIGH = ROWS > 8, HOLD = ROWS <= 4;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
-    if (m.flags & LAUNCH_EARLY) pdl_launch();
-
     const Rounds<TILES, Output::WALKS> rounds(m);
     const int begin = warp * m.slice, count = min(m.slice, m.panels - begin);
     unsigned char* ring = shared + warp * STAGES * STAGE;
@@ -201,12 +199,15 @@ DEVICE void run(const Product& m, Input input, const Output& output, float norm_
                 for (int i = 0; i < tiles * 2; ++i) copy_async_16(to + i * 512, from + i * 512);
             }
             if (++fill_panel == count) fill_panel = 0, ++fill_round;
-            if (fill_round == rounds.count) pdl_launch();
         }
         copy_commit();
     };
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) fill(stage);
+
+    // Every panel of this warp in every round, less those that have arrived.
+    int missing = rounds.count * count;
+    if (m.launch >= missing) pdl_launch();
 
     uint4 b[TILES][2];
     int stage = 0;
@@ -222,13 +223,15 @@ DEVICE void run(const Product& m, Input input, const Output& output, float norm_
         __syncwarp();
         fill(stage);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
+        if (--missing == m.launch) pdl_launch();
     };
 
     input.before_wait(share);
     if (HOLD && rounds.count > 0) take();
     pdl_wait();
-    const int live = __ldcg(m.live) - m.first;
-    input.template stage<ROWS>(m, share, live);
+    // Only warps that store sums ask: a word that every warp of every block reads takes its time.
+    const int live = warp * 32 < m.lines * PAIRS ? __ldcg(m.live) - m.first : 0;
+    input.template stage<ROWS>(m, share);
     __syncwarp();
 
     for (int round = 0; round < rounds.count; ++round) {
@@ -282,14 +285,15 @@ DEVICE void run(const Product& m, Input input, const Output& output, float norm_
             if (row >= live || pair >= pairs) continue;
             float2 sum = make_float2(0, 0);
             float square = 0;
-#pragma unroll 4
-            for (int from = 0; from < warps; ++from) {
+#pragma unroll
+            for (int from = 0; from < MAX_WARPS; ++from) {
+                if (from >= warps) continue;
                 const float2 part = reinterpret_cast<const float2*>(buffer + from * partial_bytes)[item];
                 sum.x += part.x, sum.y += part.y;
                 if (Input::NORMED) square += squares[from * m.lines + row];
             }
             if (Input::NORMED) {
-                const float scale = rsqrtf(square / norm_cols + eps);
+                const float scale = rsqrtf(square * mean + eps);
                 sum.x *= scale, sum.y *= scale;
             }
             if (item != static_cast<int>(threadIdx.x)) {

@@ -75,7 +75,7 @@ impl Embed {
             && call.table.len() >= vocab * hidden
             && call.tokens.len() >= rows
             && call.feed.is_none_or(|(feed, _)| feed.len() >= rows)
-            && call.live.len() >= 1
+            && !call.live.is_empty()
             && call.x.len() >= rows * cols;
         if !fits {
             return Err(DeviceError::new(

@@ -27,13 +27,16 @@ pub struct Shape {
     pub walks: bool,
 }
 
-/// A compiled variant: tiles of 8 outputs of a block, stages of a warp's ring.
+/// A compiled variant, and when it lets the next kernel start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Variant {
     /// Tiles of 8 outputs that a block multiplies at a time.
     pub tiles: usize,
     /// Stages of one panel and all tiles.
     pub stages: usize,
+    /// The next kernel may start when this many panels of a warp have not arrived yet. Earlier, and its loads delay the last
+    /// ones of this kernel; later, and memory idles.
+    pub launch: usize,
 }
 
 /// How it is launched.
@@ -41,7 +44,7 @@ pub struct Variant {
 pub struct Plan {
     /// The compiled variant.
     pub variant: Variant,
-    /// Token rows that the kernel is compiled for: 1, 8 or 16.
+    /// Token rows that the kernel is compiled for: 1, 4, 8 or 16.
     pub width: usize,
     /// Token rows of one launch; fewer than asked for where shared memory is short.
     pub lines: usize,
@@ -57,13 +60,11 @@ pub struct Plan {
     pub tail: usize,
     /// Bytes of shared memory.
     pub shared: usize,
-    /// Lets the next kernel start at once, not when the last weights are on their way.
-    pub launch_early: bool,
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { variant: Variant { tiles, stages }, lines, warps, slice, blocks, shared, .. } = self;
+        let Self { variant: Variant { tiles, stages, .. }, lines, warps, slice, blocks, shared, .. } = self;
         write!(
             f,
             "{blocks} blocks of {tiles} tiles, {warps} warps x {slice} panels, {stages} stages, {lines} rows, \
@@ -73,16 +74,17 @@ impl fmt::Display for Plan {
     }
 }
 
+/// Token rows that kernels are compiled for.
+const WIDTHS: [usize; 4] = [1, 4, 8, 16];
+
+/// A variant and the names of its kernels, one for each of [`WIDTHS`].
+pub type Names = (Variant, [&'static str; 4]);
+
 /// Maps a shape to a launch: the first of `variants` that fits the device's shared memory.
 ///
 /// # Errors
 /// Dimensions that the kernels do not take.
-pub fn plan(
-    op: &'static str,
-    shape: &Shape,
-    facts: &Facts,
-    variants: &[Variant],
-) -> Result<Plan, DeviceError> {
+pub fn plan(op: &'static str, shape: &Shape, facts: &Facts, variants: &[Names]) -> Result<Plan, DeviceError> {
     let Shape { rows, cols, outputs, .. } = *shape;
     let panels = cols / 64;
     let fits = (1..=16).contains(&rows)
@@ -95,30 +97,19 @@ pub fn plan(
     }
     let (slice, warps) = split(panels);
     for lines in [rows, rows.min(8), rows.min(4), 1] {
-        for &variant in variants {
+        for &(variant, _) in variants {
             let shared = shared(shape, variant, lines, warps);
             if shared > facts.shared_memory as usize {
                 continue;
             }
-            let (tiles, width) = (outputs / 8, if lines == 1 { 1 } else { lines.next_multiple_of(8) });
+            let width = WIDTHS.into_iter().find(|&width| lines <= width).unwrap_or(16);
+            let tiles = outputs / 8;
             let groups = tiles.div_ceil(variant.tiles);
             let most = facts.multiprocessors.max(1) as usize;
             let blocks = if shape.walks { groups.min(most) } else { groups };
             let full = tiles / (blocks * variant.tiles);
             let tail = (tiles - full * blocks * variant.tiles).div_ceil(blocks);
-            let launch_early = false;
-            return Ok(Plan {
-                variant,
-                width,
-                lines,
-                warps,
-                slice,
-                blocks,
-                full,
-                tail,
-                shared,
-                launch_early,
-            });
+            return Ok(Plan { variant, width, lines, warps, slice, blocks, full, tail, shared });
         }
     }
     Err(DeviceError::new(op, format!("{} bytes of shared memory are too few", facts.shared_memory)))
@@ -153,7 +144,7 @@ pub(super) struct Product {
     first: i32,
     full: i32,
     tail: i32,
-    flags: i32,
+    launch: i32,
 }
 
 /// A loaded variant with its plan.
@@ -169,11 +160,11 @@ impl Loaded {
     pub(super) fn new(
         device: &Device,
         file: &'static str,
-        names: &[(Variant, [&'static str; 3])],
+        names: &[Names],
         shape: Shape,
         plan: Plan,
     ) -> Result<Self, DeviceError> {
-        let width = [1, 8, 16].iter().position(|&width| width == plan.width);
+        let width = WIDTHS.iter().position(|&width| width == plan.width);
         let names = names.iter().find(|(variant, _)| *variant == plan.variant);
         let (Some((_, names)), Some(width)) = (names, width) else {
             return Err(DeviceError::new(file, format!("no kernel for {plan}")));
@@ -206,7 +197,7 @@ impl Loaded {
                 first: first as i32,
                 full: plan.full as i32,
                 tail: plan.tail as i32,
-                flags: i32::from(plan.launch_early),
+                launch: plan.variant.launch as i32,
             };
             (launch, product)
         })
@@ -219,11 +210,12 @@ impl Loaded {
 
 /// Names of a variant's kernels, by width.
 macro_rules! variants {
-    ($file:literal: $(($tiles:literal, $stages:literal)),+ $(,)?) => {
+    ($file:literal: $(($tiles:literal, $stages:literal, $launch:literal)),+ $(,)?) => {
         &[$((
-            $crate::ops::gemv::Variant { tiles: $tiles, stages: $stages },
+            $crate::ops::gemv::Variant { tiles: $tiles, stages: $stages, launch: $launch },
             [
                 concat!($file, "_", $tiles, "x", $stages, "_1"),
+                concat!($file, "_", $tiles, "x", $stages, "_4"),
                 concat!($file, "_", $tiles, "x", $stages, "_8"),
                 concat!($file, "_", $tiles, "x", $stages, "_16"),
             ],
@@ -247,8 +239,8 @@ mod tests {
         }
     }
 
-    const QKV: &[Variant] = &[Variant { tiles: 5, stages: 2 }, Variant { tiles: 2, stages: 2 }];
-    const HEAD: &[Variant] = &[Variant { tiles: 5, stages: 3 }, Variant { tiles: 5, stages: 2 }];
+    const QKV: &[Names] = variants!("": (5, 2, 1), (2, 2, 1));
+    const HEAD: &[Names] = variants!("": (5, 3, 3), (5, 2, 2));
 
     fn shape(rows: usize, cols: usize, outputs: usize, walks: bool) -> Shape {
         Shape { rows, cols, outputs, normed: true, walks }

@@ -2,11 +2,11 @@
 
 use ctxserve_backend::DeviceError;
 
-use super::gemv::{Loaded, Plan, Product, Shape, Variant, plan, variants};
+use super::gemv::{Loaded, Names, Plan, Product, Shape, plan, variants};
 use crate::driver::{Buffer, Device, Params};
 
 const OP: &str = "gemv_head";
-const NAMES: &[(Variant, [&str; 3])] = variants!("gemv_head": (5, 3), (5, 2), (2, 2), (1, 2), (5, 4));
+const NAMES: &[Names] = variants!("gemv_head": (5, 3, 3), (5, 2, 2), (2, 2, 2), (1, 2, 2));
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -16,9 +16,10 @@ struct Arguments {
     norm: u64,
     index: u64,
     logits: u64,
+    sources: u32,
     vocab: i32,
     stride: i32,
-    norm_cols: i32,
+    mean: f32,
     eps: f32,
 }
 
@@ -55,7 +56,7 @@ pub struct Call<'a> {
     pub norm: &'a Buffer<f32>,
     /// `[rows, cols]` and more, zero beyond `norm_cols`.
     pub x: &'a Buffer<f32>,
-    /// Row of `x` for each row of logits, inside `x`; the same row where absent.
+    /// Row of `x` for each row of logits; the same row where absent. Rows that `x` has not are read as its last.
     pub index: Option<&'a Buffer<i32>>,
     /// One integer: rows to do; later rows of `logits` are left alone.
     pub live: &'a Buffer<i32>,
@@ -73,8 +74,7 @@ impl GemvHead {
     /// # Errors
     /// A shape that it does not take, or no code for this device.
     pub fn load(device: &Device, dims: Dims) -> Result<Self, DeviceError> {
-        let preferred = [NAMES[0].0, NAMES[1].0, NAMES[2].0, NAMES[3].0];
-        Self::with_plan(device, dims, plan(OP, &shape(dims)?, device.facts(), &preferred)?)
+        Self::with_plan(device, dims, plan(OP, &shape(dims)?, device.facts(), NAMES)?)
     }
 
     /// Loads it with a plan other than its own.
@@ -99,7 +99,8 @@ impl GemvHead {
         let fits = call.weights.len() >= vocab.next_multiple_of(8) * cols
             && call.norm.len() >= cols
             && call.index.map_or(call.x.len() >= rows * cols, |index| index.len() >= rows)
-            && call.live.len() >= 1
+            && call.x.len() >= cols
+            && !call.live.is_empty()
             && call.logits.len() >= rows * stride
             && (1..=cols).contains(&call.norm_cols);
         if !fits {
@@ -112,13 +113,13 @@ impl GemvHead {
                 norm: call.norm.address(),
                 index: call.index.map_or(0, Buffer::address),
                 logits: call.logits.address(),
+                sources: u32::try_from(call.x.len() / cols).unwrap_or(u32::MAX),
                 vocab: vocab as i32,
                 stride: stride as i32,
-                norm_cols: call.norm_cols as i32,
+                mean: 1.0 / call.norm_cols as f32,
                 eps: call.eps,
             };
-            // SAFETY: every buffer was checked to be large enough for the shape that the kernel was loaded for; `index` holds
-            // rows of `x` by the caller's plan.
+            // SAFETY: every buffer was checked to be large enough for the shape that the kernel was loaded for.
             unsafe { device.launch(self.loaded.kernel(), &launch, &arguments) }?;
         }
         Ok(())

@@ -2,11 +2,11 @@
 
 use ctxserve_backend::DeviceError;
 
-use super::gemv::{Loaded, Plan, Product, Shape, Variant, plan, variants};
+use super::gemv::{Loaded, Names, Plan, Product, Shape, plan, variants};
 use crate::driver::{Buffer, Device, Params};
 
 const OP: &str = "gemv_out";
-const NAMES: &[(Variant, [&str; 3])] = variants!("gemv_out": (3, 4), (3, 2), (1, 2), (3, 3));
+const NAMES: &[Names] = variants!("gemv_out": (3, 4, 4), (3, 2, 2), (1, 2, 2));
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -60,8 +60,7 @@ impl GemvOut {
     /// # Errors
     /// A shape that it does not take, or no code for this device.
     pub fn load(device: &Device, dims: Dims) -> Result<Self, DeviceError> {
-        let preferred = [NAMES[0].0, NAMES[1].0, NAMES[2].0];
-        Self::with_plan(device, dims, plan(OP, &shape(dims), device.facts(), &preferred)?)
+        Self::with_plan(device, dims, plan(OP, &shape(dims), device.facts(), NAMES)?)
     }
 
     /// Loads it with a plan other than its own.
@@ -87,7 +86,7 @@ impl GemvOut {
             && call.bias.len() >= hidden
             && call.heads.len() >= rows * q_width
             && call.x.len() >= rows * hidden
-            && call.live.len() >= 1;
+            && !call.live.is_empty();
         if !fits {
             return Err(DeviceError::new(OP, format!("{:?} does not fit its buffers", self.dims)));
         }

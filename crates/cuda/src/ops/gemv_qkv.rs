@@ -2,11 +2,11 @@
 
 use ctxserve_backend::DeviceError;
 
-use super::gemv::{Loaded, Plan, Product, Shape, Variant, plan, variants};
+use super::gemv::{Loaded, Names, Plan, Product, Shape, plan, variants};
 use crate::driver::{Buffer, Device, Params};
 
 const OP: &str = "gemv_qkv";
-const NAMES: &[(Variant, [&str; 3])] = variants!("gemv_qkv": (5, 2), (2, 2), (1, 2), (5, 3));
+const NAMES: &[Names] = variants!("gemv_qkv": (5, 2, 1), (2, 2, 1), (1, 2, 1));
 /// Dimensions of a head in the matrix.
 const HEAD: usize = 64;
 
@@ -24,7 +24,7 @@ struct Arguments {
     q_width: i32,
     kv_width: i32,
     rope_pairs: i32,
-    norm_cols: i32,
+    mean: f32,
     eps: f32,
     mscale: f32,
 }
@@ -88,8 +88,7 @@ impl GemvQkv {
     /// # Errors
     /// A shape that it does not take, or no code for this device.
     pub fn load(device: &Device, dims: Dims) -> Result<Self, DeviceError> {
-        let preferred = [NAMES[0].0, NAMES[1].0, NAMES[2].0];
-        Self::with_plan(device, dims, plan(OP, &shape(dims)?, device.facts(), &preferred)?)
+        Self::with_plan(device, dims, plan(OP, &shape(dims)?, device.facts(), NAMES)?)
     }
 
     /// Loads it with a plan other than its own.
@@ -116,7 +115,7 @@ impl GemvQkv {
             && call.bias.len() >= outputs
             && call.norm.len() >= cols
             && call.x.len() >= rows * cols
-            && call.live.len() >= 1
+            && !call.live.is_empty()
             && call.positions.len() >= rows
             && call.inv_freq.len() <= HEAD / 2
             && call.q.len() >= rows * q_width
@@ -138,7 +137,7 @@ impl GemvQkv {
                 q_width: q_width as i32,
                 kv_width: kv_width as i32,
                 rope_pairs: call.inv_freq.len() as i32,
-                norm_cols: call.norm_cols as i32,
+                mean: 1.0 / call.norm_cols as f32,
                 eps: call.eps,
                 mscale: call.mscale,
             };
