@@ -1,8 +1,8 @@
 // Down projection of the chosen experts and their weighted sum, for small batches:
 // x[row] += sum over slots, in order, of weight[row, slot] * (W_e a[row, slot] + b_e).
 //
-// `small` and `wide`, for at most 8 rows: a block owns 16 columns of x and does all active experts for them, so nothing meets outside it.
-// `large`: warps compute whole strips into `products`; `combine` adds them to x. Both sum in the same order.
+// `small` and `wide`, for at most 8 rows: a block owns 16 columns of x at a time and does all active experts for them, so that
+// nothing meets outside it. `large` and `vast`: warps compute whole strips into `products`; `combine` adds them to x. Both sum in the same order.
 //
 // Before its pdl_wait a block reads `choice` and `live` and fetches weights by them. That is sound after moe_gate_up alone,
 // which lets its successor start only after its own pdl_wait: by then the router, which wrote `choice`, has ended.
@@ -28,71 +28,82 @@ struct Params {
 extern __shared__ __align__(128) char shared[];
 
 template <bool ONE> DEVICE void few_rows(const Params& p) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, threads = blockDim.x;
-    const int strip = blockIdx.x, row16 = threadIdx.x % 16;
-    char* const ring = shared + warp * RING;
-    float* const sums = reinterpret_cast<float*>(shared + warps * RING);
+    const int warps = blockDim.x / 32 - PRODUCERS, threads = warps * 32, row16 = threadIdx.x % 16;
+    char* const ring = shared + BARRIERS;
+    float* const sums = reinterpret_cast<float*>(ring + STAGES * warps * PIECE_BYTES);
     float* const products = sums + p.sums;  // [pairs][16]
-    const Work work = work_at(shared + warps * RING + (p.sums + p.capacity * 16) * 4, p.capacity);
-    const int strips = p.hidden / 16, tiles = p.inner / 64, pieces = (tiles + PIECE - 1) / PIECE;
+    const Work work = work_at(reinterpret_cast<char*>(products + p.capacity * 16), p.capacity);
+    const int strips = p.hidden / 16, tiles = p.inner / 64, pieces = (tiles + PIECE - 1) / PIECE, slices = (pieces + warps - 1) / warps;
     const int live = min(*p.live, p.capacity / p.top_k);
-    const int segments = list_work(work, p.choice, live * p.top_k, p.capacity, p.experts, 8);
+    init_barriers(shared_address(shared), warps);
+    const int segments = list_work(work, p.choice, live * p.top_k, p.capacity, p.experts, GROUP_FEW);
+    const int own = (strips - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
 
-    // A unit is this block's strip of one segment's expert.
-    auto row_of = [](int pair) { return pair; };
-    Sharer<ONE, decltype(row_of)> sharer{{work, p.weights + strip * strip_bytes(tiles), strips * strip_bytes(tiles), 1, tiles, pieces, 1,
-                                     warp, warps, shared_address(ring) + lane * 16, segments},
-                                    reinterpret_cast<const uint4*>(p.a), ring, row_of, 0, 0};
-    sharer.reader.start(0);
+    const Strips from{work, p.weights, strips * strip_bytes(tiles), strips, tiles, segments};
+    Slices<true> slice{from, shared_address(shared), shared_address(ring), warps, slices, own * segments, 0, static_cast<int>(blockIdx.x)};
+    if (!feed(slice, own * segments * slices)) return;
+    auto row_of = [&](int pair) { return reinterpret_cast<const uint4*>(p.a + static_cast<size_t>(pair) * p.inner); };
+    Sharer<true, ONE, decltype(row_of)> sharer{
+        from, slice, ring, shared_address(shared), warps, slices, row_of, 0, static_cast<int>(blockIdx.x)};
     const int most = segments > 0 ? most_tokens(work, 0, segments, 1) : 1, window = p.sums / (pieces * most * 16);
-    // Item i is (segment, token, row of 16); the first one of a thread gets its bias early.
-    auto bias_at = [&](int segment) {
-        return __ldg(p.bias + static_cast<size_t>(work.segments[segment].expert) * p.hidden + strip * 16 + row16);
-    };
-    const int ahead = threadIdx.x / 16 / most;
-    float bias = ahead < min(window, segments) ? bias_at(ahead) : 0;
-
     pdl_wait();
     pdl_launch();
-    for (int base = 0; base < segments; base += window) {
-        const int count = min(window, segments - base);
-        sharer.multiply_units(count, sums, most);
-        __syncthreads();
-        for (int item = threadIdx.x; item < count * most * 16; item += threads) {
-            const int unit = item / 16 / most, token = item / 16 % most;
-            if (base > 0 || item >= threads) bias = bias_at(base + unit);
-            const Segment segment = work.segments[base + unit];
-            if (token >= segment.count) continue;
-            const float* from = sums + (unit * pieces * most + token) * 16 + row16;
-            float sum = 0;
-            for (int piece = 0; piece < pieces; ++piece, from += most * 16) sum += from[0];
-            products[work.pairs[segment.first + token] * 16 + row16] = fmaf(sum, FP4_UNIT, bias);
+    for (int strip = blockIdx.x; strip < strips; strip += gridDim.x) {
+        // A thread's part of x, fetched while weights stream.
+        float* const x = p.x + static_cast<size_t>(threadIdx.x / 16) * p.hidden + strip * 16 + row16;
+        const bool adds = static_cast<int>(threadIdx.x) < live * 16;
+        const float before = adds ? *x : 0;
+        for (int base = 0; base < segments; base += window) {
+            const int count = min(window, segments - base);
+            // Item i is (segment, token, row of 16); the first one of a thread gets its bias early.
+            auto bias_at = [&](int item) {
+                const int expert = work.segments[base + item / 16 / most].expert;
+                return __ldg(p.bias + static_cast<size_t>(expert) * p.hidden + strip * 16 + row16);
+            };
+            const int items = count * most * 16;
+            float bias = static_cast<int>(threadIdx.x) < items ? bias_at(threadIdx.x) : 0;
+            sharer.multiply_units(count, sums, most);
+            sync_computing(warps);
+#pragma unroll 1
+            for (int item = threadIdx.x; item < items; item += threads) {
+                const int unit = item / 16 / most, token = item / 16 % most;
+                if (item >= threads) bias = bias_at(item);
+                const Segment segment = work.segments[base + unit];
+                if (token >= segment.count) continue;
+                const float* in = sums + (unit * pieces * most + token) * 16 + row16;
+                products[work.pairs[segment.first + token] * 16 + row16] = fmaf(sum_pieces(in, pieces, most * 16), FP4_UNIT, bias);
+            }
+            sync_computing(warps);
         }
-        __syncthreads();
+        if (adds) {
+            const int row = threadIdx.x / 16;
+            float sum = 0;
+#pragma unroll 4
+            for (int slot = 0; slot < p.top_k; ++slot)
+                sum = fmaf(p.weight[row * p.top_k + slot], products[(row * p.top_k + slot) * 16 + row16], sum);
+            *x = before + sum;
+        }
     }
-    copy_wait<0>();
-    for (int row = threadIdx.x / 16; row < live; row += threads / 16) {
-        float sum = 0;
-        for (int slot = 0; slot < p.top_k; ++slot)
-            sum = fmaf(p.weight[row * p.top_k + slot], products[(row * p.top_k + slot) * 16 + row16], sum);
-        float* const x = p.x + static_cast<size_t>(row) * p.hidden + strip * 16 + row16;
-        *x += sum;
-    }
+    drain();
 }
 
+// `small` leaves half of a multiprocessor to another kernel, `few` does not.
 KERNEL __launch_bounds__(MOST_THREADS, 2) moe_down_small(const __grid_constant__ Params p) { few_rows<true>(p); }
+KERNEL __launch_bounds__(MOST_THREADS, 1) moe_down_few(const __grid_constant__ Params p) { few_rows<true>(p); }
 // For more pieces than warps.
-KERNEL __launch_bounds__(MOST_THREADS, 2) moe_down_wide(const __grid_constant__ Params p) { few_rows<false>(p); }
+KERNEL __launch_bounds__(MOST_THREADS, 1) moe_down_wide(const __grid_constant__ Params p) { few_rows<false>(p); }
 
-KERNEL __launch_bounds__(MOST_THREADS, 1) moe_down_large(const __grid_constant__ Params p) {
+template <bool STAGED> DEVICE void many_rows(const Params& p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    char* const ring = shared + warp * RING;
-    const Work work = work_at(shared + warps * RING, p.capacity);
-    const int strips = p.hidden / 16, tiles = p.inner / 64, pieces = (tiles + PIECE - 1) / PIECE;
-    const int units = strips * list_work(work, p.choice, min(*p.live * p.top_k, p.capacity), p.capacity, p.experts, 16);
-    const int begin = static_cast<int>(static_cast<int64_t>(units) * blockIdx.x / gridDim.x) + warp;
-    const int end = static_cast<int>(static_cast<int64_t>(units) * (blockIdx.x + 1) / gridDim.x);
-    auto row_of = [](int pair) { return pair; };
+    char* const ring = shared + BARRIERS + 64;
+    const int strips = p.hidden / 16, tiles = p.inner / 64;
+    uint4* const staged = reinterpret_cast<uint4*>(ring + warps * STAGES * PIECE_BYTES);
+    const Work work = work_at(reinterpret_cast<char*>(staged) + (STAGED ? GROUP_MANY * (tiles * 128 + 64) : 0), p.capacity);
+    init_own_barriers(shared_address(shared), warps);
+    const int units = strips * list_work(work, p.choice, min(*p.live * p.top_k, p.capacity), p.capacity, p.experts, GROUP_MANY);
+    const int begin = share(units, blockIdx.x), end = share(units, blockIdx.x + 1);
+    const Strips from{work, p.weights, strips * strip_bytes(tiles), strips, tiles, 0};
+    auto row_of = [&](int pair) { return reinterpret_cast<const uint4*>(p.a + static_cast<size_t>(pair) * p.inner); };
     auto done = [&](const Segment& segment, int strip, int tile, const float (&sum)[4]) {
         const int row = strip * 16 + lane / 4, token = tile * 8 + lane % 4 * 2;
         const float* bias = p.bias + static_cast<size_t>(segment.expert) * p.hidden + row;
@@ -105,14 +116,18 @@ KERNEL __launch_bounds__(MOST_THREADS, 1) moe_down_large(const __grid_constant__
             to[8] = fmaf(sum[2 + i], FP4_UNIT, high);
         }
     };
-    Streamer<decltype(row_of), decltype(done)> streamer{
-        {work, p.weights, strips * strip_bytes(tiles), strips, tiles, pieces, warps, 0, 1, shared_address(ring) + lane * 16, end},
-        reinterpret_cast<const uint4*>(p.a), ring, row_of, done};
-    streamer.reader.start(begin);
+    Streamer<STAGED, decltype(row_of), decltype(done)> streamer{
+        from, shared_address(shared) + warp * STAGES * 8, shared_address(shared) + BARRIERS, ring + warp * STAGES * PIECE_BYTES, staged,
+        warps, row_of, done};
+    streamer.start(begin, end);
     pdl_wait();
     pdl_launch();
     streamer.run(begin, end);
 }
+
+KERNEL __launch_bounds__(MOST_THREADS, 1) moe_down_large(const __grid_constant__ Params p) { many_rows<true>(p); }
+// Where tokens do not fit shared memory.
+KERNEL __launch_bounds__(MOST_THREADS, 1) moe_down_vast(const __grid_constant__ Params p) { many_rows<false>(p); }
 
 // One block a row.
 KERNEL __launch_bounds__(256) moe_down_combine(const __grid_constant__ Params p) {

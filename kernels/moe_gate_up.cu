@@ -2,7 +2,7 @@
 // top_k experts e of a row. Weights are read once for up to 16 tokens of an expert.
 //
 // `small` and `wide`, for at most 8 rows: the pieces of all units of a block are dealt to its warps, partial sums meet in shared memory.
-// `large`: a warp computes whole strips. Both sum in the same order.
+// `large` and `vast`: a warp computes whole strips. Both sum in the same order.
 #include "common/experts.cuh"
 
 struct Params {
@@ -28,7 +28,7 @@ extern __shared__ __align__(128) char shared[];
 DEVICE float swiglu(float gate, float up, float alpha, float limit) {
     gate = gate > limit ? limit : gate;
     up = up > limit ? limit : up < -limit ? -limit : up;
-    return gate / (1.0f + expf(-alpha * gate)) * (up + 1.0f);
+    return __fdividef(gate, 1.0f + __expf(-alpha * gate)) * (up + 1.0f);
 }
 
 // Where column `col` of a row is in fragment order.
@@ -43,28 +43,27 @@ DEVICE float2 bias_of(const Params& p, int expert, int row) {
     return __ldg(reinterpret_cast<const float2*>(p.bias) + static_cast<size_t>(expert) * p.inner + row);
 }
 
-// This block's share of `units`.
-DEVICE int share(int units, int block) { return static_cast<int>(static_cast<int64_t>(units) * block / gridDim.x); }
-
 template <bool ONE> DEVICE void few_rows(const Params& p) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, threads = blockDim.x;
-    char* const ring = shared + warp * RING;
-    float* const sums = reinterpret_cast<float*>(shared + warps * RING);
-    const Work work = work_at(shared + warps * RING + p.sums * 4, p.capacity);
-    const int strips = p.inner / 8, tiles = p.hidden / 64, pieces = (tiles + PIECE - 1) / PIECE;
+    const int warps = blockDim.x / 32 - PRODUCERS, threads = warps * 32;
+    char* const ring = shared + BARRIERS;
+    float* const sums = reinterpret_cast<float*>(ring + STAGES * warps * PIECE_BYTES);
+    const Work work = work_at(reinterpret_cast<char*>(sums + p.sums), p.capacity);
+    const int strips = p.inner / 8, tiles = p.hidden / 64, pieces = (tiles + PIECE - 1) / PIECE, slices = (pieces + warps - 1) / warps;
+    init_barriers(shared_address(shared), warps);
 
     // What is chosen is known only after the wait; the next kernel may start then, knowing that `choice` is complete.
     pdl_wait();
     pdl_launch();
-    const int units = strips * list_work(work, p.choice, min(*p.live * p.top_k, p.capacity), p.capacity, p.experts, 8);
+    const int units = strips * list_work(work, p.choice, min(*p.live * p.top_k, p.capacity), p.capacity, p.experts, GROUP_FEW);
     const int begin = share(units, blockIdx.x), end = share(units, blockIdx.x + 1);
     if (begin == end) return;
 
-    auto row_of = [&](int pair) { return pair / p.top_k; };
-    Sharer<ONE, decltype(row_of)> sharer{
-        {work, p.weights, strips * strip_bytes(tiles), strips, tiles, pieces, 1, warp, warps, shared_address(ring) + lane * 16, end},
-        reinterpret_cast<const uint4*>(p.h), ring, row_of, begin / strips, begin % strips};
-    sharer.reader.start(begin);
+    const Strips from{work, p.weights, strips * strip_bytes(tiles), strips, tiles, 0};
+    Slices<false> slice{from, shared_address(shared), shared_address(ring), warps, slices, end - begin, begin / strips, begin % strips};
+    if (!feed(slice, (end - begin) * slices)) return;
+    auto row_of = [&](int pair) { return reinterpret_cast<const uint4*>(p.h + static_cast<size_t>(pair / p.top_k) * p.hidden); };
+    Sharer<false, ONE, decltype(row_of)> sharer{
+        from, slice, ring, shared_address(shared), warps, slices, row_of, begin / strips, begin % strips};
 
     // A window is as many units as there is room for.
     const int most = most_tokens(work, begin, end, strips), window = p.sums / (pieces * most * 16);
@@ -78,45 +77,54 @@ template <bool ONE> DEVICE void few_rows(const Params& p) {
         float2 bias = make_float2(0, 0);
         if (static_cast<int>(threadIdx.x) < items) bias = bias_at(threadIdx.x);
         sharer.multiply_units(count, sums, most);
-        __syncthreads();
+        sync_computing(warps);
+#pragma unroll 1
         for (int item = threadIdx.x; item < items; item += threads) {
             const int unit = item / (8 * most), token = item / 8 % most, row = item % 8;
             if (item >= threads) bias = bias_at(item);
             const Segment segment = work.segments[(base + unit) / strips];
             if (token >= segment.count) continue;
-            const float* from = sums + (unit * pieces * most + token) * 16 + row;
-            float gate = 0, up = 0;
-            for (int piece = 0; piece < pieces; ++piece, from += most * 16) gate += from[0], up += from[8];
+            const float* in = sums + (unit * pieces * most + token) * 16 + row;
+            const float gate = sum_pieces(in, pieces, most * 16), up = sum_pieces(in + 8, pieces, most * 16);
             store(p, work.pairs[segment.first + token], (base + unit) % strips * 8 + row, gate, up, bias);
         }
-        __syncthreads();
+        sync_computing(warps);
     }
-    copy_wait<0>();
+    drain();
 }
 
+// `small` leaves half of a multiprocessor to another kernel, `few` does not.
 KERNEL __launch_bounds__(MOST_THREADS, 2) moe_gate_up_small(const __grid_constant__ Params p) { few_rows<true>(p); }
+KERNEL __launch_bounds__(MOST_THREADS, 1) moe_gate_up_few(const __grid_constant__ Params p) { few_rows<true>(p); }
 // For more pieces than warps.
-KERNEL __launch_bounds__(MOST_THREADS, 2) moe_gate_up_wide(const __grid_constant__ Params p) { few_rows<false>(p); }
+KERNEL __launch_bounds__(MOST_THREADS, 1) moe_gate_up_wide(const __grid_constant__ Params p) { few_rows<false>(p); }
 
-KERNEL __launch_bounds__(MOST_THREADS, 1) moe_gate_up_large(const __grid_constant__ Params p) {
+template <bool STAGED> DEVICE void many_rows(const Params& p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    char* const ring = shared + warp * RING;
-    const Work work = work_at(shared + warps * RING, p.capacity);
-    const int strips = p.inner / 8, tiles = p.hidden / 64, pieces = (tiles + PIECE - 1) / PIECE;
+    char* const ring = shared + BARRIERS + 64;
+    const int strips = p.inner / 8, tiles = p.hidden / 64;
+    uint4* const staged = reinterpret_cast<uint4*>(ring + warps * STAGES * PIECE_BYTES);
+    const Work work = work_at(reinterpret_cast<char*>(staged) + (STAGED ? GROUP_MANY * (tiles * 128 + 64) : 0), p.capacity);
+    init_own_barriers(shared_address(shared), warps);
     pdl_wait();
     pdl_launch();
-    const int units = strips * list_work(work, p.choice, min(*p.live * p.top_k, p.capacity), p.capacity, p.experts, 16);
-    const int begin = share(units, blockIdx.x) + warp, end = share(units, blockIdx.x + 1);
-    auto row_of = [&](int pair) { return pair / p.top_k; };
+    const int units = strips * list_work(work, p.choice, min(*p.live * p.top_k, p.capacity), p.capacity, p.experts, GROUP_MANY);
+    const int begin = share(units, blockIdx.x), end = share(units, blockIdx.x + 1);
+    const Strips from{work, p.weights, strips * strip_bytes(tiles), strips, tiles, 0};
+    auto row_of = [&](int pair) { return reinterpret_cast<const uint4*>(p.h + static_cast<size_t>(pair / p.top_k) * p.hidden); };
     auto done = [&](const Segment& segment, int strip, int tile, const float (&sum)[4]) {
         const int row = strip * 8 + lane / 4, token = tile * 8 + lane % 4 * 2;
         const float2 bias = bias_of(p, segment.expert, row);
         if (token < segment.count) store(p, work.pairs[segment.first + token], row, sum[0], sum[2], bias);
         if (token + 1 < segment.count) store(p, work.pairs[segment.first + token + 1], row, sum[1], sum[3], bias);
     };
-    Streamer<decltype(row_of), decltype(done)> streamer{
-        {work, p.weights, strips * strip_bytes(tiles), strips, tiles, pieces, warps, 0, 1, shared_address(ring) + lane * 16, end},
-        reinterpret_cast<const uint4*>(p.h), ring, row_of, done};
-    streamer.reader.start(begin);
+    Streamer<STAGED, decltype(row_of), decltype(done)> streamer{
+        from, shared_address(shared) + warp * STAGES * 8, shared_address(shared) + BARRIERS, ring + warp * STAGES * PIECE_BYTES, staged,
+        warps, row_of, done};
+    streamer.start(begin, end);
     streamer.run(begin, end);
 }
+
+KERNEL __launch_bounds__(MOST_THREADS, 1) moe_gate_up_large(const __grid_constant__ Params p) { many_rows<true>(p); }
+// Where tokens do not fit shared memory.
+KERNEL __launch_bounds__(MOST_THREADS, 1) moe_gate_up_vast(const __grid_constant__ Params p) { many_rows<false>(p); }

@@ -127,20 +127,27 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
         };
         let both =
             Work { bytes: gate_up_work.bytes + down_work.bytes, flops: gate_up_work.flops + down_work.flops };
-        let name = |what: &str| format!("{what} {rows} rows, {active:.1} experts");
-        if bench.wants("moe_gate_up") {
-            bench.time(&name("moe_gate_up"), gate_up_work, CHOICES, |i| {
-                gate_up.issue(device, &gate_up_call(i))
-            })?;
-        }
-        if bench.wants("moe_down") {
-            bench.time(&name("moe_down"), down_work, CHOICES, |i| down.issue(device, &down_call(i)))?;
-        }
-        if bench.wants("moe_pair") {
-            bench.time(&name("moe_pair"), both, CHOICES, |i| {
-                gate_up.issue(device, &gate_up_call(i))?;
-                down.issue(device, &down_call(i))
-            })?;
+        // With few rows, leaving half of a multiprocessor to the next kernel, and not.
+        let ways: &[(Option<bool>, &str)] =
+            if rows <= 8 { &[(Some(false), "half"), (Some(true), "alone")] } else { &[(None, "strips")] };
+        for &(alone, way) in ways {
+            let name = |what: &str| format!("{what} {rows} rows, {active:.1} experts, {way}");
+            if bench.wants("moe_gate_up") {
+                bench.time(&name("moe_gate_up"), gate_up_work, CHOICES, |i| {
+                    gate_up.issue_as(device, &gate_up_call(i), alone)
+                })?;
+            }
+            if bench.wants("moe_down") {
+                bench.time(&name("moe_down"), down_work, CHOICES, |i| {
+                    down.issue_as(device, &down_call(i), alone)
+                })?;
+            }
+            if bench.wants("moe_pair") {
+                bench.time(&name("moe_pair"), both, CHOICES, |i| {
+                    gate_up.issue_as(device, &gate_up_call(i), alone)?;
+                    down.issue_as(device, &down_call(i), alone)
+                })?;
+            }
         }
     }
     Ok(())

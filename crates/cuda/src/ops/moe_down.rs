@@ -35,8 +35,10 @@ unsafe impl Params for Arguments {}
 #[derive(Clone, Copy, Debug)]
 pub struct MoeDown {
     small: Kernel,
+    few: Kernel,
     wide: Kernel,
     large: Kernel,
+    vast: Kernel,
     combine: Kernel,
 }
 
@@ -66,13 +68,15 @@ pub struct Call<'a> {
     pub shape: Shape,
 }
 
-/// The launch for `rows` rows: with few, a block for each strip of 16 columns of x.
-pub fn plan(rows: usize, shape: &Shape, facts: &Facts) -> Plan {
+/// The launch for `rows` rows; `alone` as for `moe_gate_up`.
+pub fn plan(rows: usize, shape: &Shape, facts: &Facts, alone: Option<bool>) -> Plan {
     let products = rows * shape.top_k * 64;
-    let plan = plan_strips(rows, shape.top_k, shape.inner, products, facts);
+    let plan = plan_strips(rows, shape.top_k, shape.inner, products, facts, alone);
     match plan.split {
-        Split::Strip => plan,
-        _ => Plan { blocks: shape.hidden as u32 / 16, ..plan },
+        Split::Piece | Split::PieceAlone | Split::Pieces => {
+            Plan { blocks: plan.blocks.min(shape.hidden as u32 / 16), ..plan }
+        }
+        Split::Strip | Split::StripOnly => plan,
     }
 }
 
@@ -85,8 +89,10 @@ impl MoeDown {
         let shared = device.facts().shared_memory as usize;
         Ok(Self {
             small: device.kernel(OP, "moe_down_small", shared)?,
+            few: device.kernel(OP, "moe_down_few", shared)?,
             wide: device.kernel(OP, "moe_down_wide", shared)?,
             large: device.kernel(OP, "moe_down_large", shared)?,
+            vast: device.kernel(OP, "moe_down_vast", shared)?,
             combine: device.kernel(OP, "moe_down_combine", 0)?,
         })
     }
@@ -96,9 +102,17 @@ impl MoeDown {
     /// # Errors
     /// Buffers that are too small, sizes out of bounds, or a device fault.
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
+        self.issue_as(device, call, None)
+    }
+
+    /// Issues it with or without the whole multiprocessor, where there are few rows.
+    ///
+    /// # Errors
+    /// As [`MoeDown::issue`].
+    pub fn issue_as(&self, device: &Device, call: &Call<'_>, alone: Option<bool>) -> Result<(), DeviceError> {
         let Call { rows, shape, .. } = *call;
         let Shape { experts, top_k, hidden, inner } = shape;
-        let plan = plan(rows, &shape, device.facts());
+        let plan = plan(rows, &shape, device.facts(), alone);
         let fits = shape.is_sound()
             && rows <= MOST_ROWS
             && call.weights.len() >= experts * Strips::of(Rows::Down, hidden, inner).bytes()
@@ -108,7 +122,7 @@ impl MoeDown {
             && call.weight.len() >= rows * top_k
             && call.live.len() >= 1
             && call.x.len() >= rows * hidden
-            && (plan.split != Split::Strip || call.products.len() >= rows * top_k * hidden);
+            && (plan.sums > 0 || call.products.len() >= rows * top_k * hidden);
         if !fits {
             return Err(DeviceError::new(OP, format!("{rows} rows of {shape:?} do not fit")));
         }
@@ -133,14 +147,17 @@ impl MoeDown {
         };
         let kernel = match plan.split {
             Split::Piece => &self.small,
+            Split::PieceAlone => &self.few,
             Split::Pieces => &self.wide,
             Split::Strip => &self.large,
+            Split::StripOnly => &self.vast,
         };
         let launch =
             Launch { grid: [plan.blocks, 1, 1], block: plan.warps * 32, shared: plan.shared, overlap: true };
         // SAFETY: every buffer was checked to be large enough; the kernel bounds experts and pairs itself.
         unsafe { device.launch(kernel, &launch, &arguments) }?;
-        if plan.split != Split::Strip {
+        // Few rows are summed where they are computed.
+        if plan.sums > 0 {
             return Ok(());
         }
         let launch = Launch { grid: [rows as u32, 1, 1], block: COMBINE_THREADS, shared: 0, overlap: true };
@@ -155,13 +172,13 @@ mod tests {
     use crate::ops::moe_gate_up::tests::{CONTEXT_1, facts};
 
     #[test]
-    fn few_rows_have_a_block_a_strip_and_two_fit_a_multiprocessor() {
+    fn two_blocks_of_few_rows_fit_a_multiprocessor() {
         for rows in 1..=8 {
-            let plan = plan(rows, &CONTEXT_1, &facts(232_448));
-            assert!(plan.split == Split::Piece && plan.blocks == 180, "{plan}");
+            let plan = plan(rows, &CONTEXT_1, &facts(232_448), Some(false));
+            assert!(plan.split == Split::Piece && plan.blocks == 132, "{plan}");
             assert!(2 * (plan.shared + 1024) <= 228 * 1024, "{rows}: {plan}");
         }
-        assert_eq!(plan(9, &CONTEXT_1, &facts(232_448)).blocks, 132);
+        assert_eq!(plan(9, &CONTEXT_1, &facts(232_448), None).blocks, 132);
     }
 
     #[test]
@@ -169,9 +186,9 @@ mod tests {
         let wide = Shape { experts: 128, top_k: 8, hidden: 8192, inner: 8192 };
         for shared in [101_376, 166_912, 232_448] {
             for rows in [1, 2, 8, 9, 64] {
-                assert!(plan(rows, &CONTEXT_1, &facts(shared)).shared <= shared);
+                assert!(plan(rows, &CONTEXT_1, &facts(shared), None).shared <= shared);
             }
         }
-        assert!(plan(8, &wide, &facts(232_448)).shared <= 232_448);
+        assert!(plan(8, &wide, &facts(232_448), None).shared <= 232_448);
     }
 }

@@ -15,7 +15,12 @@ const MOST_WARPS: usize = 16;
 const FEWEST_WARPS: usize = 4;
 const PIECE: usize = 3;
 const STAGES: usize = 4;
+/// A warp's part of the ring.
 const RING: usize = STAGES * PIECE * (512 + 32);
+const BARRIERS: usize = 512;
+const OWN_BARRIERS: usize = BARRIERS + 64;
+/// Tokens of many rows that are in shared memory at a time.
+const STAGED: usize = 16;
 /// Most rows of the kernels that split a strip's columns over warps.
 const FEW: usize = 8;
 /// Most rows of this path.
@@ -52,12 +57,16 @@ impl Shape {
 /// How a block's warps divide the strips.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Split {
-    /// Few rows: a warp has one piece of each strip.
+    /// Few rows: a warp has one piece of each strip. Half of a multiprocessor is left to other kernels.
     Piece,
+    /// The same, with the whole multiprocessor.
+    PieceAlone,
     /// Few rows, more pieces than warps: a warp has some of them.
     Pieces,
-    /// A warp has whole strips.
+    /// A warp has whole strips; tokens come to shared memory first.
     Strip,
+    /// The same, where tokens do not fit.
+    StripOnly,
 }
 
 /// How a call is launched.
@@ -80,8 +89,10 @@ impl fmt::Display for Plan {
         let Self { split, blocks, warps, shared, sums } = self;
         let each = match split {
             Split::Piece => "one piece",
+            Split::PieceAlone => "one piece (alone)",
             Split::Pieces => "some pieces",
             Split::Strip => "whole strips",
+            Split::StripOnly => "whole strips, tokens not staged,",
         };
         write!(f, "{each} a warp, {blocks} blocks of {warps} warps, {shared} bytes shared, {sums} sums")
     }
@@ -92,36 +103,52 @@ fn work_bytes(pairs: usize) -> usize {
     pairs * 8 + (pairs * 2).next_multiple_of(16) + pairs.next_multiple_of(16) + 32
 }
 
-/// What both products plan alike: `cols` columns of a strip; `kept`, bytes of shared memory besides ring, sums and work. Two
-/// blocks of few rows fit a multiprocessor together, so that the next kernel starts while this one runs.
-pub(super) fn plan_strips(rows: usize, top_k: usize, cols: usize, kept: usize, facts: &Facts) -> Plan {
-    let (pairs, shared) = (rows * top_k, facts.shared_memory as usize);
+/// What both products plan alike: `cols` columns of a strip; `kept`, bytes of shared memory besides ring, sums and work.
+/// `alone`: few rows take the whole multiprocessor, which measured faster than leaving room for a block of the next kernel.
+pub(super) fn plan_strips(
+    rows: usize,
+    top_k: usize,
+    cols: usize,
+    kept: usize,
+    facts: &Facts,
+    alone: Option<bool>,
+) -> Plan {
+    let (pairs, limit) = (rows * top_k, facts.shared_memory as usize);
     // Rings of 16 warps need 104 KB.
-    let most_warps = if shared < 128 * 1024 { MOST_WARPS / 2 } else { MOST_WARPS };
-    let plan = |split, warps: usize, sums: usize| Plan {
+    let most_warps = if limit < 128 * 1024 { MOST_WARPS / 2 } else { MOST_WARPS };
+    let plan = |split, computing: usize, producing: usize, shared: usize, sums: usize| Plan {
         split,
         blocks: facts.multiprocessors,
-        warps: warps as u32,
-        shared: (warps * RING + work_bytes(pairs) + kept + sums * 4) as u32,
+        warps: (computing + producing) as u32,
+        shared: (computing * RING + work_bytes(pairs) + shared + sums * 4) as u32,
         sums: sums as u32,
     };
     if rows > FEW {
-        return plan(Split::Strip, most_warps, 0);
+        let staged = STAGED * (cols * 2 + 64);
+        let plan = |split, shared| plan(split, most_warps, 0, OWN_BARRIERS + shared, 0);
+        let first = plan(Split::Strip, staged);
+        return if first.shared as usize <= limit { first } else { plan(Split::StripOnly, 0) };
     }
-    // As many pieces for each warp.
+    // On Hopper one more warp starts the copies. As many pieces for each of the others.
+    let producing = usize::from(facts.is_hopper());
     let pieces = cols.div_ceil(64 * PIECE);
-    let warps = pieces.div_ceil(pieces.div_ceil(most_warps)).max(FEWEST_WARPS);
-    let split = if pieces <= warps { Split::Piece } else { Split::Pieces };
+    let warps = pieces.div_ceil(pieces.div_ceil(most_warps - producing)).max(FEWEST_WARPS);
+    let split = match alone.unwrap_or(true) {
+        _ if pieces > warps => Split::Pieces,
+        true => Split::PieceAlone,
+        false => Split::Piece,
+    };
     // Room for one strip of one expert at the least.
     let least = pieces * 16 * pairs.min(8);
-    let room = ((shared + RESERVED) / 2 - RESERVED) / 4;
-    let room = room.saturating_sub(plan(split, warps, 0).shared as usize / 4);
-    plan(split, warps, (room.min(MOST_SUMS) / 16 * 16).max(least))
+    let plan = |sums| plan(split, warps, producing, BARRIERS + kept, sums);
+    let limit = if split == Split::Piece { (limit + RESERVED) / 2 - RESERVED } else { limit };
+    let room = limit.saturating_sub(plan(0).shared as usize) / 4;
+    plan((room.min(MOST_SUMS) / 16 * 16).max(least))
 }
 
-/// The launch for `rows` rows.
-pub fn plan(rows: usize, shape: &Shape, facts: &Facts) -> Plan {
-    plan_strips(rows, shape.top_k, shape.hidden, 0, facts)
+/// The launch for `rows` rows. `alone` asks for [`Split::PieceAlone`], or for [`Split::Piece`], of few rows.
+pub fn plan(rows: usize, shape: &Shape, facts: &Facts, alone: Option<bool>) -> Plan {
+    plan_strips(rows, shape.top_k, shape.hidden, 0, facts, alone)
 }
 
 #[repr(C)]
@@ -150,8 +177,10 @@ unsafe impl Params for Arguments {}
 #[derive(Clone, Copy, Debug)]
 pub struct MoeGateUp {
     small: Kernel,
+    few: Kernel,
     wide: Kernel,
     large: Kernel,
+    vast: Kernel,
 }
 
 /// `a = SwiGLU(W_e h + b_e)` for each expert `e` that a row chose.
@@ -188,8 +217,10 @@ impl MoeGateUp {
         let shared = device.facts().shared_memory as usize;
         Ok(Self {
             small: device.kernel(OP, "moe_gate_up_small", shared)?,
+            few: device.kernel(OP, "moe_gate_up_few", shared)?,
             wide: device.kernel(OP, "moe_gate_up_wide", shared)?,
             large: device.kernel(OP, "moe_gate_up_large", shared)?,
+            vast: device.kernel(OP, "moe_gate_up_vast", shared)?,
         })
     }
 
@@ -198,6 +229,14 @@ impl MoeGateUp {
     /// # Errors
     /// Buffers that are too small, sizes out of bounds, or a device fault.
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
+        self.issue_as(device, call, None)
+    }
+
+    /// Issues it with or without the whole multiprocessor, where there are few rows.
+    ///
+    /// # Errors
+    /// As [`MoeGateUp::issue`].
+    pub fn issue_as(&self, device: &Device, call: &Call<'_>, alone: Option<bool>) -> Result<(), DeviceError> {
         let Call { rows, shape, .. } = *call;
         let Shape { experts, top_k, hidden, inner } = shape;
         let fits = shape.is_sound()
@@ -214,7 +253,7 @@ impl MoeGateUp {
         if rows == 0 {
             return Ok(());
         }
-        let plan = plan(rows, &shape, device.facts());
+        let plan = plan(rows, &shape, device.facts(), alone);
         let arguments = Arguments {
             weights: call.weights.address(),
             bias: call.bias.address(),
@@ -233,8 +272,10 @@ impl MoeGateUp {
         };
         let kernel = match plan.split {
             Split::Piece => &self.small,
+            Split::PieceAlone => &self.few,
             Split::Pieces => &self.wide,
             Split::Strip => &self.large,
+            Split::StripOnly => &self.vast,
         };
         let launch =
             Launch { grid: [plan.blocks, 1, 1], block: plan.warps * 32, shared: plan.shared, overlap: true };
@@ -263,13 +304,13 @@ pub(super) mod tests {
     #[test]
     fn two_blocks_of_few_rows_fit_a_multiprocessor() {
         for rows in 1..=8 {
-            let plan = plan(rows, &CONTEXT_1, &facts(232_448));
-            assert!(plan.split == Split::Piece && plan.blocks == 132 && plan.warps == 15, "{plan}");
+            let plan = plan(rows, &CONTEXT_1, &facts(232_448), Some(false));
+            assert!(plan.split == Split::Piece && plan.blocks == 132 && plan.warps == 16, "{plan}");
             assert!(2 * (plan.shared as usize + RESERVED) <= 228 * 1024, "{rows}: {plan}");
             // Eleven strips of four experts are a block's share of one row.
             assert!(plan.sums as usize >= if rows == 1 { 11 * 15 * 16 } else { 8 * 15 * 16 }, "{plan}");
         }
-        assert_eq!(plan(9, &CONTEXT_1, &facts(232_448)).split, Split::Strip);
+        assert_eq!(plan(9, &CONTEXT_1, &facts(232_448), None).split, Split::Strip);
     }
 
     #[test]
@@ -277,11 +318,12 @@ pub(super) mod tests {
         for shared in [101_376, 166_912, 232_448] {
             for (rows, top_k, hidden) in [(1, 1, 64), (8, 8, 8192), (8, 4, 2880), (3, 2, 8192)] {
                 let shape = Shape { experts: 128, top_k, hidden, inner: 64 };
-                let plan = plan(rows, &shape, &facts(shared));
+                let plan = plan(rows, &shape, &facts(shared), None);
                 assert!(plan.sums as usize >= hidden.div_ceil(192) * 16 * (rows * top_k).min(8), "{plan}");
                 assert!(plan.shared <= shared, "{shared}: {plan}");
             }
-            assert!(plan(64, &CONTEXT_1, &facts(shared)).shared <= shared);
+            let plan = plan(64, &CONTEXT_1, &facts(shared), None);
+            assert!(plan.shared <= shared && (plan.split == Split::Strip) == (shared > 200_000), "{plan}");
         }
     }
 

@@ -12,6 +12,7 @@ struct Model {
     experts: Experts,
     weights: Buffer<u8>,
     bias: Vec<f32>,
+    alone: Option<bool>,
 }
 
 struct Inputs {
@@ -47,7 +48,7 @@ impl Model {
         let experts = Experts::random(random, shape.experts, (shape.hidden, shape.inner), (middle - 2, 4));
         let weights = experts.pack(device, Rows::Down);
         let bias = random.units(shape.experts * shape.hidden, 1.0);
-        Self { shape, experts, weights, bias }
+        Self { shape, experts, weights, bias, alone: None }
     }
 
     /// `x` after the kernel; rows beyond `live` must be as they were.
@@ -72,7 +73,7 @@ impl Model {
         };
         // The kernel reads `choice` ahead of what is before it in the stream: that must have ended.
         device.synchronize().unwrap();
-        MoeDown::load(device).unwrap().issue(device, &call).unwrap();
+        MoeDown::load(device).unwrap().issue_as(device, &call, self.alone).unwrap();
         let x = x.read(0, held.len()).unwrap();
         assert_eq!(x[live * hidden..], held[live * hidden..], "rows beyond the live ones");
         let after = products.read(live * top_k * hidden, (rows - live) * top_k * hidden + 64).unwrap();
@@ -106,9 +107,10 @@ fn moe_down_equals_its_definition() {
         (shape(8, 4, 2880, 2880), vec![1, 4, 8, 16, 40]),
         (shape(2, 1, 64, 8192), vec![1, 8, 20]),
     ] {
-        let model = Model::random(&device, &mut random, shape);
+        let mut model = Model::random(&device, &mut random, shape);
         for rows in batches {
             for routing in [Routing::Spread, Routing::Same] {
+                model.alone = Some(random.below(2) == 1);
                 let live = if rows > 3 { rows - random.below(2) } else { rows };
                 let inputs = Inputs::random(&mut random, rows, &shape, routing);
                 let x = model.run(&device, &inputs, rows, live);
@@ -158,7 +160,7 @@ fn every_scale_byte_counts() {
         *scale = (at / 2).min(254) as u8;
     }
     let weights = experts.pack(&device, Rows::Down);
-    let model = Model { shape, experts, weights, bias: vec![0.0; 256] };
+    let model = Model { shape, experts, weights, bias: vec![0.0; 256], alone: None };
     for rows in [1, 9] {
         let mut inputs = Inputs::random(&mut random, rows, &shape, Routing::Same);
         inputs.a = to_f16(&random.units(rows * 64, 0.001));

@@ -52,6 +52,7 @@ struct Model {
     experts: Experts,
     weights: Buffer<u8>,
     bias: Vec<f32>,
+    alone: Option<bool>,
 }
 
 impl Model {
@@ -62,7 +63,7 @@ impl Model {
         let experts = Experts::random(random, shape.experts, size, (middle - 2, 4));
         let weights = experts.pack(device, Rows::GateUp);
         let bias = random.units(shape.experts * 2 * shape.inner, 1.0);
-        Self { shape, experts, weights, bias }
+        Self { shape, experts, weights, bias, alone: None }
     }
 
     /// `a` for `live` of `rows` rows, in fragment order, with what follows it.
@@ -82,7 +83,7 @@ impl Model {
             alpha: ALPHA,
             limit: LIMIT,
         };
-        MoeGateUp::load(device).unwrap().issue(device, &call).unwrap();
+        MoeGateUp::load(device).unwrap().issue_as(device, &call, self.alone).unwrap();
         let a = a.read(0, length + 64).unwrap();
         let done = live * self.shape.top_k * self.shape.inner;
         assert!(a[done..].iter().all(|&v| v == POISON), "written beyond the live rows");
@@ -112,9 +113,10 @@ fn moe_gate_up_equals_its_definition() {
         (shape(8, 4, 2880, 2880), vec![1, 4, 8, 16, 40]),
         (shape(2, 1, 8192, 64), vec![1, 8, 20]),
     ] {
-        let model = Model::random(&device, &mut random, shape);
+        let mut model = Model::random(&device, &mut random, shape);
         for rows in batches {
             for routing in [Routing::Spread, Routing::Same] {
+                model.alone = Some(random.below(2) == 1);
                 let live = if rows > 3 { rows - random.below(2) } else { rows };
                 let h = to_f16(&random.units(rows * shape.hidden, 1.5));
                 let choice = choices(&mut random, rows, &shape, routing);
@@ -174,7 +176,7 @@ fn padding_of_inner_becomes_zero() {
     let shape = Shape { experts: 2, top_k: 1, hidden: 64, inner: 64 };
     let weights = experts.pack(&device, Rows::GateUp);
     let bias = vec![0.0; 2 * 128];
-    let model = Model { shape, experts, weights, bias };
+    let model = Model { shape, experts, weights, bias, alone: None };
     let h = to_f16(&random.units(9 * 64, 1.0));
     for rows in [2, 9] {
         let choice = choices(&mut random, rows, &shape, Routing::Spread);
