@@ -161,7 +161,7 @@ impl Route {
             && call.norm.len() >= hidden
             && call.router.len() >= experts * hidden
             && call.bias.len() >= experts
-            && call.live.len() >= 1
+            && !call.live.is_empty()
             && call.choice.len() >= rows * top_k
             && call.weight.len() >= rows * top_k
             && call.h.len() >= rows * hidden;
