@@ -36,11 +36,11 @@ fn main() -> anyhow::Result<()> {
     gemv_qkv::run(&bench)?;
     kv_append::run(&bench)?;
     kv_gather::run(&bench)?;
-    moe_gemm::run(&bench)?;
     moe_small::run(&bench)?;
+    route::run(&bench)?;
+    moe_gemm::run(&bench)?;
     pack_panels::run(&bench)?;
     rms_norm::run(&bench)?;
-    route::run(&bench)?;
     sampler::run(&bench)?;
     Ok(())
 }

@@ -211,8 +211,12 @@ impl Device {
         if bytes > 0 {
             // SAFETY: freed in `Drop`.
             check(OP, unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) }).map_err(|error| {
-                let free = self.free_memory().map_or_else(|_| "an unknown number".to_owned(), |n| n.to_string());
-                DeviceError::new(OP, format!("{bytes} bytes of device memory, {free} are free: {}", error.what))
+                let free =
+                    self.free_memory().map_or_else(|_| "an unknown number".to_owned(), |n| n.to_string());
+                DeviceError::new(
+                    OP,
+                    format!("{bytes} bytes of device memory, {free} are free: {}", error.what),
+                )
             })?;
         }
         Ok(Buffer { address, len, owned: true, device: self.clone(), element: PhantomData })

@@ -120,7 +120,7 @@ impl MoeDown {
             && call.a.len() >= rows * top_k * inner
             && call.choice.len() >= rows * top_k
             && call.weight.len() >= rows * top_k
-            && call.live.len() >= 1
+            && !call.live.is_empty()
             && call.x.len() >= rows * hidden
             && (plan.sums > 0 || call.products.len() >= rows * top_k * hidden);
         if !fits {

@@ -245,7 +245,7 @@ impl MoeGateUp {
             && call.bias.len() >= experts * 2 * inner
             && call.h.len() >= rows * hidden
             && call.choice.len() >= rows * top_k
-            && call.live.len() >= 1
+            && !call.live.is_empty()
             && call.a.len() >= rows * top_k * inner;
         if !fits {
             return Err(DeviceError::new(OP, format!("{rows} rows of {shape:?} do not fit")));

@@ -112,9 +112,9 @@ fn check(device: &Device, random: &mut Random, case: Case, lengths: &[usize]) {
     let (mut got, mut want) = (Vec::new(), Vec::new());
     let q = from_bf16(&q);
     for (row, &len) in lengths.iter().enumerate() {
-        for head in 0..heads {
+        for (head, &sink) in sinks.iter().enumerate().take(heads) {
             let at = head * HEAD_DIM;
-            let sink = case.sinks.then(|| f64::from(sinks[head]));
+            let sink = case.sinks.then(|| f64::from(sink));
             let q = &q[row * width + at..][..HEAD_DIM];
             let mut line = paged.attend(row, len - 1, head / group, q, f64::from(scale), sink);
             let bits: Vec<u16> = (at..at + HEAD_DIM).map(|col| runs[0][index(row, col)]).collect();
