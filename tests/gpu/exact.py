@@ -19,24 +19,33 @@ import torch
 from transformers import AutoModelForCausalLM
 
 
-def reference(path, sequences, dtype):
+def references(path, sequences):
+    """Logits of transformers in float32 and in bfloat16."""
     extra = {}
     with open(os.path.join(path, "config.json")) as file:
         if "quantization_config" in json.load(file):
             from transformers import Mxfp4Config
 
             extra["quantization_config"] = Mxfp4Config(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="eager", **extra)
-    model = model.to(dtype).to("cuda").eval()
-    rows = []
-    with torch.no_grad():
-        for sequence in sequences:
-            ids = torch.tensor([sequence["tokens"]], device="cuda")
-            logits = model(ids, logits_to_keep=len(sequence["tokens"]) - sequence["from"] + 1).logits[0]
-            rows.append(logits.float().cpu().numpy())
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, attn_implementation="eager", device_map="cuda", **extra).eval()
+
+    def run():
+        rows = []
+        with torch.no_grad():
+            for sequence in sequences:
+                ids = torch.tensor([sequence["tokens"]], device="cuda")
+                logits = model(ids, logits_to_keep=len(sequence["tokens"]) - sequence["from"] + 1).logits[0]
+                rows.append(logits.float().cpu().numpy())
+        return numpy.concatenate(rows)
+
+    rounded = run()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    exact = run()
     del model
     torch.cuda.empty_cache()
-    return numpy.concatenate(rows)
+    return exact, rounded
 
 
 def ours(binary, path, sequences, vocab, *flags):
@@ -70,8 +79,7 @@ def main():
         vocab = json.load(file)["vocab_size"]
     random = numpy.random.default_rng(options.seed)
     sequences = [{"tokens": random.integers(0, vocab, n + options.decode).tolist(), "from": n} for n in options.lengths]
-    exact = reference(options.checkpoint, sequences, torch.float32)
-    rounded = reference(options.checkpoint, sequences, torch.bfloat16)
+    exact, rounded = references(options.checkpoint, sequences)
     bound = distances(rounded, exact)
     print(f"transformers bf16: mean {bound.mean():.3e}, worst {bound.max():.3e} over {len(exact)} rows")
     top = numpy.partition(exact, -2, axis=1)[:, -2:]

@@ -6,11 +6,14 @@ use crate::driver::{Buffer, Device};
 use crate::ops::attention::{Cache, HEAD_DIM};
 use crate::ops::attention_decode::{self, splits};
 use crate::ops::kv_gather::LINES;
-use crate::ops::{moe_gate_up, moe_sort};
+use crate::ops::moe_sort;
 use crate::step::Capacity;
 
 /// Rows that the matrix-vector kernels take; more go through the matrix products.
 pub(crate) const GEMV_ROWS: usize = 16;
+/// Rows whose experts go through the kernels that stream weights; on an H200 the products of sorted rows are ahead from
+/// about 48 rows on.
+pub(crate) const EXPERT_ROWS: usize = 32;
 /// Sorted rows of a tile, at the least: bounds the number of tiles.
 const LEAST_HEIGHT: usize = 16;
 
@@ -72,10 +75,10 @@ impl Sizes {
     fn new(widths: &Widths, capacity: Capacity, multiprocessors: usize) -> Self {
         let Widths { hidden, top_k, inner, experts, kv_heads, .. } = *widths;
         let rows = capacity.rows.next_multiple_of(8);
-        let few = rows.min(moe_gate_up::MOST_ROWS);
+        let few = rows.min(EXPERT_ROWS);
         let shape =
             moe_sort::Shape { rows, slots: top_k.max(1), experts: experts.max(1), height: LEAST_HEIGHT };
-        let large = experts > 0 && rows > moe_gate_up::MOST_ROWS;
+        let large = experts > 0 && rows > EXPERT_ROWS;
         let decode = capacity.sequences.min(rows).max(1);
         Self {
             x: rows * hidden,

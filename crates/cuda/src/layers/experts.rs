@@ -6,6 +6,7 @@ use super::missing;
 use crate::backend::CudaBackend;
 use crate::ops::moe_gemm::{self, height};
 use crate::ops::{moe_combine, moe_down, moe_gate_up, moe_scatter, moe_sort, route};
+use crate::workspace::EXPERT_ROWS;
 
 impl CudaBackend {
     pub(crate) fn issue_experts(&mut self, moe: &Moe<Self>) -> Result<(), DeviceError> {
@@ -18,7 +19,7 @@ impl CudaBackend {
         let weights = router.plain.as_ref().ok_or_else(|| missing(OP, "the router"))?;
         let (rows, work) = (extent.rows, &state.work);
         let live = &state.description.arrays().rows;
-        let few = rows <= moe_gate_up::MOST_ROWS;
+        let few = rows <= EXPERT_ROWS;
         let (norm, eps) = norm.as_norm(spec.norm_eps);
         kernels.route.issue(
             device,
