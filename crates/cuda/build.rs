@@ -1,14 +1,14 @@
 //! Compiles every kernel to a fatbin with nvcc and embeds it. Without nvcc the crate builds without kernels and says so.
 
 use std::fmt::Write as _;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
-use std::time::SystemTime;
 use std::{env, fs, io, thread};
 
 /// Machine code for each supported generation, and PTX that newer ones translate.
-const TARGETS: &[&str] = &[
+const TARGETS: [&str; 4] = [
     "arch=compute_80,code=sm_80",
     "arch=compute_89,code=sm_89",
     "arch=compute_90a,code=sm_90a",
@@ -87,13 +87,24 @@ fn compile_all(nvcc: &Path, root: &Path, out: &Path) -> Result<String, String> {
     let faulty = env::var_os("CARGO_FEATURE_FAULT_INJECTION").is_some();
     sources.retain(|path| faulty || path.file_stem().is_none_or(|name| name != "fault"));
     sources.sort();
-    let headers = files(&root.join("common"), "cuh").map_err(text)?;
-    let shared = headers.iter().filter_map(|path| modified(path)).max();
+    let mut headers = files(&root.join("common"), "cuh").map_err(text)?;
+    headers.sort();
+    let mut shared = Vec::new();
+    for header in &headers {
+        shared.extend(fs::read(header).map_err(text)?);
+    }
+    let wanted = env::var("CTXSERVE_CUDA_TARGETS").ok();
+    let targets = wanted
+        .map_or(TARGETS.map(str::to_owned).to_vec(), |list| list.split(';').map(str::to_owned).collect());
+    // OUT_DIR is TARGET/PROFILE/build/PACKAGE/out.
+    let kept = out.ancestors().nth(4).unwrap_or(out).join("cuda-kernels");
+    fs::create_dir_all(&kept).map_err(text)?;
+    let recipe = Recipe { nvcc, root, targets, shared, kept };
     let queue = Mutex::new(sources.clone());
     let failed = Mutex::new(Vec::new());
     let worker = || {
         while let Some(source) = queue.lock().ok().and_then(|mut queue| queue.pop()) {
-            if let Err(what) = compile(nvcc, root, &source, &target(out, &source), shared) {
+            if let Err(what) = recipe.compile(&source, &target(out, &source)) {
                 failed.lock().map(|mut failed| failed.push(what)).ok();
             }
         }
@@ -123,32 +134,42 @@ fn target(out: &Path, source: &Path) -> PathBuf {
     out.join(source.file_stem().unwrap_or_default()).with_extension("fatbin")
 }
 
-fn modified(path: &Path) -> Option<SystemTime> {
-    fs::metadata(path).and_then(|found| found.modified()).ok()
+/// What a kernel's machine code depends on, beside its own text.
+struct Recipe<'a> {
+    nvcc: &'a Path,
+    root: &'a Path,
+    targets: Vec<String>,
+    /// Text of the headers.
+    shared: Vec<u8>,
+    /// Where code is kept by what it was made from, so that profiles share it.
+    kept: PathBuf,
 }
 
-fn compile(
-    nvcc: &Path,
-    root: &Path,
-    source: &Path,
-    target: &Path,
-    shared: Option<SystemTime>,
-) -> Result<(), String> {
-    let wanted = env::var("CTXSERVE_CUDA_TARGETS").ok();
-    let targets: Vec<&str> = wanted.as_deref().map_or(TARGETS.to_vec(), |list| list.split(';').collect());
-    let stamp = target.with_extension("stamp");
-    let recipe = format!("{} {FLAGS:?} {targets:?}", nvcc.display());
-    let newest = modified(source).max(shared);
-    if fs::read_to_string(&stamp).is_ok_and(|old| old == recipe) && modified(target) > newest {
-        return Ok(());
+impl Recipe<'_> {
+    fn key(&self, text: &[u8]) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (self.nvcc, &self.targets, FLAGS, &self.shared, text).hash(&mut hasher);
+        hasher.finish()
     }
-    let mut command = Command::new(nvcc);
-    command.args(FLAGS).arg("-I").arg(root);
-    for target in &targets {
-        command.args(["-gencode", target]);
+
+    fn compile(&self, source: &Path, target: &Path) -> Result<(), String> {
+        let failed = |error: io::Error| format!("{}: {error}", source.display());
+        let name = source.file_stem().unwrap_or_default().to_string_lossy();
+        let key = self.key(&fs::read(source).map_err(failed)?);
+        let kept = self.kept.join(format!("{name}-{key:016x}.fatbin"));
+        if !kept.is_file() {
+            // Made aside and moved into place whole: a cut compilation leaves nothing that looks complete.
+            let fresh = self.kept.join(format!("{name}-{}.tmp", std::process::id()));
+            let mut command = Command::new(self.nvcc);
+            command.args(FLAGS).arg("-I").arg(self.root);
+            for target in &self.targets {
+                command.args(["-gencode", target]);
+            }
+            run(command.arg("-o").arg(&fresh).arg(source))?;
+            fs::rename(&fresh, &kept).map_err(failed)?;
+        }
+        fs::copy(&kept, target).map(drop).map_err(failed)
     }
-    run(command.arg("-o").arg(target).arg(source))?;
-    fs::write(&stamp, recipe).map_err(|error| format!("{}: {error}", stamp.display()))
 }
 
 fn run(command: &mut Command) -> Result<String, String> {
