@@ -20,7 +20,7 @@ use crate::memory::free_bytes;
 const CPU_MAX_CHUNK: usize = 2048;
 /// Where nothing is asked for.
 const CPU_CHUNK: usize = 512;
-/// Most tokens of one step on a GPU: its workspace grows with them, and longer ones are no faster.
+/// Most tokens of one step on a GPU, whose workspace grows with them.
 const GPU_MAX_CHUNK: usize = 16_384;
 /// Where nothing is asked for.
 const GPU_CHUNK: usize = 8192;
@@ -109,7 +109,7 @@ fn gpu_plan(gpu: Gpu, options: &DeviceOptions, chunk: Option<usize>) -> anyhow::
     let asked = chunk.unwrap_or(GPU_CHUNK);
     if asked > GPU_MAX_CHUNK {
         notes.push(format!(
-            "--max-num-batched-tokens {asked}: a GPU takes {GPU_MAX_CHUNK} tokens a step, more are no faster"
+            "--max-num-batched-tokens {asked}: a GPU takes at most {GPU_MAX_CHUNK} tokens a step"
         ));
     }
     Ok(Plan {
@@ -165,7 +165,7 @@ impl Target {
         let (facts, free) = (gpu.facts(), gpu.free_memory()?);
         let workspace = ctxserve_cuda::workspace_bytes(
             &widths(info),
-            Capacity { rows: limits.chunk, sequences: limits.sequences, scratch_lines: limits.context },
+            Capacity::new(limits.chunk, limits.sequences, limits.context),
             facts.multiprocessors as usize,
         );
         let share = (facts.memory as f64 * gpu_share) as usize;

@@ -15,7 +15,7 @@ use crate::ops::attention::HEAD_DIM;
 use crate::sampler::{Pending, Sampler};
 use crate::step::{Capacity, Description, Shape};
 use crate::weights::{CudaExperts, CudaMatrix, CudaVector, Packer};
-use crate::workspace::{Widths, Workspace, scratch_lines};
+use crate::workspace::{Widths, Workspace};
 
 /// Rows that a decode step is recorded for; a batch takes the next larger one.
 const BUCKETS: [usize; 11] = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256];
@@ -116,7 +116,7 @@ impl CudaBackend {
     /// No code for this device.
     pub fn new(device: Device, options: CudaOptions) -> Result<Self, DeviceError> {
         let kernels = Kernels::load(&device)?;
-        let packer = Packer::new(&device, Some(kernels.experts))?;
+        let packer = Packer::new(&device, kernels.experts)?;
         let (widths, extent) = (Widths::default(), Extent::default());
         Ok(Self {
             device,
@@ -274,8 +274,7 @@ impl Backend for CudaBackend {
         self.faults.allocation(&self.device)?;
         let kv = CudaKv::new(&self.device, plan)?;
         let (rows, sequences) = (self.options.max_rows, self.options.max_sequences);
-        let scratch_lines = scratch_lines(self.options.max_context, rows);
-        let capacity = Capacity { rows, sequences, scratch_lines };
+        let capacity = Capacity::new(rows, sequences, self.options.max_context);
         let widths = self.widths;
         self.state = Some(State {
             description: Description::new(&self.device, capacity, plan)?,

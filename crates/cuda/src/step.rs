@@ -5,7 +5,7 @@ use ctxserve_backend::{Batch, DeviceError, KvPlan, SequenceSlice};
 
 use crate::driver::{Buffer, Device, Mark, Pinned};
 use crate::ops::attention_prefill::AttentionPrefill;
-use crate::ops::kv_gather::lines_of;
+use crate::ops::kv_gather::{LINES, lines_of};
 use crate::ops::unpack::{PARTS, Unpack};
 
 const OP: &str = "begin";
@@ -52,6 +52,15 @@ pub struct Capacity {
     pub sequences: usize,
     /// Lines of the scratch for gathered keys, a head; a multiple of 128.
     pub scratch_lines: usize,
+}
+
+impl Capacity {
+    /// For steps of `rows` tokens of up to `sequences` sequences, none longer than `max_context`. The scratch holds the
+    /// longest context, or a step of short ones that are padded each.
+    pub fn new(rows: usize, sequences: usize, max_context: usize) -> Self {
+        let scratch_lines = (max_context + LINES).max(2 * rows).next_multiple_of(LINES);
+        Self { rows, sequences, scratch_lines }
+    }
 }
 
 /// Arrays of one KV group. All `i32`.

@@ -64,9 +64,9 @@ impl CudaVector {
 pub struct CudaExperts {
     pub(crate) gate_up: Buffer<u8>,
     /// `[experts, 2 * inner padded]`: the largest scale byte of each row.
-    pub(crate) gate_up_exponents: Option<Buffer<u8>>,
+    pub(crate) gate_up_exponents: Buffer<u8>,
     /// The same of `down`, `[experts, hidden padded]`.
-    pub(crate) down_exponents: Option<Buffer<u8>>,
+    pub(crate) down_exponents: Buffer<u8>,
     /// `[experts, 2 * inner padded]`: gate, up, gate, up.
     pub(crate) gate_up_bias: Buffer<f32>,
     pub(crate) down: Buffer<u8>,
@@ -84,7 +84,7 @@ pub struct CudaExperts {
 pub(crate) struct Packer {
     panels: PackPanels,
     mxfp4: PackMxfp4,
-    gemm: Option<MoeGemm>,
+    gemm: MoeGemm,
     tools: Option<Tools>,
     /// Bytes that are packed at a time, of a tensor whose parts can be packed one after the other.
     chunk: usize,
@@ -115,7 +115,7 @@ fn shape_error(op: &'static str, what: &str) -> DeviceError {
 }
 
 impl Packer {
-    pub(crate) fn new(device: &Device, gemm: Option<MoeGemm>) -> Result<Self, DeviceError> {
+    pub(crate) fn new(device: &Device, gemm: MoeGemm) -> Result<Self, DeviceError> {
         let (panels, mxfp4) = (PackPanels::load(device)?, PackMxfp4::load(device)?);
         Ok(Self { panels, mxfp4, gemm, tools: None, chunk: CHUNK, finished: false })
     }
@@ -362,11 +362,10 @@ impl Packer {
         strips: &Buffer<u8>,
         rows: usize,
         cols: usize,
-    ) -> Result<Option<Buffer<u8>>, DeviceError> {
-        let Some(gemm) = &self.gemm else { return Ok(None) };
+    ) -> Result<Buffer<u8>, DeviceError> {
         let exponents = device.allocate(rows)?;
-        gemm.exponents(device, strips, &exponents, rows, cols)?;
-        Ok(Some(exponents))
+        self.gemm.exponents(device, strips, &exponents, rows, cols)?;
+        Ok(exponents)
     }
 
     /// Packs a stack of `experts` matrices, some experts at a time.

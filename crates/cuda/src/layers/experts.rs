@@ -98,11 +98,6 @@ impl CudaBackend {
                 format!("{sorted} sorted rows, there is room for {}", work.sorted),
             ));
         }
-        let (Some(gate_up_exponents), Some(down_exponents)) =
-            (&experts.gate_up_exponents, &experts.down_exponents)
-        else {
-            return Err(missing(OP, "the experts"));
-        };
         kernels.sort.issue(
             device,
             &moe_sort::Call {
@@ -151,7 +146,7 @@ impl CudaBackend {
             device,
             &product(
                 &experts.gate_up,
-                gate_up_exponents,
+                &experts.gate_up_exponents,
                 &experts.gate_up_bias,
                 &work.sorted_h,
                 swiglu,
@@ -163,7 +158,7 @@ impl CudaBackend {
             device,
             &product(
                 &experts.down,
-                down_exponents,
+                &experts.down_exponents,
                 &experts.down_bias,
                 &work.sorted_a,
                 moe_gemm::Output::F32(&work.sorted_y),
