@@ -11,5 +11,6 @@ mod ops;
 pub use batch::{Batch, BatchError, SampleError, SampleRow, Sampled, SequenceSlice};
 pub use kv::{KvDtype, KvGroup, KvPlan, KvSpec, PageId, PageTable};
 pub use ops::{
-    AttentionInput, AttentionSpec, Backend, DeviceError, ExpertSpec, ExpertWeights, Moe, Role, RopeTable,
+    AttentionInput, AttentionSpec, Backend, DeviceError, ExpertSpec, ExpertWeights, HeadNorms, Mlp, Moe,
+    Role, RopeTable,
 };

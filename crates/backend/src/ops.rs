@@ -63,6 +63,10 @@ pub enum Role<'a> {
     Output(&'a AttentionSpec),
     /// [`Moe::router`].
     Router,
+    /// [`Mlp::gate_up`].
+    GateUp,
+    /// [`Mlp::down`].
+    Down,
     /// The LM head of [`Backend::logits`].
     Head,
 }
@@ -74,6 +78,30 @@ pub struct AttentionInput<B: Backend + ?Sized> {
     pub norm: B::Vector,
     /// Rows q, then k, then v: `[(heads + 2 * kv_heads) * head_dim, hidden]`, biased or not.
     pub qkv: B::Matrix,
+    /// Norms of each query and key head before they are rotated, with the epsilon of the layer's norm (Qwen3).
+    pub head_norms: Option<HeadNorms<B>>,
+}
+
+/// RMSNorm weights `[head_dim]`, shared by the heads of a layer.
+#[derive(Debug)]
+pub struct HeadNorms<B: Backend + ?Sized> {
+    /// Of query heads.
+    pub q: B::Vector,
+    /// Of key heads.
+    pub k: B::Vector,
+}
+
+/// Weights of norm + dense SwiGLU.
+#[derive(Debug)]
+pub struct Mlp<B: Backend + ?Sized> {
+    /// RMSNorm weight `[hidden]`.
+    pub norm: B::Vector,
+    /// `[2 * inner, hidden]`: all rows of gate, then all rows of up.
+    pub gate_up: B::Matrix,
+    /// `[hidden, inner]`.
+    pub down: B::Matrix,
+    /// RMSNorm epsilon.
+    pub norm_eps: f32,
 }
 
 /// Static facts of a mixture of experts.
@@ -247,6 +275,12 @@ pub trait Backend: Send + 'static {
     /// # Errors
     /// A device fault.
     fn experts(&mut self, moe: &Moe<Self>, x: &mut Self::Hidden) -> Result<(), DeviceError>;
+
+    /// `x += down * (silu(gate) * up)` of `RMSNorm(x)`.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn mlp(&mut self, mlp: &Mlp<Self>, x: &mut Self::Hidden) -> Result<(), DeviceError>;
 
     /// `RMSNorm(x)` times the LM head, for the batch's logit rows only.
     ///

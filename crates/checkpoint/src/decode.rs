@@ -1,22 +1,30 @@
 //! Packed elements into bfloat16, for backends without a kernel for the encoding.
 
-use ctxserve_core::{Elements, MXFP4_BLOCK, Matrix};
+use ctxserve_core::{E2M1, Elements, MXFP4_BLOCK, Matrix, e8m0};
 use half::bf16;
 
-/// Values of the E2M1 codes: bit 3 is the sign.
-const E2M1: [f32; 16] =
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
-
 /// The same matrix with bfloat16 elements. Exact for MXFP4 (one significant bit more than the sign and
-/// exponent; scales above 2^125 may overflow to infinity), rounded to nearest even for F32.
+/// exponent; scales above 2^125 may overflow to infinity), rounded to nearest even for the others.
 pub fn to_bf16(matrix: Matrix) -> Matrix {
     let values = match matrix.elements() {
         Elements::Bf16(_) => return matrix,
         Elements::F32(values) => values.iter().copied().map(bf16::from_f32).collect(),
         Elements::Mxfp4 { codes, scales } => mxfp4(codes, scales),
+        Elements::Nvfp4 { .. } | Elements::Affine { .. } => rounded(&matrix),
     };
     // The lengths fit by construction, so the matrix is never handed back as it was.
     Matrix::new(matrix.rows(), matrix.cols(), Elements::Bf16(values)).unwrap_or(matrix)
+}
+
+/// Row by row through f32.
+fn rounded(matrix: &Matrix) -> Vec<bf16> {
+    let mut row = vec![0.0; matrix.cols()];
+    let mut out = Vec::with_capacity(matrix.rows() * matrix.cols());
+    for at in 0..matrix.rows() {
+        matrix.decode_row(at, &mut row);
+        out.extend(row.iter().copied().map(bf16::from_f32));
+    }
+    out
 }
 
 fn mxfp4(codes: &[u8], scales: &[u8]) -> Vec<bf16> {
@@ -29,11 +37,6 @@ fn mxfp4(codes: &[u8], scales: &[u8]) -> Vec<bf16> {
         }
     }
     out
-}
-
-/// `2^(byte - 127)`; byte 0 is a subnormal of f32.
-fn e8m0(byte: u8) -> f32 {
-    f32::from_bits(if byte == 0 { 1 << 22 } else { u32::from(byte) << 23 })
 }
 
 #[cfg(test)]

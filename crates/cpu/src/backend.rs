@@ -3,8 +3,8 @@
 use std::num::NonZeroUsize;
 
 use ctxserve_backend::{
-    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvPlan, Moe, Role,
-    RopeTable, SampleError, Sampled,
+    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvPlan, Mlp, Moe,
+    Role, RopeTable, SampleError, Sampled,
 };
 use ctxserve_core::{Encoding, Matrix};
 use rayon::ThreadPool;
@@ -193,6 +193,10 @@ impl Backend for CpuBackend {
 
     fn experts(&mut self, moe: &Moe<Self>, x: &mut Rows) -> Result<(), DeviceError> {
         ops::experts(self, moe, x)
+    }
+
+    fn mlp(&mut self, _mlp: &Mlp<Self>, _x: &mut Rows) -> Result<(), DeviceError> {
+        Err(DeviceError::new("mlp", "there is no kernel for dense layers yet"))
     }
 
     fn logits(

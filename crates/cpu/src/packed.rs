@@ -113,6 +113,9 @@ impl Packed {
             _ if int8 => packed.kind = Kind::Int8(reserved(blocks, [bf16::ZERO; PANEL])?),
             Encoding::Bf16 => packed.kind = Kind::Bf16,
             Encoding::F32 => packed.kind = Kind::F32,
+            Encoding::Nvfp4 | Encoding::Affine => {
+                return Err(DeviceError::new("load", "this encoding is not packed"));
+            }
         }
         let lines = blocks * packed.kind.lines();
         packed.lines = reserved(lines, Line([0; PANEL]))?;
@@ -243,7 +246,7 @@ fn pack_float(matrix: &Matrix, row: usize, lane: usize, lines: &mut [Line]) {
                 line.0[lane] = u32::from(pair[0].to_bits()) | high << 16;
             });
         }
-        Elements::Mxfp4 { .. } => {}
+        Elements::Mxfp4 { .. } | Elements::Nvfp4 { .. } | Elements::Affine { .. } => {}
     }
 }
 

@@ -96,6 +96,7 @@ fn ours(w: &Weights) -> Result<Vec<f32>, DeviceError> {
     let input = AttentionInput {
         norm: w.norms[0].clone(),
         qkv: b.load_matrix(matrix(QKV, HIDDEN, &w.qkv.0)?, Some(w.qkv.1.clone()), Role::Qkv(&spec))?,
+        head_norms: None,
     };
     let weights = ExpertWeights {
         gate_up: matrix(experts * 2 * inner, HIDDEN, &w.gate_up.0)?,

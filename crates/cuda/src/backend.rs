@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use ctxserve_backend::{
-    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvPlan, Moe, Role,
-    RopeTable, SampleError, Sampled,
+    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvPlan, Mlp, Moe,
+    Role, RopeTable, SampleError, Sampled,
 };
 use ctxserve_core::{Encoding, Matrix};
 
@@ -246,6 +246,7 @@ impl Backend for CudaBackend {
                 widths.vocab = widths.vocab.max(loaded.rows);
             }
             Role::Embedding { head: false } | Role::Output(_) | Role::Router => {}
+            Role::GateUp | Role::Down => {}
         }
         Ok(loaded)
     }
@@ -339,6 +340,10 @@ impl Backend for CudaBackend {
 
     fn experts(&mut self, moe: &Moe<Self>, _x: &mut HiddenRows) -> Result<(), DeviceError> {
         self.issue_experts(moe)
+    }
+
+    fn mlp(&mut self, _mlp: &Mlp<Self>, _x: &mut HiddenRows) -> Result<(), DeviceError> {
+        Err(DeviceError::new("mlp", "there is no kernel for dense layers yet"))
     }
 
     fn logits(

@@ -168,12 +168,12 @@ impl Packer {
         let (row_map, col_map) = match role {
             Role::Qkv(spec) => (Some(qkv_rows(spec)), None),
             Role::Output(spec) => (None, Some(output_cols(spec))),
-            Role::Embedding { .. } | Role::Router | Role::Head => (None, None),
+            Role::Embedding { .. } | Role::Router | Role::GateUp | Role::Down | Role::Head => (None, None),
         };
         let agrees = match role {
             Role::Qkv(spec) => rows == (spec.heads + 2 * spec.kv_heads) * spec.head_dim,
             Role::Output(spec) => real_cols == spec.heads * spec.head_dim,
-            Role::Embedding { .. } | Role::Router | Role::Head => true,
+            Role::Embedding { .. } | Role::Router | Role::GateUp | Role::Down | Role::Head => true,
         };
         if !agrees {
             return Err(shape_error(OP, "rows and columns"));
@@ -182,7 +182,7 @@ impl Packer {
         // The rows of an output projection are the columns of the residual stream.
         let padded_rows = match (&row_map, role) {
             (Some(map), _) => map.len(),
-            (None, Role::Output(_)) => rows.next_multiple_of(PANEL),
+            (None, Role::Output(_) | Role::Down) => rows.next_multiple_of(PANEL),
             (None, _) => rows.next_multiple_of(8),
         };
         let mut padded_bias = vec![0.0; padded_rows];
@@ -191,7 +191,7 @@ impl Packer {
             *place = bias.as_ref().and_then(|bias| bias.get(source)).copied().unwrap_or_default();
         }
         let plain = match (role, matrix.elements()) {
-            (Role::Qkv(_) | Role::Output(_) | Role::Head, _) => None,
+            (Role::Qkv(_) | Role::Output(_) | Role::GateUp | Role::Down | Role::Head, _) => None,
             (_, Elements::Bf16(values)) if cols == real_cols => {
                 Some(self.upload(device, bytemuck::cast_slice(values))?)
             }
@@ -242,13 +242,13 @@ impl Packer {
         matrix: &Matrix,
         layout: &Layout,
     ) -> Result<Buffer<u16>, DeviceError> {
-        let decoded: Vec<bf16>;
+        let unpacked: Vec<bf16>;
         let (bytes, wide): (&[u8], bool) = match matrix.elements() {
             Elements::Bf16(values) => (bytemuck::cast_slice(values), false),
             Elements::F32(values) => (bytemuck::cast_slice(values), true),
-            Elements::Mxfp4 { codes, scales } => {
-                decoded = decode(codes, scales);
-                (bytemuck::cast_slice(&decoded), false)
+            Elements::Mxfp4 { .. } | Elements::Nvfp4 { .. } | Elements::Affine { .. } => {
+                unpacked = decoded(matrix);
+                (bytemuck::cast_slice(&unpacked), false)
             }
         };
         let (kernel, rows, real_cols) = (self.panels, matrix.rows(), matrix.cols());
@@ -433,8 +433,8 @@ fn rows_of(matrix: &Matrix, padded: usize) -> Vec<u16> {
     let bits: Cow<'_, [u16]> = match matrix.elements() {
         Elements::Bf16(values) => Cow::Borrowed(bytemuck::cast_slice(values)),
         Elements::F32(values) => Cow::Owned(values.iter().map(|&v| bf16::from_f32(v).to_bits()).collect()),
-        Elements::Mxfp4 { codes, scales } => {
-            Cow::Owned(decode(codes, scales).into_iter().map(bf16::to_bits).collect())
+        Elements::Mxfp4 { .. } | Elements::Nvfp4 { .. } | Elements::Affine { .. } => {
+            Cow::Owned(decoded(matrix).into_iter().map(bf16::to_bits).collect())
         }
     };
     let cols = matrix.cols();
@@ -443,20 +443,15 @@ fn rows_of(matrix: &Matrix, padded: usize) -> Vec<u16> {
     wide
 }
 
-/// Dense layers stored as MXFP4, exactly, as bf16.
-fn decode(codes: &[u8], scales: &[u8]) -> Vec<bf16> {
-    const VALUES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
-    let value =
-        |code: u8| if code & 8 == 0 { VALUES[usize::from(code & 7)] } else { -VALUES[usize::from(code & 7)] };
-    let blocks = codes.chunks(MXFP4_BLOCK / 2).zip(scales);
-    blocks
-        .flat_map(|(codes, &scale)| {
-            let factor = (f32::from(scale) - 127.0).exp2();
-            codes.iter().flat_map(move |&pair| {
-                [pair & 15, pair >> 4].map(|code| bf16::from_f32(value(code) * factor))
-            })
-        })
-        .collect()
+/// Packed elements, decoded and rounded to bf16; MXFP4 is exact in it.
+fn decoded(matrix: &Matrix) -> Vec<bf16> {
+    let mut row = vec![0.0; matrix.cols()];
+    let mut out = Vec::with_capacity(matrix.rows() * matrix.cols());
+    for at in 0..matrix.rows() {
+        matrix.decode_row(at, &mut row);
+        out.extend(row.iter().copied().map(bf16::from_f32));
+    }
+    out
 }
 
 #[cfg(test)]

@@ -33,7 +33,7 @@ pub(crate) struct Progress<'a> {
 
 impl<'a> Reader<'a> {
     pub(crate) fn new<B: Backend>(checkpoint: &'a Checkpoint, backend: &B) -> Self {
-        let known = [Encoding::F32, Encoding::Bf16, Encoding::Mxfp4];
+        let known = [Encoding::F32, Encoding::Bf16, Encoding::Mxfp4, Encoding::Nvfp4, Encoding::Affine];
         let accepted = known.into_iter().filter(|&encoding| backend.accepts(encoding)).collect();
         Self { checkpoint, accepted }
     }
@@ -165,6 +165,28 @@ fn stack(parts: Vec<(String, Matrix)>) -> Result<Matrix, LoadError> {
             ) => {
                 codes.extend(more_codes);
                 scales.extend(more_scales);
+            }
+            (
+                Elements::Nvfp4 { codes, scales, runs },
+                Elements::Nvfp4 { codes: more_codes, scales: more_scales, runs: more_runs },
+            ) => {
+                codes.extend(more_codes);
+                scales.extend(more_scales);
+                runs.extend(more_runs);
+            }
+            (
+                Elements::Affine { bits, group, codes, scales, offsets },
+                Elements::Affine {
+                    bits: more_bits,
+                    group: more_group,
+                    codes: more_codes,
+                    scales: more_scales,
+                    offsets: more_offsets,
+                },
+            ) if *bits == more_bits && *group == more_group => {
+                codes.extend(more_codes);
+                scales.extend(more_scales);
+                offsets.extend(more_offsets);
             }
             _ => return Err(LoadError::MixedEncodings { name, found, first, expected }),
         }

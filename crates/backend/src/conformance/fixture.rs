@@ -149,6 +149,7 @@ impl Fixture {
         let input = AttentionInput {
             norm: b.load_vector(self.norm.clone())?,
             qkv: b.load_matrix(self.qkv.0.clone(), Some(self.qkv.1.clone()), Role::Qkv(&attention))?,
+            head_norms: None,
         };
         let plan = self.shape.plan();
         let half = self.shape.head_dim / 2;
@@ -193,7 +194,14 @@ fn silence(weights: Matrix, groups: usize, rows: usize) -> Result<Matrix, Device
         match &mut elements {
             Elements::F32(values) => values[start..start + cols].fill(0.0),
             Elements::Bf16(values) => values[start..start + cols].fill(bf16::ZERO),
-            Elements::Mxfp4 { codes, .. } => codes[start / 2..(start + cols) / 2].fill(0),
+            Elements::Mxfp4 { codes, .. } | Elements::Nvfp4 { codes, .. } => {
+                codes[start / 2..(start + cols) / 2].fill(0);
+            }
+            Elements::Affine { group, scales, offsets, .. } => {
+                let groups = start / *group..(start + cols) / *group;
+                scales[groups.clone()].fill(0.0);
+                offsets[groups].fill(0.0);
+            }
         }
     }
     matrix(all, cols, elements)

@@ -1,6 +1,6 @@
 //! Seeded inputs.
 
-use ctxserve_core::{Elements, Encoding, MXFP4_BLOCK, Matrix};
+use ctxserve_core::{Elements, Encoding, MXFP4_BLOCK, Matrix, NVFP4_BLOCK, Nvfp4Run};
 use half::bf16;
 
 use crate::DeviceError;
@@ -66,6 +66,21 @@ impl Random {
                 let count = rows * cols / MXFP4_BLOCK;
                 let scales = (0..count).map(|_| middle - 1 + self.below(3) as u8).collect();
                 Elements::Mxfp4 { codes, scales }
+            }
+            Encoding::Nvfp4 => {
+                let codes = (0..rows * cols / 2).map(|_| self.bits() as u8).collect();
+                // E4M3 from 0.5 to 1.875; two runs of rows, as fused projections are.
+                let scales = (0..rows * cols / NVFP4_BLOCK).map(|_| 0x30 + self.below(16) as u8).collect();
+                let run = |rows, weight| Nvfp4Run { rows, weight, input: None };
+                let runs = vec![run(rows / 2, scale * 0.4), run(rows - rows / 2, scale * 0.3)];
+                Elements::Nvfp4 { codes, scales, runs }
+            }
+            Encoding::Affine => {
+                let (bits, group) = (4, 64);
+                let codes = (0..rows * cols / 2).map(|_| self.bits() as u8).collect();
+                let scales = self.vector(rows * cols / group, scale * 0.25);
+                let offsets = scales.iter().map(|scale| -7.5 * scale).collect();
+                Elements::Affine { bits, group, codes, scales, offsets }
             }
         };
         matrix(rows, cols, elements)

@@ -26,7 +26,7 @@ fn values(matrix: Matrix) -> Vec<f32> {
     match matrix.into_elements() {
         Elements::F32(values) => values,
         Elements::Bf16(values) => values.into_iter().map(bf16::to_f32).collect(),
-        Elements::Mxfp4 { .. } => panic!("packed"),
+        Elements::Mxfp4 { .. } | Elements::Nvfp4 { .. } | Elements::Affine { .. } => panic!("packed"),
     }
 }
 

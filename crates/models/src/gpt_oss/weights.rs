@@ -200,6 +200,7 @@ fn load_block<B: Backend>(
         input: AttentionInput {
             norm: backend.load_vector(block.input_norm)?,
             qkv: block.qkv.load(backend, Role::Qkv(&attention))?,
+            head_norms: None,
         },
         sinks: backend.load_vector(block.sinks)?,
         output: block.output.load(backend, Role::Output(&attention))?,
