@@ -218,6 +218,7 @@ impl Layer {
                     Some(vec![0.01; QKV]),
                     Role::Qkv(&ATTENTION),
                 )?,
+                head_norms: None,
             },
             output: b.load_matrix(
                 random.bf16(HIDDEN, HEADS * HEAD_DIM)?,

@@ -1,8 +1,8 @@
 //! A backend without arithmetic: it writes down what it is given and asked for.
 
 use ctxserve_backend::{
-    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvPlan, Moe, Role,
-    RopeTable, SampleError, Sampled,
+    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvPlan, Mlp, Moe,
+    Role, RopeTable, SampleError, Sampled,
 };
 use ctxserve_core::{Encoding, Matrix};
 
@@ -122,6 +122,10 @@ impl Backend for Ledger {
 
     fn experts(&mut self, _: &Moe<Self>, (): &mut ()) -> Done {
         self.op("experts")
+    }
+
+    fn mlp(&mut self, _: &Mlp<Self>, (): &mut ()) -> Done {
+        self.op("mlp")
     }
 
     fn logits(&mut self, norm: &usize, _: f32, head: &String, (): &(), _: &Batch) -> Done {
