@@ -8,6 +8,7 @@ use cudarc::driver::sys;
 
 use super::check;
 use super::image::Images;
+use super::times::Times;
 
 /// Oldest driver interface that takes the embedded machine code: CUDA 13.0 (driver 580).
 const OLDEST_DRIVER: c_int = 13_000;
@@ -51,6 +52,7 @@ pub(super) struct Inner {
     context: sys::CUcontext,
     pub(super) stream: sys::CUstream,
     pub(super) images: Images,
+    pub(super) times: Times,
 }
 
 // SAFETY: context and stream are handles that the driver lets any thread use once the context is current in it,
@@ -144,8 +146,8 @@ impl Device {
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: destroyed in `Drop`.
         check(OP, unsafe { sys::cuStreamCreate(&raw mut stream, flags) })?;
-        let images = Images::default();
-        Ok(Self { inner: Arc::new(Inner { facts, ordinal: device, context, stream, images }) })
+        let (images, times) = (Images::default(), Times::default());
+        Ok(Self { inner: Arc::new(Inner { facts, ordinal: device, context, stream, images, times }) })
     }
 
     /// What it is.

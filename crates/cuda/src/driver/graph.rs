@@ -66,6 +66,15 @@ impl Device {
         made.map(|()| Graph { executable, device: self.clone() })
     }
 
+    /// Whether launches are being recorded.
+    pub(super) fn is_capturing(&self) -> Result<bool, DeviceError> {
+        use sys::CUstreamCaptureStatus as Status;
+        let mut status = Status::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: a live stream; writes one value.
+        check("capture", unsafe { sys::cuStreamIsCapturing(self.inner.stream, &raw mut status) })?;
+        Ok(status != Status::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
     /// Marks this point of the stream.
     ///
     /// # Errors

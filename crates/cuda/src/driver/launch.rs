@@ -70,6 +70,7 @@ impl Device {
                 arguments.as_mut_ptr(),
                 std::ptr::null_mut(),
             )
-        })
+        })?;
+        self.note_launch(kernel.name)
     }
 }

@@ -8,6 +8,7 @@ mod image;
 mod launch;
 mod memory;
 mod pinned;
+mod times;
 mod upload;
 
 pub use device::{Device, Facts, unavailable};
