@@ -1,4 +1,4 @@
-//! Support for tests: the real o200k vocabulary of gpt-oss, offline.
+//! Support for tests: the real o200k vocabulary of gpt-oss, offline, and a small one like Qwen3's.
 #![expect(clippy::expect_used, reason = "only tests call this, and they should stop here")]
 
 use std::collections::HashMap;
@@ -36,6 +36,19 @@ pub fn demo_tokenizer() -> Arc<Tokenizer> {
         )
     };
     Arc::clone(TOKENIZER.get_or_init(make))
+}
+
+/// A small tokenizer with Qwen3's pipeline and added tokens, made once a process.
+pub fn qwen_tokenizer() -> Arc<Tokenizer> {
+    static TOKENIZER: OnceLock<Arc<Tokenizer>> = OnceLock::new();
+    let make =
+        || Arc::new(Tokenizer::from_bytes(qwen_tokenizer_json()).expect("the small one is a tokenizer"));
+    Arc::clone(TOKENIZER.get_or_init(make))
+}
+
+/// `tokenizer.json` of [`qwen_tokenizer`].
+pub fn qwen_tokenizer_json() -> &'static [u8] {
+    include_bytes!("../tests/data/qwen/tokenizer.json")
 }
 
 /// gpt-oss's `tokenizer.json`, from tiktoken's ranks in the way Hugging Face converts them.

@@ -122,8 +122,10 @@ fn special_tokens_come_from_the_file_and_never_from_text() {
     assert_eq!(tokenizer.len(), 21);
     assert_eq!(tokenizer.special_id("<|end|>"), Some(20));
     assert_eq!(tokenizer.special_id("<|start|>"), None);
-    assert!([20, 12, 13].iter().all(|id| tokenizer.is_special(*id)), "flagged, or named like one");
-    assert!(!tokenizer.is_special(14) && !tokenizer.is_special(0) && !tokenizer.is_special(15));
+    assert!([20, 12].iter().all(|id| tokenizer.is_special(*id)), "flagged");
+    assert!([20, 12, 13, 14].iter().all(|id| tokenizer.is_control(*id)), "flagged, or markup");
+    assert!(!tokenizer.is_special(13), "not flagged: shown");
+    assert!(!tokenizer.is_special(14) && !tokenizer.is_control(0) && !tokenizer.is_control(15));
     assert_eq!(tokenizer.encode("abc"), [4, 2]);
     assert_eq!(tokenizer.encode("<|d|>"), [6, 8, 3, 8, 7]);
     assert_eq!(tokenizer.encode("<a>"), [6, 0, 7]);

@@ -47,16 +47,15 @@ pub(super) struct AddedEntry {
 }
 
 impl AddedEntry {
-    /// A control token: flagged, or named like one. Skipped in shown text.
+    /// Skipped in shown text.
     pub(super) fn is_special(&self) -> bool {
-        self.special || (self.content.starts_with("<|") && self.content.ends_with("|>"))
+        self.special
     }
 
-    /// Whether text that spells the token becomes it, as in Hugging Face tokenizers. Markup never does, flagged or
-    /// not (`<tool_call>` is not, in Qwen3): text from a client must not turn into protocol.
-    fn is_text(&self) -> bool {
-        let is_markup = self.content.starts_with('<') && self.content.ends_with('>');
-        !(self.is_special() || is_markup)
+    /// Never made of text, unlike in Hugging Face tokenizers: text from a client must not turn into protocol. Flagged,
+    /// or markup by its name (`<tool_call>` is not flagged, in Qwen3).
+    pub(super) fn is_control(&self) -> bool {
+        self.special || (self.content.starts_with('<') && self.content.ends_with('>'))
     }
 
     fn for_library(&self) -> AddedToken {
@@ -138,7 +137,7 @@ pub(super) struct Contents {
     pub(super) added: Vec<AddedEntry>,
     /// How vocabulary strings spell bytes.
     pub(super) spelling: Spelling,
-    /// Encodes text without knowing any special token and without adding any.
+    /// Encodes text without knowing any control token and without adding any.
     pub(super) encoder: tokenizers::Tokenizer,
 }
 
@@ -183,7 +182,7 @@ pub(super) fn read(json: &[u8]) -> Result<Contents, String> {
     let vocab: Vec<_> = model.vocab.iter().map(|(token, id)| (token.clone(), *id)).collect();
 
     let text_tokens: Vec<&AddedEntry> =
-        document.added_tokens.iter().filter(|token| token.is_text()).collect();
+        document.added_tokens.iter().filter(|token| !token.is_control()).collect();
     // The library numbers unknown added tokens itself, unless the model knows them.
     for token in &text_tokens {
         model.vocab.entry(token.content.clone()).or_insert(token.id);

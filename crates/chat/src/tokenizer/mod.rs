@@ -1,5 +1,6 @@
 //! Text to token ids and back, from a checkpoint's `tokenizer.json`.
 
+mod control;
 mod file;
 mod segments;
 mod table;
@@ -12,6 +13,7 @@ use std::path::Path;
 use ctxserve_core::TokenId;
 use thiserror::Error;
 
+use control::ControlNames;
 use file::Spelling;
 use segments::{pieces, segments};
 use table::TokenTable;
@@ -40,13 +42,17 @@ pub enum TokenizerError {
     },
 }
 
-/// A vocabulary with its encoder. Text never becomes a special token; those have ids by name.
+/// A vocabulary with its encoder. Text never becomes a control token; those have ids by name.
+///
+/// Control tokens are the added tokens that are flagged as special, or that are markup by their name (`<tool_call>`).
+/// The special ones among them are not shown in decoded text, the others are, as in Hugging Face tokenizers.
 pub struct Tokenizer {
     encoder: tokenizers::Tokenizer,
     table: TokenTable,
     byte_ids: Box<[Option<TokenId>; 256]>,
     is_byte_level: bool,
     added: HashMap<String, TokenId>,
+    control: ControlNames,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -93,11 +99,13 @@ impl Tokenizer {
         let table = TokenTable::new(&contents);
         let byte_ids = table.byte_ids();
         let is_byte_level = contents.spelling == Spelling::ByteLevel;
+        let control = contents.added.iter().filter(|token| token.is_control());
+        let control = ControlNames::new(control.map(|token| (token.content.as_str(), token.id)));
         let added = contents.added.into_iter().map(|token| (token.content, token.id)).collect();
-        Ok(Self { encoder: contents.encoder, table, byte_ids, is_byte_level, added })
+        Ok(Self { encoder: contents.encoder, table, byte_ids, is_byte_level, added, control })
     }
 
-    /// Ids of plain text. Text that spells a special token is text; nothing is added in front or behind.
+    /// Ids of plain text. Text that spells a control token is text; nothing is added in front or behind.
     pub fn encode(&self, text: &str) -> Vec<TokenId> {
         let mut ids = Vec::new();
         self.encode_into(text, &mut ids);
@@ -136,11 +144,11 @@ impl Tokenizer {
         Some(encoding.get_ids().to_vec())
     }
 
-    /// Some vocabularies list special tokens among the ordinary ones, so that the model could match them: those are
+    /// Some vocabularies list control tokens among the ordinary ones, so that the model could match them: those are
     /// spelled out byte by byte.
     fn extend_plain(&self, found: &[TokenId], ids: &mut Vec<TokenId>) {
         for &id in found {
-            if self.is_special(id) {
+            if self.is_control(id) {
                 let bytes = self.token_bytes(id).unwrap_or_default();
                 ids.extend(bytes.iter().filter_map(|byte| self.byte_id(*byte)));
             } else {
@@ -149,25 +157,27 @@ impl Tokenizer {
         }
     }
 
-    /// Ids of text that we wrote ourselves, in which special tokens are spelled out. Never for client text.
+    /// Ids of text that we wrote ourselves, in which control tokens are spelled out. Never for client text.
     pub fn encode_with_control(&self, text: &str) -> Vec<TokenId> {
-        let (mut ids, mut plain, mut at) = (Vec::new(), 0, 0);
-        while let Some(rest) = text.get(at..).filter(|rest| !rest.is_empty()) {
-            let found = self
-                .special_tokens()
-                .filter(|(name, _)| !name.is_empty() && rest.starts_with(name))
-                .max_by_key(|(name, _)| name.len());
-            if let Some((name, id)) = found {
-                self.encode_into(&text[plain..at], &mut ids);
-                ids.push(id);
-                at += name.len();
-                plain = at;
-            } else {
-                at += rest.chars().next().map_or(1, char::len_utf8);
-            }
+        let (mut ids, mut rest) = (Vec::new(), text);
+        while let Some((at, len, id)) = self.find_control(rest) {
+            self.encode_into(&rest[..at], &mut ids);
+            ids.push(id);
+            rest = &rest[at + len..];
         }
-        self.encode_into(&text[plain..], &mut ids);
+        self.encode_into(rest, &mut ids);
         ids
+    }
+
+    /// The first control token that the text spells, the longest where several begin: the byte it begins at, its
+    /// length in bytes, its id.
+    pub fn find_control(&self, text: &str) -> Option<(usize, usize, TokenId)> {
+        self.control.find(text)
+    }
+
+    /// Control tokens with their ids, in no order.
+    pub fn control_tokens(&self) -> impl Iterator<Item = (&str, TokenId)> {
+        self.added.iter().map(|(text, id)| (text.as_str(), *id)).filter(|(_, id)| self.is_control(*id))
     }
 
     /// Ids of bytes that may begin or end within a character; `None` if the vocabulary has no token for a stray
@@ -197,9 +207,14 @@ impl Tokenizer {
         self.added.iter().map(|(text, id)| (text.as_str(), *id)).filter(|(_, id)| self.is_special(*id))
     }
 
-    /// Whether the id is a control token, whose text is never shown.
+    /// Whether the id is a control token whose text is not shown.
     pub fn is_special(&self, id: TokenId) -> bool {
         self.table.is_special(id)
+    }
+
+    /// Whether the id is a control token, shown or not: no text of a client becomes it.
+    pub fn is_control(&self, id: TokenId) -> bool {
+        self.table.is_control(id)
     }
 
     /// What the token stands for, often not whole characters; of a special token, its text. `None` if there is no

@@ -9,6 +9,9 @@ enum Kind {
     /// No such id.
     Absent,
     Normal,
+    /// A control token whose text is shown.
+    Shown,
+    /// A control token whose text is not.
     Special,
 }
 
@@ -46,7 +49,11 @@ impl TokenTable {
             }
         }
         for token in &contents.added {
-            let kind = if token.is_special() { Kind::Special } else { Kind::Normal };
+            let kind = match (token.is_special(), token.is_control()) {
+                (true, _) => Kind::Special,
+                (false, true) => Kind::Shown,
+                (false, false) => Kind::Normal,
+            };
             table.set(token.id, token.content.as_bytes(), kind);
         }
         table
@@ -76,7 +83,15 @@ impl TokenTable {
     }
 
     pub(super) fn is_special(&self, id: TokenId) -> bool {
-        self.entries.get(id as usize).is_some_and(|entry| entry.kind == Kind::Special)
+        self.kind(id) == Kind::Special
+    }
+
+    pub(super) fn is_control(&self, id: TokenId) -> bool {
+        matches!(self.kind(id), Kind::Special | Kind::Shown)
+    }
+
+    fn kind(&self, id: TokenId) -> Kind {
+        self.entries.get(id as usize).map_or(Kind::Absent, |entry| entry.kind)
     }
 
     /// For each byte the normal token that is it alone.
