@@ -17,6 +17,7 @@ struct Params {
 constexpr int THREADS = 256;
 constexpr int PAIRS = HEAD_DIM / 2;
 constexpr int LANES = 16;  // of a head
+constexpr int AHEAD = 5;   // pieces of a row that a thread has on their way: all of 80 heads
 
 template <bool FP8> DEVICE void store(const Cache& cache, size_t token, int lane, float4 v, bool rotated) {
     // A rotated lane has dimensions 2 * lane, 2 * lane + 1 and those 32 later; another has four in a row.
@@ -53,10 +54,21 @@ template <bool FP8> DEVICE void kv_append(const Params& p) {
     pdl_wait();
     pdl_launch();
     const int row = blockIdx.x;
-    if (row >= *p.live) return;
-    const int slot = p.slot[row], kv_heads = p.cache.kv_heads;
+    const int kv_heads = p.cache.kv_heads;
     const int units = (p.heads + 2 * kv_heads) * LANES;
     const float4* from = reinterpret_cast<const float4*>(p.qkv) + static_cast<size_t>(row) * units;
+    // All reads at once, also those of a row that is not live: there is memory for it.
+    float4 pieces[AHEAD];
+    const auto fetch = [&](int base) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int unit = base + i * THREADS + threadIdx.x;
+            pieces[i] = unit < units ? from[unit] : make_float4(0, 0, 0, 0);
+        }
+    };
+    fetch(0);
+    const int slot = p.slot[row];
+    if (row >= *p.live) return;
     if (threadIdx.x < PAIRS) {
         // The angle is rounded to f32 as in the reference; turns are reduced in f64, so that large ones lose nothing.
         const float angle = __fmul_rn(static_cast<float>(p.position[row]), p.inv_freq[threadIdx.x]);
@@ -68,11 +80,9 @@ template <bool FP8> DEVICE void kv_append(const Params& p) {
     __syncthreads();
     const int lane = threadIdx.x % LANES;
     const float2 first = turn[2 * lane], second = turn[2 * lane + 1];
-    for (int base = 0; base < units; base += THREADS) {
-        // A head belongs to 16 lanes, so heads are whole; all lanes stay for the shuffles.
-        const int unit = base + threadIdx.x, head = unit / LANES;
-        float4 v = make_float4(0, 0, 0, 0);
-        if (unit < units) v = from[unit];
+    // A head belongs to 16 lanes, so heads are whole; all lanes stay for the shuffles.
+    const auto put = [&](int unit, float4 v) {
+        const int head = unit / LANES;
         const bool rotated = head < p.heads + kv_heads;
         if (rotated)
             // From pairs (x, y), (z, w) to dimensions (2l, 2l + 1) and (2l + 32, 2l + 33).
@@ -92,6 +102,14 @@ template <bool FP8> DEVICE void kv_append(const Params& p) {
             }
             store<FP8>(p.cache, token, lane, v, rotated);
         }
+    };
+    for (int base = 0;;) {
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i)
+            if (base + i * THREADS < units) put(base + i * THREADS + threadIdx.x, pieces[i]);
+        base += AHEAD * THREADS;
+        if (base >= units) return;
+        fetch(base);
     }
 }
 

@@ -14,7 +14,7 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
     let width = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
     for fp8 in [true, false] {
         let pool = Pool::new(bench, fp8)?;
-        for rows in [512, 8192] {
+        for rows in [64, 512, 8192] {
             let values: Vec<f32> = (0..rows * width).map(|_| bench.unit()).collect();
             // Two sets, so that the larger case never finds its rows in L2.
             let qkv = [device.upload(&values)?, device.upload(&values)?];

@@ -31,6 +31,7 @@ fn kv_append_equals_its_definition() {
         (true, 3, 1, 16, 5),
         (false, 4, 2, 32, 1),
         (true, 16, 4, 256, 3),
+        (true, 96, 8, 32, 2),
     ] {
         let shape = Shape { page_size, kv_heads, fp8, window: None };
         let (live, width) = (rows.max(2) - 1, (heads + 2 * kv_heads) * HEAD_DIM);
