@@ -60,6 +60,8 @@ pub(crate) enum Extent {
     Exact(Vec<usize>),
     /// One or two dimensions with this product.
     Flat(usize),
+    /// One element: a scalar, or a vector of one.
+    One,
 }
 
 impl Extent {
@@ -71,6 +73,7 @@ impl Extent {
                 [outer, inner] => outer.checked_mul(inner) == Some(*count),
                 _ => false,
             },
+            Self::One => matches!(shape, [] | [1]),
         }
     }
 
@@ -78,6 +81,7 @@ impl Extent {
         match self {
             Self::Exact(shape) => format!("{shape:?}"),
             Self::Flat(count) => format!("[{count}]"),
+            Self::One => "[] or [1]".to_owned(),
         }
     }
 }
@@ -124,11 +128,12 @@ pub(crate) fn check(store: &Store, format: &dyn QuantFormat, wants: &[Want]) -> 
             problems.push(problem);
         }
     };
-    // An expert stack's biases are stored as [experts, rows]: known from the matrices that they belong to.
-    let stacks: HashMap<&str, [usize; 2]> = wants
+    // An expert stack's biases are stored as [experts, rows], or in halves of that: known from the matrices that they
+    // belong to.
+    let stacks: HashMap<&str, usize> = wants
         .iter()
         .filter_map(|want| match want.shape {
-            Shape::Experts { experts, rows, .. } => Some((want.name.as_str(), [experts, rows])),
+            Shape::Experts { experts, .. } if experts > 0 => Some((want.name.as_str(), experts)),
             _ => None,
         })
         .collect();
@@ -143,8 +148,8 @@ pub(crate) fn check(store: &Store, format: &dyn QuantFormat, wants: &[Want]) -> 
         };
         for mut part in parts {
             if let Extent::Flat(count) = part.extent {
-                let stack = want.name.strip_suffix("_bias").and_then(|name| stacks.get(name));
-                part.extent = Extent::Exact(stack.map_or_else(|| vec![count], |stack| stack.to_vec()));
+                let experts = want.name.strip_suffix("_bias").and_then(|name| stacks.get(name));
+                part.extent = Extent::Exact(experts.map_or_else(|| vec![count], |&e| vec![e, count / e]));
             }
             if let Err(problem) = part.find(store) {
                 report(problem);
@@ -152,7 +157,8 @@ pub(crate) fn check(store: &Store, format: &dyn QuantFormat, wants: &[Want]) -> 
             known.insert(part.name);
         }
     }
-    for stored in store.iter().filter(|stored| !known.contains(stored.name())) {
+    let extra = |stored: &Stored<'_>| !known.contains(stored.name()) && !format.ignores(stored.name());
+    for stored in store.iter().filter(extra) {
         let (file, tensor) = (stored.file().to_owned(), quoted(stored.name()));
         report(Problem { file, tensor, flaw: Flaw::Extra });
     }

@@ -1,11 +1,13 @@
 //! The checkpoint as a model sees it.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use ctxserve_core::Matrix;
 use serde_json::Value;
 
 use crate::check::{self, Shape, Want};
+use crate::directory;
 use crate::dtype::Dtype;
 use crate::error::{CheckpointError, quoted};
 use crate::formats::{self, QuantFormat};
@@ -13,7 +15,6 @@ use crate::header::Entry;
 use crate::json;
 use crate::source::Source;
 use crate::store::Store;
-use crate::{directory, values};
 
 /// An opened checkpoint: configuration and headers in memory, weights where they were. Reading takes `&self`
 /// and holds no lock, so threads may read different tensors at once.
@@ -23,7 +24,7 @@ pub struct Checkpoint {
     config: Value,
     generation_config: Option<Value>,
     store: Store,
-    format: &'static dyn QuantFormat,
+    format: Box<dyn QuantFormat>,
 }
 
 /// A tensor that never was in a file.
@@ -97,7 +98,7 @@ impl Checkpoint {
         self.dir.as_deref()
     }
 
-    /// Name of the storage format: `mxfp4` or `dense`.
+    /// Name of the storage format: `mxfp4`, `nvfp4` (ModelOpt's and compressed-tensors' layouts), `mlx` or `dense`.
     pub fn format_name(&self) -> &'static str {
         self.format.name()
     }
@@ -113,7 +114,7 @@ impl Checkpoint {
     /// The first that is not stored so.
     pub fn stored_bytes(&self, wants: &[Want]) -> Result<u64, CheckpointError> {
         wants.iter().try_fold(0, |sum, want| {
-            let parts = check::resolve(&self.store, self.format, want)?;
+            let parts = check::resolve(&self.store, &*self.format, want)?;
             Ok(parts.iter().fold(sum, |sum, part| sum + part.bytes() as u64))
         })
     }
@@ -139,7 +140,7 @@ impl Checkpoint {
     /// # Errors
     /// [`CheckpointError::Mismatch`] with everything that is missing, mis-typed, mis-shaped or not wanted.
     pub fn check(&self, wants: &[Want]) -> Result<(), CheckpointError> {
-        check::check(&self.store, self.format, wants)
+        check::check(&self.store, &*self.format, wants)
     }
 
     /// Reads a vector `[len]`, or the rows of a `[n, len / n]` tensor one after another.
@@ -148,25 +149,23 @@ impl Checkpoint {
     /// When it is not stored so, cannot be read, or has an element that is not finite.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, CheckpointError> {
         let want = Want { name: name.to_owned(), shape: Shape::Vector { len } };
-        match check::resolve(&self.store, self.format, &want)?.as_slice() {
-            [tensor] => values::vector(*tensor),
-            _ => Err(formats::misused(&want)),
-        }
+        let parts = check::resolve(&self.store, &*self.format, &want)?;
+        self.format.vector(&want, &parts)
     }
 
-    /// Reads a matrix `[rows, cols]` = `[out, in]` in its stored precision (F16 becomes F32).
+    /// Reads a matrix `[rows, cols]` = `[out, in]` in its stored precision: packed where it is quantised, and F16 as F32.
     ///
     /// # Errors
-    /// When it is not stored so, cannot be read, or has an element or scale that is not finite.
+    /// When it is not stored so, cannot be read, or has an element, scale or factor that is not usable.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize) -> Result<Matrix, CheckpointError> {
-        self.load(Want { name: name.to_owned(), shape: Shape::Matrix { rows, cols } }, rows, cols)
+        self.rows(&Want { name: name.to_owned(), shape: Shape::Matrix { rows, cols } }, 0..rows)
     }
 
     /// Reads an expert stack as one matrix `[experts * rows, cols]`, each expert `[out, in]` however it is
-    /// stored. MXFP4 stays packed.
+    /// stored; packed where it is quantised.
     ///
     /// # Errors
-    /// When it is not stored so, cannot be read, or has an element or scale that is not finite.
+    /// When it is not stored so, cannot be read, or has an element, scale or factor that is not usable.
     pub fn experts(
         &self,
         name: &str,
@@ -175,13 +174,29 @@ impl Checkpoint {
         cols: usize,
     ) -> Result<Matrix, CheckpointError> {
         let want = Want { name: name.to_owned(), shape: Shape::Experts { experts, rows, cols } };
-        // Saturation cannot fit any stored shape, and is refused as a mismatch.
-        self.load(want, experts.saturating_mul(rows), cols)
+        self.rows(&want, 0..experts)
     }
 
-    fn load(&self, want: Want, rows: usize, cols: usize) -> Result<Matrix, CheckpointError> {
-        let parts = check::resolve(&self.store, self.format, &want)?;
-        let elements = self.format.load(&self.store, &want, &parts)?;
-        Matrix::new(rows, cols, elements).ok_or_else(|| formats::misused(&want))
+    /// Reads a part of a matrix or of an expert stack: `range` is rows of the one and whole experts of the other. Only
+    /// that part is held in memory.
+    ///
+    /// # Errors
+    /// When it is not stored so, `range` leaves it, it cannot be read, or has an element, scale or factor that is not
+    /// usable.
+    pub fn rows(&self, want: &Want, range: Range<usize>) -> Result<Matrix, CheckpointError> {
+        let (units, height, cols) = match want.shape {
+            Shape::Matrix { rows, cols } => (rows, 1, cols),
+            Shape::Experts { experts, rows, cols } => (experts, rows, cols),
+            Shape::Vector { .. } => return Err(formats::misused(want)),
+        };
+        let parts = check::resolve(&self.store, &*self.format, want)?;
+        // An overflow is possible where the other dimension is zero, and only there.
+        let Some(end) = range.end.checked_mul(height).filter(|_| range.end <= units) else {
+            return Err(formats::misused(want));
+        };
+        let rows = range.start.saturating_mul(height).min(end)..end;
+        let count = rows.len();
+        let elements = self.format.load(&self.store, want, &parts, rows)?;
+        Matrix::new(count, cols, elements).ok_or_else(|| formats::misused(want))
     }
 }

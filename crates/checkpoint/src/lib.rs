@@ -8,6 +8,7 @@
 //! Logical tensors carry Hugging Face names and shapes in `[out, in]` order; how they are stored is known to
 //! one file per format under `formats/` and to nothing else.
 
+mod bytes;
 mod check;
 mod checkpoint;
 mod decode;
@@ -16,6 +17,7 @@ mod dtype;
 mod error;
 mod formats;
 mod header;
+mod interleave;
 mod json;
 mod parallel;
 mod source;

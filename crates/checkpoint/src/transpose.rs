@@ -1,5 +1,7 @@
 //! Expert stacks stored `[E, in, out]` into `[E, out, in]`.
 
+use std::ops::Range;
+
 use ctxserve_core::Elements;
 use half::{bf16, f16};
 
@@ -12,11 +14,11 @@ use crate::values::{self, Float, PIECE};
 /// Side of the square that is transposed at once: two squares of f32 stay in the first-level cache.
 const TILE: usize = 32;
 
-/// Reads a stack stored `[experts, cols, rows]` and returns its elements as `[experts, rows, cols]`. Besides
+/// Reads `experts` of a stack stored `[E, cols, rows]` and returns their elements as `[experts, rows, cols]`. Besides
 /// the result it holds a few megabytes a thread.
 pub(crate) fn read(
     tensor: Stored<'_>,
-    experts: usize,
+    experts: Range<usize>,
     rows: usize,
     cols: usize,
 ) -> Result<Elements, CheckpointError> {
@@ -30,22 +32,23 @@ pub(crate) fn read(
 
 fn stack<T: Float>(
     tensor: Stored<'_>,
-    experts: usize,
+    experts: Range<usize>,
     rows: usize,
     cols: usize,
 ) -> Result<Vec<T::Wide>, CheckpointError> {
-    let mut out = tensor.allocate::<T::Wide>(tensor.count())?;
-    if out.len() != experts.saturating_mul(rows).saturating_mul(cols) {
-        let shape = tensor.shape();
-        return Err(tensor.error(format!("shape {shape:?} does not hold [{experts}, {cols}, {rows}]")));
-    }
+    let held = |&count: &usize| count <= tensor.count();
+    let Some(end) = experts.end.checked_mul(rows).and_then(|out| out.checked_mul(cols)).filter(held) else {
+        let (shape, end) = (tensor.shape(), experts.end);
+        return Err(tensor.error(format!("shape {shape:?} does not hold [{end}, {cols}, {rows}]")));
+    };
+    let mut out = tensor.allocate::<T::Wide>(end.saturating_sub(experts.start * rows * cols))?;
     if out.is_empty() {
         return Ok(out);
     }
     // Whole tiles of input features per read, at least one.
     let strip = (PIECE / size_of::<T>() / rows / TILE * TILE).clamp(TILE, cols.next_multiple_of(TILE));
     parallel::pieces(&mut out, rows * cols, |at, out| {
-        let expert = at / (rows * cols);
+        let expert = experts.start + at / (rows * cols);
         let mut scratch = tensor.allocate::<T>(strip.min(cols) * rows)?;
         for first in (0..cols).step_by(strip) {
             let height = strip.min(cols - first);

@@ -1,5 +1,7 @@
 //! Plain floating-point tensors into memory, in bounded pieces, each checked while it is in the cache.
 
+use std::ops::Range;
+
 use bytemuck::Pod;
 use ctxserve_core::Elements;
 use half::{bf16, f16};
@@ -87,34 +89,41 @@ pub(crate) fn read<T: Float>(
 
 /// A whole tensor as f32.
 pub(crate) fn vector(tensor: Stored<'_>) -> Result<Vec<f32>, CheckpointError> {
-    fn converted<T: Float>(tensor: Stored<'_>) -> Result<Vec<f32>, CheckpointError> {
-        let mut values = tensor.allocate::<T>(tensor.count())?;
-        read(tensor, 0, &mut values)?;
+    f32s(tensor, 0..tensor.count())
+}
+
+/// Elements `range` of a tensor as f32.
+pub(crate) fn f32s(tensor: Stored<'_>, range: Range<usize>) -> Result<Vec<f32>, CheckpointError> {
+    fn converted<T: Float>(tensor: Stored<'_>, range: Range<usize>) -> Result<Vec<f32>, CheckpointError> {
+        let mut values = tensor.allocate::<T>(range.len())?;
+        read(tensor, range.start, &mut values)?;
         Ok(values.into_iter().map(T::to_f32).collect())
     }
     match tensor.dtype() {
-        Dtype::F32 => converted::<f32>(tensor),
-        Dtype::BF16 => converted::<bf16>(tensor),
-        Dtype::F16 => converted::<f16>(tensor),
+        Dtype::F32 => converted::<f32>(tensor, range),
+        Dtype::BF16 => converted::<bf16>(tensor, range),
+        Dtype::F16 => converted::<f16>(tensor, range),
         other => Err(unreadable(tensor, other)),
     }
 }
 
-/// A whole tensor in its own precision; half precision becomes f32.
-pub(crate) fn elements(tensor: Stored<'_>) -> Result<Elements, CheckpointError> {
-    fn same<T: Float>(tensor: Stored<'_>) -> Result<Vec<T>, CheckpointError> {
-        let mut values = tensor.allocate::<T>(tensor.count())?;
-        parallel::pieces(&mut values, PIECE / size_of::<T>(), |first, piece| read(tensor, first, piece))?;
+/// Elements `range` of a tensor in its own precision; half precision becomes f32.
+pub(crate) fn elements(tensor: Stored<'_>, range: Range<usize>) -> Result<Elements, CheckpointError> {
+    fn same<T: Float>(tensor: Stored<'_>, range: Range<usize>) -> Result<Vec<T>, CheckpointError> {
+        let mut values = tensor.allocate::<T>(range.len())?;
+        parallel::pieces(&mut values, PIECE / size_of::<T>(), |at, piece| {
+            read(tensor, range.start + at, piece)
+        })?;
         Ok(values)
     }
     match tensor.dtype() {
-        Dtype::F32 => same(tensor).map(Elements::F32),
-        Dtype::BF16 => same(tensor).map(Elements::Bf16),
+        Dtype::F32 => same(tensor, range).map(Elements::F32),
+        Dtype::BF16 => same(tensor, range).map(Elements::Bf16),
         Dtype::F16 => {
-            let mut values = tensor.allocate::<f32>(tensor.count())?;
-            parallel::pieces(&mut values, PIECE / size_of::<f16>(), |first, piece| {
+            let mut values = tensor.allocate::<f32>(range.len())?;
+            parallel::pieces(&mut values, PIECE / size_of::<f16>(), |at, piece| {
                 let mut halves = tensor.allocate::<f16>(piece.len())?;
-                read(tensor, first, &mut halves)?;
+                read(tensor, range.start + at, &mut halves)?;
                 for (value, half) in piece.iter_mut().zip(halves) {
                     *value = half.to_f32();
                 }

@@ -122,7 +122,7 @@ impl Model {
             .with_context(|| format!("the tokenizer of {}", dir.display()))?;
         let found = checkpoint.format_name();
         if let Some(said) = &options.quantization
-            && said != found
+            && stored_as(said) != found
         {
             bail!("--quantization {said}: {} is stored as {found}", dir.display());
         }
@@ -151,6 +151,14 @@ impl Model {
             Body::Checkpoint(checkpoint) => checkpoint.generation_config(),
             Body::Script(_) => None,
         }
+    }
+}
+
+/// The storage format that a name of `--quantization` means: vLLM names tools, and some twice.
+fn stored_as(name: &str) -> &str {
+    match name {
+        "modelopt" | "modelopt_fp4" | "compressed-tensors" => "nvfp4",
+        name => name,
     }
 }
 
@@ -249,6 +257,31 @@ mod tests {
         let source = Source::Directory(dir.path().to_owned());
         let error = format!("{:#}", Model::open(&source, "x", &options()).unwrap_err());
         assert!(error.contains("config.json"), "{error}");
+    }
+
+    #[test]
+    fn a_format_is_asserted_by_its_name_or_by_vllm_s() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &[u8]| std::fs::write(dir.path().join(name), text).unwrap();
+        write(
+            "config.json",
+            br#"{"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}"#,
+        );
+        let header = br#"{"a.weight_scale":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#;
+        write("model.safetensors", &[&(header.len() as u64).to_le_bytes()[..], header].concat());
+        write("tokenizer.json", demo_tokenizer_json());
+        let open = |name: &str| {
+            let options = ModelOptions { quantization: Some(name.to_owned()), ..options() };
+            Model::open(&Source::Directory(dir.path().to_owned()), "x", &options)
+                .map_err(|error| error.to_string())
+        };
+        for name in ["nvfp4", "modelopt", "modelopt_fp4", "compressed-tensors"] {
+            assert!(open(name).is_ok(), "{name}");
+        }
+        for name in ["mxfp4", "mlx", "gptq"] {
+            let error = open(name).unwrap_err();
+            assert!(error.contains(name) && error.ends_with("is stored as nvfp4"), "{error}");
+        }
     }
 
     #[test]

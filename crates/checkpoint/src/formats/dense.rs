@@ -5,17 +5,24 @@
 //! together: `gate_up_proj` has twice the intermediate width on its output side, `down_proj` once on its
 //! input side, and no pair of shapes fits both ways.
 
+use std::ops::Range;
+
 use ctxserve_core::Elements;
 
-use super::{QuantFormat, load_plain, misused, plain};
+use super::{QuantFormat, Row, load_plain, misused, plain};
 use crate::check::{Extent, Part, Shape, Want};
 use crate::error::CheckpointError;
 use crate::store::{Store, Stored};
 use crate::transpose;
-use crate::values::{FLOATS, elements};
+use crate::values::FLOATS;
+
+pub(super) const ROW: Row =
+    Row { name: NAME, claims: |method| method.is_none(), open: |_| Ok(Box::new(Dense)) };
+
+const NAME: &str = "dense";
 
 #[derive(Debug)]
-pub(super) struct Dense;
+struct Dense;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Orientation {
@@ -27,11 +34,7 @@ enum Orientation {
 
 impl QuantFormat for Dense {
     fn name(&self) -> &'static str {
-        "dense"
-    }
-
-    fn claims(&self, method: Option<&str>) -> bool {
-        method.is_none()
+        NAME
     }
 
     fn verify(&self, store: &Store) -> Result<(), CheckpointError> {
@@ -55,12 +58,23 @@ impl QuantFormat for Dense {
         Ok(vec![Part { extent: Extent::Exact(extent), ..plain(want) }])
     }
 
-    fn load(&self, store: &Store, want: &Want, parts: &[Stored<'_>]) -> Result<Elements, CheckpointError> {
-        let Shape::Experts { experts, rows, cols } = want.shape else { return load_plain(want, parts) };
+    fn load(
+        &self,
+        store: &Store,
+        want: &Want,
+        parts: &[Stored<'_>],
+        rows: Range<usize>,
+    ) -> Result<Elements, CheckpointError> {
+        let Shape::Experts { rows: height, cols, .. } = want.shape else {
+            return load_plain(want, parts, rows);
+        };
         let [tensor] = parts else { return Err(misused(want)) };
         match orientation(store, &want.name) {
-            Some(Orientation::InOut) => transpose::read(*tensor, experts, rows, cols),
-            Some(Orientation::OutIn) => elements(*tensor),
+            Some(Orientation::InOut) => {
+                let expert = |row: usize| row.checked_div(height).unwrap_or(0);
+                transpose::read(*tensor, expert(rows.start)..expert(rows.end), height, cols)
+            }
+            Some(Orientation::OutIn) => load_plain(want, parts, rows),
             None => Err(tensor.error(
                 "orientation unknown: the shapes of gate_up_proj and down_proj fit together neither as \
                  [E, in, out] nor as [E, out, in]"

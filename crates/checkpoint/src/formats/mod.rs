@@ -3,10 +3,15 @@
 //! Which one a checkpoint has is read from its configuration and checked against its tensors; its name says
 //! nothing (one repository called "MXFP4" holds something else).
 
+mod declared;
 mod dense;
+mod excluded;
+mod mlx;
 mod mxfp4;
+mod nvfp4;
 
 use std::fmt::Debug;
+use std::ops::Range;
 use std::path::Path;
 
 use ctxserve_core::Elements;
@@ -16,17 +21,27 @@ use crate::check::{Extent, Part, Shape, Want};
 use crate::error::{CheckpointError, clipped};
 use crate::store::{Store, Stored};
 use crate::values::{self, FLOATS};
+use declared::{Declared, declared};
 
-/// The table: first row that claims what the configuration declares.
-static FORMATS: &[&dyn QuantFormat] = &[&mxfp4::Mxfp4, &dense::Dense];
+/// A storage format as the table knows it.
+struct Row {
+    name: &'static str,
+    /// Whether it stores what the configuration declares; `None` is no quantisation.
+    claims: fn(Option<&str>) -> bool,
+    /// Reads what the configuration says beyond the method.
+    open: fn(Option<&Declared<'_>>) -> Opened,
+}
+
+/// A format that holds what the configuration says, or what is wrong with the configuration.
+type Opened = Result<Box<dyn QuantFormat>, String>;
+
+/// The first row that claims a method opens it.
+const FORMATS: &[Row] = &[mxfp4::ROW, nvfp4::MODELOPT, nvfp4::COMPRESSED_TENSORS, mlx::ROW, dense::ROW];
 
 /// How logical tensors are stored.
-pub(crate) trait QuantFormat: Debug + Sync {
+pub(crate) trait QuantFormat: Debug + Send + Sync {
     /// Name for messages, and of the kernel that reads it packed.
     fn name(&self) -> &'static str;
-
-    /// Whether this format stores what the configuration declares (see [`declared`]).
-    fn claims(&self, method: Option<&str>) -> bool;
 
     /// Whether the tensors are what the configuration says, as far as names and types show.
     fn verify(&self, store: &Store) -> Result<(), CheckpointError>;
@@ -35,9 +50,29 @@ pub(crate) trait QuantFormat: Debug + Sync {
     /// be stored so at all.
     fn parts(&self, store: &Store, want: &Want) -> Result<Vec<Part>, String>;
 
-    /// Reads a matrix or an expert stack, `[out, in]`, from the tensors that [`Self::parts`] named, in that
-    /// order and known to have the types and shapes it asked for.
-    fn load(&self, store: &Store, want: &Want, parts: &[Stored<'_>]) -> Result<Elements, CheckpointError>;
+    /// Whether a tensor of this name belongs to the format and says nothing that is needed here.
+    fn ignores(&self, _name: &str) -> bool {
+        false
+    }
+
+    /// Reads rows of a matrix or an expert stack, `[out, in]`, from the tensors that [`Self::parts`] named, in that order
+    /// and known to have the types and shapes it asked for. `rows` lies within the logical tensor; of a stack, whose
+    /// rows are counted through, it is whole experts.
+    fn load(
+        &self,
+        store: &Store,
+        want: &Want,
+        parts: &[Stored<'_>],
+        rows: Range<usize>,
+    ) -> Result<Elements, CheckpointError>;
+
+    /// Reads a whole vector from its parts.
+    fn vector(&self, want: &Want, parts: &[Stored<'_>]) -> Result<Vec<f32>, CheckpointError> {
+        match parts {
+            [tensor] => values::vector(*tensor),
+            _ => Err(misused(want)),
+        }
+    }
 }
 
 /// Picks the format for a configuration and its tensors. `dir` names files in messages.
@@ -46,51 +81,35 @@ pub(crate) fn detect(
     config: &Value,
     hf_quant_config: Option<&Value>,
     store: &Store,
-) -> Result<&'static dyn QuantFormat, CheckpointError> {
+) -> Result<Box<dyn QuantFormat>, CheckpointError> {
     let path = |name: &str| {
         dir.map_or_else(|| format!("<memory>/{name}"), |dir| dir.join(name).display().to_string())
     };
     let declared = declared(config, hf_quant_config)
         .map_err(|problem| CheckpointError::File { file: path("config.json"), problem })?;
     let method = declared.as_ref().map(|declared| declared.method.as_str());
-    match FORMATS.iter().find(|format| format.claims(method)) {
-        Some(format) => format.verify(store).map(|()| *format),
-        None => Err(CheckpointError::UnsupportedQuantization {
-            file: path(declared.as_ref().map_or("config.json", |declared| declared.file)),
+    let file = || path(declared.as_ref().map_or("config.json", |declared| declared.file));
+    let Some(row) = FORMATS.iter().find(|row| (row.claims)(method)) else {
+        let mut names: Vec<&str> = FORMATS.iter().map(|row| row.name).collect();
+        names.dedup();
+        return Err(CheckpointError::UnsupportedQuantization {
+            file: file(),
             method: clipped(method.unwrap_or("none")),
-            supported: FORMATS.iter().map(|format| format.name()).collect::<Vec<_>>().join(", "),
-        }),
-    }
-}
-
-struct Declared {
-    method: String,
-    file: &'static str,
-}
-
-/// What the configuration says about quantisation, in one string: `mxfp4`, `modelopt NVFP4`,
-/// `compressed-tensors nvfp4-pack-quantized`, `mlx affine`, or nothing.
-fn declared(config: &Value, hf_quant_config: Option<&Value>) -> Result<Option<Declared>, String> {
-    let text = |value: &Value, key: &str| value.get(key).and_then(Value::as_str).map(str::to_owned);
-    let section = |key: &str| match config.get(key) {
-        None | Some(Value::Null) => Ok(None),
-        Some(value) if value.is_object() => Ok(Some(value)),
-        Some(_) => Err(format!("{key} is not an object")),
+            supported: names.join(", "),
+        });
     };
-    // MLX writes its section twice, the second time without a method: so the first one decides.
-    if let Some(mlx) = section("quantization")? {
-        let mode = text(mlx, "mode").unwrap_or_else(|| "affine".to_owned());
-        return Ok(Some(Declared { method: format!("mlx {mode}"), file: "config.json" }));
+    let format = (row.open)(declared.as_ref())
+        .map_err(|problem| CheckpointError::File { file: file(), problem: clipped(&problem) })?;
+    format.verify(store)?;
+    Ok(format)
+}
+
+/// The module that a matrix `MODULE.weight` belongs to.
+fn module(want: &Want) -> Option<&str> {
+    match want.shape {
+        Shape::Matrix { .. } => want.name.strip_suffix(".weight"),
+        Shape::Vector { .. } | Shape::Experts { .. } => None,
     }
-    if let Some(hf) = section("quantization_config")? {
-        let method = text(hf, "quant_method").ok_or("quantization_config has no quant_method")?;
-        let detail = text(hf, "quant_algo").or_else(|| text(hf, "format"));
-        let method = detail.map_or_else(|| method.clone(), |detail| format!("{method} {detail}"));
-        return Ok(Some(Declared { method, file: "config.json" }));
-    }
-    let algorithm =
-        hf_quant_config.and_then(|file| file.get("quantization")).and_then(|q| text(q, "quant_algo"));
-    Ok(algorithm.map(|name| Declared { method: format!("modelopt {name}"), file: "hf_quant_config.json" }))
 }
 
 /// A tensor stored under its own name as floats: vectors, and `[rows, cols]` matrices.
@@ -104,11 +123,11 @@ fn plain(want: &Want) -> Part {
 }
 
 /// Reads what [`plain`] described.
-fn load_plain(want: &Want, parts: &[Stored<'_>]) -> Result<Elements, CheckpointError> {
-    match parts {
-        [tensor] => values::elements(*tensor),
-        _ => Err(misused(want)),
-    }
+fn load_plain(want: &Want, parts: &[Stored<'_>], rows: Range<usize>) -> Result<Elements, CheckpointError> {
+    let (Shape::Matrix { cols, .. } | Shape::Experts { cols, .. }, [tensor]) = (want.shape, parts) else {
+        return Err(misused(want));
+    };
+    values::elements(*tensor, rows.start * cols..rows.end * cols)
 }
 
 /// A format was given other parts than it asked for: a defect here, not in a file.
@@ -117,57 +136,5 @@ pub(crate) fn misused(want: &Want) -> CheckpointError {
         file: "<checkpoint>".to_owned(),
         tensor: crate::error::quoted(&want.name),
         problem: "is not stored in the parts that its format names".to_owned(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn the_declared_method_is_one_string() {
-        let cases = [
-            (json!({}), None),
-            (json!({"quantization_config": null, "quantization": null}), None),
-            (json!({"quantization_config": {"quant_method": "mxfp4"}}), Some("mxfp4")),
-            (json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}), Some("gptq")),
-            (
-                json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}),
-                Some("modelopt NVFP4"),
-            ),
-            (
-                json!({"quantization_config":
-                    {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}}),
-                Some("compressed-tensors nvfp4-pack-quantized"),
-            ),
-            // What mlx-lm writes: both sections, no method.
-            (
-                json!({"quantization": {"group_size": 64, "bits": 4},
-                       "quantization_config": {"group_size": 64, "bits": 4}}),
-                Some("mlx affine"),
-            ),
-            (json!({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}), Some("mlx mxfp4")),
-        ];
-        for (config, wanted) in cases {
-            let method = declared(&config, None).unwrap().map(|declared| declared.method);
-            assert_eq!(method.as_deref(), wanted, "{config}");
-        }
-        let separate = json!({"quantization": {"quant_algo": "NVFP4", "group_size": 16}});
-        let declared = declared(&json!({}), Some(&separate)).unwrap().unwrap();
-        assert_eq!((declared.method.as_str(), declared.file), ("modelopt NVFP4", "hf_quant_config.json"));
-    }
-
-    #[test]
-    fn a_section_that_says_nothing_is_an_error() {
-        for config in [
-            json!({"quantization_config": {"bits": 4}}),
-            json!({"quantization_config": {"quant_method": 4}}),
-            json!({"quantization_config": "mxfp4"}),
-            json!({"quantization": [4]}),
-        ] {
-            assert!(declared(&config, None).is_err(), "{config}");
-        }
     }
 }

@@ -3,29 +3,28 @@
 //! `_blocks` U8 `[E, out, in/32, 16]` and `_scales` U8 `[E, out, in/32]` are byte for byte what
 //! [`Elements::Mxfp4`] holds, so they are read straight into place.
 
+use std::ops::Range;
+
 use ctxserve_core::{Elements, MXFP4_BLOCK};
 
-use super::{QuantFormat, load_plain, misused, plain};
+use super::{QuantFormat, Row, load_plain, misused, plain};
+use crate::bytes;
 use crate::check::{Extent, Part, Shape, Want};
 use crate::dtype::Dtype;
 use crate::error::CheckpointError;
-use crate::parallel;
 use crate::store::{Store, Stored};
-use crate::values::{PIECE, coordinates};
 
-/// E8M0's one value that is no number.
-const NAN_SCALE: u8 = 255;
+pub(super) const ROW: Row =
+    Row { name: NAME, claims: |method| method == Some(NAME), open: |_| Ok(Box::new(Mxfp4)) };
+
+const NAME: &str = "mxfp4";
 
 #[derive(Debug)]
-pub(super) struct Mxfp4;
+struct Mxfp4;
 
 impl QuantFormat for Mxfp4 {
     fn name(&self) -> &'static str {
-        "mxfp4"
-    }
-
-    fn claims(&self, method: Option<&str>) -> bool {
-        method == Some("mxfp4")
+        NAME
     }
 
     fn verify(&self, store: &Store) -> Result<(), CheckpointError> {
@@ -53,32 +52,33 @@ impl QuantFormat for Mxfp4 {
         ])
     }
 
-    fn load(&self, _store: &Store, want: &Want, parts: &[Stored<'_>]) -> Result<Elements, CheckpointError> {
+    fn load(
+        &self,
+        _store: &Store,
+        want: &Want,
+        parts: &[Stored<'_>],
+        rows: Range<usize>,
+    ) -> Result<Elements, CheckpointError> {
         match (want.shape, parts) {
-            (Shape::Experts { .. }, [blocks, scales]) => {
+            (Shape::Experts { cols, .. }, [blocks, scales]) => {
                 // The small half first: a bad scale is then found before the large read.
-                let scales = read_scales(*scales)?;
-                let mut codes = blocks.allocate(blocks.bytes())?;
-                parallel::pieces(&mut codes, PIECE, |first, piece| blocks.read_at(first, piece))?;
+                let scales = e8m0_scales(*scales, &rows, cols)?;
+                let codes = bytes::codes(*blocks, rows.start * cols / 2..rows.end * cols / 2)?;
                 Ok(Elements::Mxfp4 { codes, scales })
             }
             (Shape::Experts { .. }, _) => Err(misused(want)),
-            _ => load_plain(want, parts),
+            _ => load_plain(want, parts, rows),
         }
     }
 }
 
-fn read_scales(tensor: Stored<'_>) -> Result<Vec<u8>, CheckpointError> {
-    let mut scales = tensor.allocate(tensor.bytes())?;
-    parallel::pieces(&mut scales, PIECE, |first, piece: &mut [u8]| {
-        tensor.read_at(first, piece)?;
-        // Without a branch per byte this runs at the speed of memory.
-        if !piece.iter().fold(false, |any, &scale| any | (scale == NAN_SCALE)) {
-            return Ok(());
-        }
-        let inside = piece.iter().position(|&scale| scale == NAN_SCALE).unwrap_or_default();
-        let at = coordinates(first + inside, tensor.shape());
-        Err(tensor.error(format!("scale {at:?} is NaN (byte {NAN_SCALE})")))
-    })?;
-    Ok(scales)
+/// The scales of `rows` of `cols` elements; 255, E8M0's one value that is no number, is refused.
+pub(super) fn e8m0_scales(
+    tensor: Stored<'_>,
+    rows: &Range<usize>,
+    cols: usize,
+) -> Result<Vec<u8>, CheckpointError> {
+    let blocks = cols / MXFP4_BLOCK;
+    let range = rows.start * blocks..rows.end * blocks;
+    bytes::scales(tensor, range, |byte| byte == 255, ctxserve_core::e8m0)
 }

@@ -5,8 +5,12 @@ mod formats;
 #[cfg(test)]
 mod malformed;
 #[cfg(test)]
+mod quantised;
+#[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod round_trip;
 #[cfg(test)]
 mod support;
+#[cfg(test)]
+mod tools;

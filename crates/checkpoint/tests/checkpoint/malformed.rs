@@ -277,22 +277,24 @@ fn unsupported_quantisation_is_refused_by_name() {
     for (config, named) in [
         (json!({"quantization_config": {"quant_method": "gptq"}}), "gptq"),
         (json!({"quantization_config": {"quant_method": "MXFP4 but not really"}}), "MXFP4 but not really"),
+        (json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}), "modelopt FP8"),
         (
-            json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}),
-            "modelopt NVFP4",
+            json!({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}),
+            "compressed-tensors pack-quantized",
         ),
-        (json!({"quantization": {"group_size": 64, "bits": 4}}), "mlx affine"),
+        (json!({"quantization": {"group_size": 16, "bits": 4, "mode": "nvfp4"}}), "mlx nvfp4"),
     ] {
         let dir = dir(&config, &[("model.safetensors", &model)]);
         let message = Checkpoint::open(dir.path()).unwrap_err().to_string();
-        let wanted = format!("config.json: quantization {named} is not supported (supported: mxfp4, dense)");
+        let supported = "(supported: mxfp4, nvfp4, mlx, dense)";
+        let wanted = format!("config.json: quantization {named} is not supported {supported}");
         assert!(message.ends_with(&wanted), "{message}");
     }
-    let declared = json!({"quantization": {"quant_algo": "NVFP4"}}).to_string();
+    let declared = json!({"quantization": {"quant_algo": "W4A8_AWQ"}}).to_string();
     let dir =
         dir(&json!({}), &[("model.safetensors", &model), ("hf_quant_config.json", declared.as_bytes())]);
     let message = Checkpoint::open(dir.path()).unwrap_err().to_string();
-    assert!(message.contains("hf_quant_config.json: quantization modelopt NVFP4"), "{message}");
+    assert!(message.contains("hf_quant_config.json: quantization modelopt W4A8_AWQ"), "{message}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use ctxserve_checkpoint::{Checkpoint, Dtype, MemoryTensor, SafetensorsWriter, TensorSpec};
+use ctxserve_core::Matrix;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -58,4 +59,11 @@ pub(crate) fn write(path: &Path, tensors: &[MemoryTensor]) {
 
 pub(crate) fn mxfp4_config() -> Value {
     json!({"quantization_config": {"quant_method": "mxfp4"}})
+}
+
+/// All elements as f32.
+pub(crate) fn decoded(matrix: &Matrix) -> Vec<f32> {
+    let mut out = vec![f32::NAN; matrix.rows() * matrix.cols()];
+    out.chunks_mut(matrix.cols().max(1)).enumerate().for_each(|(row, out)| matrix.decode_row(row, out));
+    out
 }

@@ -90,7 +90,11 @@ pub const RUNNING: &[Flag] = &[
         Value("TYPE"),
         "auto, bfloat16 or float32; the CPU computes in float32 whichever is given",
     ),
-    honoured("quantization", Value("NAME"), "Asserts how the checkpoint is stored: mxfp4"),
+    honoured(
+        "quantization",
+        Value("NAME"),
+        "Asserts how the checkpoint is stored: mxfp4, nvfp4, mlx or dense; vLLM's names for them will do",
+    ),
     honoured(
         "max-model-len",
         Value("TOKENS"),
