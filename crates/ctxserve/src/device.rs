@@ -1,5 +1,6 @@
 //! The one place that names backends.
 
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,8 @@ const GPU_MAX_CHUNK: usize = 16_384;
 const GPU_CHUNK: usize = 8192;
 /// Device memory that the driver and recorded graphs take beside what is allocated.
 const GPU_RESERVE: usize = 512 << 20;
+/// The self-test takes a second; a kernel that hangs takes for ever.
+const SELF_TEST_TIME: Duration = Duration::from_secs(60);
 /// Seconds between two lines on how loading goes.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
 
@@ -77,6 +80,17 @@ pub struct Room {
     pub reserve: usize,
     /// Whether the KV cache takes all of it, or as much as is sensible.
     pub take_all: bool,
+}
+
+/// What is done instead where a GPU was taken by itself and turns out not to do: `None` where it was asked for.
+pub fn instead(
+    options: &DeviceOptions,
+    chunk: Option<usize>,
+    plan: &Plan,
+    why: &anyhow::Error,
+) -> Option<Plan> {
+    let by_itself = options.device == Device::Auto && matches!(plan.target, Target::Gpu(_));
+    by_itself.then(|| cpu_plan(options, chunk, vec![format!("no GPU is used: {why:#}")]))
 }
 
 /// Decides what the device does with what was asked for.
@@ -189,6 +203,17 @@ impl Target {
         Ok(Room { free: Some(mine - needed), workspace, reserve: GPU_RESERVE, take_all: true })
     }
 
+    /// Bytes a second that the device's memory gives, where there is a probe for it. Takes some milliseconds.
+    ///
+    /// # Errors
+    /// A device fault, or no memory for it.
+    pub fn bandwidth(&self) -> anyhow::Result<Option<f64>> {
+        match self {
+            Self::Cpu => Ok(None),
+            Self::Gpu(gpu) => Ok(Some(ctxserve_cuda::probe::read_bandwidth(gpu)?)),
+        }
+    }
+
     /// Loads a checkpoint onto the device.
     ///
     /// # Errors
@@ -219,6 +244,7 @@ impl Target {
                     return loaded(CudaBackend::new(gpu, cuda)?, checkpoint, load_options);
                 }
                 // Beside loading, which waits for files most of the time.
+                let ended = give_up_after(SELF_TEST_TIME, "the self-test of the GPU's kernels")?;
                 thread::scope(|scope| {
                     let tested = scope.spawn(|| self_test(&gpu, info));
                     let runner = CudaBackend::new(gpu.clone(), cuda)
@@ -226,11 +252,26 @@ impl Target {
                         .and_then(|backend| loaded(backend, checkpoint, load_options));
                     // First: a kernel that brings the device down fails the loading too, where it says less.
                     tested.join().map_err(|_| anyhow!("the self-test panicked"))??;
+                    drop(ended);
                     runner
                 })
             }
         }
     }
+}
+
+/// Ends the process unless the returned sender is dropped in time: a thread that waits for a hanging kernel cannot be
+/// stopped in any other way.
+fn give_up_after(time: Duration, what: &'static str) -> anyhow::Result<mpsc::Sender<()>> {
+    let (sender, receiver) = mpsc::channel::<()>();
+    let watch = move || {
+        if receiver.recv_timeout(time) == Err(mpsc::RecvTimeoutError::Timeout) {
+            tracing::error!("{what} has not ended after {} s: a kernel hangs", time.as_secs());
+            std::process::exit(1);
+        }
+    };
+    thread::Builder::new().name("watchdog".to_owned()).spawn(watch).context("a thread")?;
+    Ok(sender)
 }
 
 /// What the self-test takes from a model.
@@ -337,5 +378,16 @@ mod tests {
         assert!(error.contains(&why), "{error}");
         let auto = plan(&options(Device::Auto, KvChoice::Auto), None).unwrap();
         assert!(matches!(auto.target, Target::Cpu) && auto.notes[0].contains(&why), "{auto:?}");
+    }
+
+    #[test]
+    fn only_a_gpu_that_nobody_asked_for_is_given_up() {
+        // Without a GPU at hand only the refusals can be built.
+        let why = anyhow!("no room");
+        for device in [Device::Auto, Device::Cpu, Device::Cuda] {
+            let options = options(device, KvChoice::Auto);
+            let plan = cpu_plan(&options, None, Vec::new());
+            assert!(instead(&options, None, &plan, &why).is_none(), "{device:?}");
+        }
     }
 }

@@ -55,7 +55,7 @@ impl Asked {
             values.offer_all(profile);
         }
         logging::start(&LogOptions::new(&values)?);
-        let mut options = ServeOptions::new(&values, |name| std::env::var(name).ok())?;
+        let options = ServeOptions::new(&values, |name| std::env::var(name).ok())?;
         tracing::info!("ctxserve {}", env!("CARGO_PKG_VERSION"));
         if asked.is_none() {
             tracing::warn!(
@@ -69,9 +69,6 @@ impl Asked {
         let source: Source = place.parse()?;
         let plan = device::plan(&options.device, options.engine.max_batched_tokens)?;
         plan.notes.iter().for_each(|note| tracing::warn!("{note}"));
-        if values.get("max-num-seqs").is_none() {
-            options.engine.max_num_seqs = plan.sequences;
-        }
         Ok(Self { options, values, name, source, plan })
     }
 
@@ -81,18 +78,14 @@ impl Asked {
     /// A model that cannot be found or run, and limits that it or the memory does not have.
     pub(crate) fn open(self) -> anyhow::Result<Opened> {
         let start = Instant::now();
-        let Self { options, values, name, source, plan } = self;
+        let Self { mut options, values, name, source, plan } = self;
         let model = Model::open(&source, &name, &options.model)?;
-        let load = LoadOptions { page_size: plan.page_size, kv_dtype: plan.kv_dtype };
-        let info = match &model.body {
-            Body::Checkpoint(checkpoint) => Some(inspect(checkpoint, &load)?),
-            Body::Script(_) => None,
-        };
+        let (plan, info, Sized { engine, room }) = settle(&mut options, &values, &model, plan)?;
+        let load = load_options(&plan);
         let family = info.as_ref().map(|info| info.family);
         let format = model.format(options.model.chat_format.as_deref(), family)?;
         ServeOptions::check_parsers(&values, format.name())?;
         describe(&model, info.as_ref(), format.name());
-        let (engine, room) = engine_config(&options, info.as_ref(), &plan)?;
         let server = server_config(&options, &model, info.as_ref(), &*format)?;
         let times = StartTimes { open: start.elapsed(), ..StartTimes::default() };
         let target = plan.target;
@@ -119,6 +112,14 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
+    /// What the memory of the device gives, if it can be measured.
+    ///
+    /// # Errors
+    /// A device fault.
+    pub(crate) fn bandwidth(&self) -> anyhow::Result<Option<f64>> {
+        self.target.bandwidth()
+    }
+
     /// Loads the weights, starts the engine and generates one token.
     ///
     /// # Errors
@@ -199,6 +200,37 @@ impl fmt::Display for StartTimes {
     }
 }
 
+fn load_options(plan: &Plan) -> LoadOptions {
+    LoadOptions { page_size: plan.page_size, kv_dtype: plan.kv_dtype }
+}
+
+/// The plan, the model's facts under it, and sizes that fit: of the CPU, if a GPU that nobody asked for cannot hold the model.
+fn settle(
+    options: &mut ServeOptions,
+    values: &Values,
+    model: &Model,
+    mut plan: Plan,
+) -> anyhow::Result<(Plan, Option<ModelInfo>, Sized)> {
+    loop {
+        if values.get("max-num-seqs").is_none() {
+            options.engine.max_num_seqs = plan.sequences;
+        }
+        let info = match &model.body {
+            Body::Checkpoint(checkpoint) => Some(inspect(checkpoint, &load_options(&plan))?),
+            Body::Script(_) => None,
+        };
+        let why = match engine_config(options, info.as_ref(), &plan) {
+            Ok(sized) => return Ok((plan, info, sized)),
+            Err(why) => why,
+        };
+        match device::instead(&options.device, options.engine.max_batched_tokens, &plan, &why) {
+            Some(other) => plan = other,
+            None => return Err(why),
+        }
+        plan.notes.iter().for_each(|note| tracing::warn!("{note}"));
+    }
+}
+
 fn describe(model: &Model, info: Option<&ModelInfo>, format: &str) {
     tracing::info!("model: {}", model.root);
     if let Some(info) = info {
@@ -215,12 +247,15 @@ fn describe(model: &Model, info: Option<&ModelInfo>, format: &str) {
     }
 }
 
-/// The engine's limits, with a KV cache that fits into memory beside the weights, and the bytes free there if known.
-fn engine_config(
-    options: &ServeOptions,
-    info: Option<&ModelInfo>,
-    plan: &Plan,
-) -> anyhow::Result<(EngineConfig, Option<usize>)> {
+/// Limits that fit.
+struct Sized {
+    engine: EngineConfig,
+    /// Bytes free beside the weights, if known.
+    room: Option<usize>,
+}
+
+/// The engine's limits, with a KV cache that fits into memory beside the weights.
+fn engine_config(options: &ServeOptions, info: Option<&ModelInfo>, plan: &Plan) -> anyhow::Result<Sized> {
     let (engine, chunk) = (&options.engine, plan.chunk);
     let (mut kv_bytes, mut max_model_len, mut left) = (options.device.kv_bytes, engine.max_model_len, None);
     if let Some(info) = info {
@@ -262,7 +297,7 @@ fn engine_config(
         max_queued_requests: engine.max_queued_requests,
         max_queued_tokens: engine.max_queued_tokens,
     };
-    Ok((config, left))
+    Ok(Sized { engine: config, room: left })
 }
 
 fn server_config(

@@ -66,6 +66,8 @@ pub struct ServerConfig {
     pub stall_timeout: Duration,
     /// How long running requests may take to finish after shutdown began.
     pub drain_timeout: Duration,
+    /// How long aborted requests may take to leave the engine, longer than any step: a device that hangs never lets them go.
+    pub abort_timeout: Duration,
     /// `system_fingerprint` of responses.
     pub system_fingerprint: String,
 }
@@ -90,6 +92,7 @@ impl Default for ServerConfig {
             keep_alive: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(120),
             drain_timeout: Duration::from_secs(30),
+            abort_timeout: Duration::from_secs(10),
             system_fingerprint: concat!("ctxserve-", env!("CARGO_PKG_VERSION")).to_owned(),
         }
     }

@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::time::Duration;
+
 use common::{CONTEXT, Server, Setup, eventually, request, tokenizer};
 use ctxserve_backend::{Batch, DeviceError, KvPlan, SampleError, Sampled};
 use ctxserve_engine::{EngineState, Runner, RunnerInfo, ScriptedRunner};
@@ -42,6 +44,29 @@ impl Runner for Broken {
     fn collect(&mut self) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
         let answers = self.script.collect()?.into_iter().zip(std::mem::take(&mut self.reached));
         Ok(answers.map(|(answer, bad)| if bad { Err(SampleError::NonFinite) } else { answer }).collect())
+    }
+}
+
+/// Never ends a step.
+struct Hung(ScriptedRunner);
+
+impl Runner for Hung {
+    fn info(&self) -> &RunnerInfo {
+        self.0.info()
+    }
+
+    fn allocate(&mut self, plan: &KvPlan) -> Result<(), DeviceError> {
+        self.0.allocate(plan)
+    }
+
+    fn launch(&mut self, batch: &Batch) -> Result<(), DeviceError> {
+        self.0.launch(batch)
+    }
+
+    fn collect(&mut self) -> Result<Vec<Result<Sampled, SampleError>>, DeviceError> {
+        loop {
+            std::thread::park();
+        }
     }
 }
 
@@ -87,4 +112,24 @@ async fn a_device_fault_is_503_whole_and_ends_the_server() {
     assert_eq!(answer.status, 503);
     assert_eq!(answer.error()["code"], "engine_fault");
     assert!(matches!(end.unwrap(), EngineState::Faulted(_)));
+}
+
+#[tokio::test]
+async fn a_device_that_hangs_does_not_keep_the_server_from_ending() {
+    let tokenizer = tokenizer();
+    let script = ScriptedRunner::new(tokenizer.len(), CONTEXT, vec![tokenizer.encode_with_control(LINE)]);
+    let mut setup = Setup::new(&[]);
+    setup.server.drain_timeout = Duration::from_millis(10);
+    setup.server.abort_timeout = Duration::from_millis(10);
+    let server = setup.start_with(Box::new(Hung(script)));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let engine = server.engine.clone();
+    let busy = async move { eventually(|| engine.snapshot().running == 1).await };
+    let serving = serve(listener, server.state.clone(), busy);
+    let request = request(json!({}));
+    let end = tokio::select! {
+        end = serving => end.unwrap(),
+        answer = server.chat(&request) => panic!("answered {}", answer.status),
+    };
+    assert_eq!(end, EngineState::Faulted("the device does not answer".to_owned()));
 }

@@ -43,7 +43,7 @@ pub fn bench(
     err: &mut impl Write,
 ) -> anyhow::Result<()> {
     let start = Instant::now();
-    let options = BenchOptions::new(measured)?;
+    let mut options = BenchOptions::new(measured)?;
     let mut asked = Asked::read(running)?;
     fit::widen(&mut asked.options.engine, &asked.values, &options)?;
     let sized = asked.values.get("kv-cache-memory-bytes").is_some();
@@ -54,6 +54,9 @@ pub fn bench(
     let path = options.json.as_deref().filter(|path| *path != Path::new(STDOUT));
     let file = path.map(|path| File::create(path).with_context(|| path.display().to_string())).transpose()?;
 
+    if options.bandwidth.is_none() {
+        options.bandwidth = opened.bandwidth()?;
+    }
     let started = opened.start()?;
     let ready = Ready::new(start.elapsed(), started.times);
     tracing::info!("ready in {:.1}s ({})", ready.seconds, started.times);

@@ -51,7 +51,7 @@ pub const BENCH: &[Flag] = &[
     honoured(
         "bandwidth-gbs",
         Value("GB/S"),
-        "Read bandwidth of the device's memory, 10^9 bytes a second, for the roofline",
+        "Read bandwidth of the device's memory, 10^9 bytes a second, for the roofline [default: measured on a GPU]",
     ),
     honoured(
         "tflops",

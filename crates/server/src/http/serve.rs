@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::time::Duration;
 
 use axum::Router;
@@ -24,7 +24,8 @@ const FLUSH_TIME: Duration = Duration::from_secs(5);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves until `shutdown` completes and what runs has finished, or the engine fails. While it drains, health is
-/// 503 and new requests get 503; what still runs after the drain timeout is aborted. Returns how the engine ended.
+/// 503 and new requests get 503; what still runs after the drain timeout is aborted. Returns how the engine ended; one
+/// that does not end although everything was aborted counts as faulted.
 ///
 /// # Errors
 /// The listener's address cannot be read.
@@ -41,6 +42,7 @@ pub async fn serve(
     let mut shutdown = pin!(shutdown);
     let mut stopped = pin!(engine.stopped());
     let mut deadline = pin!(None::<tokio::time::Sleep>);
+    let mut aborted = pin!(None::<tokio::time::Sleep>);
     let mut draining = false;
     let end = loop {
         tokio::select! {
@@ -57,10 +59,14 @@ pub async fn serve(
                 engine.drain();
                 deadline.set(Some(tokio::time::sleep(state.config().drain_timeout)));
             }
-            () = async { if let Some(sleep) = deadline.as_mut().as_pin_mut() { sleep.await } }, if deadline.is_some() => {
+            () = elapsed(deadline.as_mut()), if deadline.is_some() => {
                 tracing::warn!("drain timeout: aborting what still runs");
                 deadline.set(None);
                 engine.abort_all();
+                aborted.set(Some(tokio::time::sleep(state.config().abort_timeout)));
+            }
+            () = elapsed(aborted.as_mut()), if aborted.is_some() => {
+                break EngineState::Faulted("the device does not answer".to_owned());
             }
             end = &mut stopped => break end,
         }
@@ -68,6 +74,12 @@ pub async fn serve(
     drop(listener);
     let _ = tokio::time::timeout(FLUSH_TIME, connections.shutdown()).await;
     Ok(end)
+}
+
+async fn elapsed(mut sleep: Pin<&mut Option<tokio::time::Sleep>>) {
+    if let Some(sleep) = sleep.as_mut().as_pin_mut() {
+        sleep.await;
+    }
 }
 
 fn spawn(stream: TcpStream, app: Router, state: &ServerState, connections: &GracefulShutdown) {
