@@ -1,42 +1,61 @@
 //! Packed elements into bfloat16, for backends without a kernel for the encoding.
 
+use std::convert::Infallible;
+
 use ctxserve_core::{E2M1, Elements, MXFP4_BLOCK, Matrix, e8m0};
 use half::bf16;
+
+use crate::parallel;
+use crate::values::PIECE;
 
 /// The same matrix with bfloat16 elements. Exact for MXFP4 (one significant bit more than the sign and
 /// exponent; scales above 2^125 may overflow to infinity), rounded to nearest even for the others.
 pub fn to_bf16(matrix: Matrix) -> Matrix {
     let values = match matrix.elements() {
         Elements::Bf16(_) => return matrix,
-        Elements::F32(values) => values.iter().copied().map(bf16::from_f32).collect(),
-        Elements::Mxfp4 { codes, scales } => mxfp4(codes, scales),
-        Elements::Nvfp4 { .. } | Elements::Affine { .. } => rounded(&matrix),
+        Elements::Mxfp4 { codes, scales } => by_rows(&matrix, |first, out| {
+            let blocks = first * (matrix.cols() / MXFP4_BLOCK)..;
+            let (codes, scales) = (&codes[blocks.start * MXFP4_BLOCK / 2..], &scales[blocks]);
+            mxfp4(codes, scales, out);
+        }),
+        Elements::F32(_) | Elements::Nvfp4 { .. } | Elements::Affine { .. } => {
+            by_rows(&matrix, |first, out| {
+                let mut wide = vec![0.0; matrix.cols()];
+                for (row, out) in (first..).zip(out.chunks_mut(matrix.cols())) {
+                    matrix.decode_row(row, &mut wide);
+                    out.iter_mut().zip(&wide).for_each(|(out, &wide)| *out = bf16::from_f32(wide));
+                }
+            })
+        }
     };
     // The lengths fit by construction, so the matrix is never handed back as it was.
     Matrix::new(matrix.rows(), matrix.cols(), Elements::Bf16(values)).unwrap_or(matrix)
 }
 
-/// Row by row through f32.
-fn rounded(matrix: &Matrix) -> Vec<bf16> {
-    let mut row = vec![0.0; matrix.cols()];
-    let mut out = Vec::with_capacity(matrix.rows() * matrix.cols());
-    for at in 0..matrix.rows() {
-        matrix.decode_row(at, &mut row);
-        out.extend(row.iter().copied().map(bf16::from_f32));
+/// Calls `fill(first row, rows)` until all elements are filled.
+fn by_rows(matrix: &Matrix, fill: impl Fn(usize, &mut [bf16]) + Sync) -> Vec<bf16> {
+    let cols = matrix.cols();
+    let mut out = vec![bf16::ZERO; matrix.rows() * cols];
+    if let Some(rows) = (PIECE / size_of::<bf16>()).checked_div(cols) {
+        let piece = rows.max(1) * cols;
+        let Ok(()) = parallel::pieces(&mut out, piece, |at, out| {
+            fill(at / cols, out);
+            Ok::<_, Infallible>(())
+        });
     }
     out
 }
 
-fn mxfp4(codes: &[u8], scales: &[u8]) -> Vec<bf16> {
-    let mut out = Vec::with_capacity(codes.len() * 2);
-    for (block, &scale) in codes.chunks_exact(MXFP4_BLOCK / 2).zip(scales) {
+fn mxfp4(codes: &[u8], scales: &[u8], out: &mut [bf16]) {
+    let blocks = out.chunks_exact_mut(MXFP4_BLOCK).zip(codes.chunks_exact(MXFP4_BLOCK / 2));
+    for ((out, codes), &scale) in blocks.zip(scales) {
         let scale = e8m0(scale);
         let table = E2M1.map(|value| bf16::from_f32(value * scale));
-        for &byte in block {
-            out.extend([table[usize::from(byte & 15)], table[usize::from(byte >> 4)]]);
+        for (pair, &byte) in out.chunks_exact_mut(2).zip(codes) {
+            pair[0] = table[usize::from(byte & 15)];
+            pair[1] = table[usize::from(byte >> 4)];
         }
     }
-    out
 }
 
 #[cfg(test)]
@@ -70,6 +89,25 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn every_row_is_decoded_whatever_the_pieces() {
+        let (rows, cols) = (3000, 1024);
+        let values: Vec<f32> = (0..rows * cols).map(|i| (i / cols) as f32).collect();
+        let scales: Vec<u8> = (0..rows * cols / 32).map(|i| 100 + (i / (cols / 32) % 50) as u8).collect();
+        let packed = Elements::Mxfp4 { codes: vec![0x22; rows * cols / 2], scales };
+        for (elements, wanted) in [
+            (Elements::F32(values), (|row| bf16::from_f32(row as f32)) as fn(usize) -> bf16),
+            (packed, |row| bf16::from_f32(2_f32.powi(row as i32 % 50 - 27))),
+        ] {
+            let matrix = to_bf16(Matrix::new(rows, cols, elements).unwrap());
+            let Elements::Bf16(values) = matrix.elements() else { panic!("bf16") };
+            let whole = |(row, values): (usize, &[bf16])| values.iter().all(|&value| value == wanted(row));
+            assert!(values.chunks(cols).enumerate().all(whole));
+        }
+        let empty = to_bf16(Matrix::new(3, 0, Elements::F32(Vec::new())).unwrap());
+        assert_eq!((empty.rows(), empty.encoding()), (3, ctxserve_core::Encoding::Bf16));
     }
 
     #[test]

@@ -58,10 +58,18 @@ impl Matrix {
             }
             Elements::Affine { bits, group, codes, scales, offsets } => {
                 let codes = &codes[start * bits / 8..(start + cols) * bits / 8];
-                for (k, x) in out.iter_mut().enumerate() {
-                    let at = (start + k) / group;
-                    let code = if *bits == 4 { codes[k / 2] >> (4 * (k % 2)) & 15 } else { codes[k] };
-                    *x = scales[at] * f32::from(code) + offsets[at];
+                let groups = out.chunks_mut(*group).zip(codes.chunks(group * bits / 8));
+                for ((out, codes), at) in groups.zip(start / group..) {
+                    let (scale, offset) = (scales[at], offsets[at]);
+                    let value = |code: u8| scale * f32::from(code) + offset;
+                    if *bits == 4 {
+                        for (pair, &byte) in out.chunks_mut(2).zip(codes) {
+                            let values = [value(byte & 15), value(byte >> 4)];
+                            pair.iter_mut().zip(values).for_each(|(x, value)| *x = value);
+                        }
+                    } else {
+                        out.iter_mut().zip(codes).for_each(|(x, &code)| *x = value(code));
+                    }
                 }
             }
         }

@@ -146,7 +146,7 @@ fn stacks_that_contradict_each_other_are_refused() {
     assert!(message.contains("down_proj\" has shape [1, 4, 3], wanted [1, 3, 4]"), "{message}");
 }
 
-fn mxfp4_layer(scale: u8) -> Vec<MemoryTensor> {
+pub(crate) fn mxfp4_layer(scale: u8) -> Vec<MemoryTensor> {
     let codes = |count: usize| (0..count).map(|i| (i * 37 % 256) as u8).collect::<Vec<u8>>();
     let mut scales: Vec<u8> = (0..12).map(|i| 120 + i).collect();
     scales[7] = scale;
@@ -158,7 +158,7 @@ fn mxfp4_layer(scale: u8) -> Vec<MemoryTensor> {
     ]
 }
 
-fn mxfp4_wants() -> Vec<Want> {
+pub(crate) fn mxfp4_wants() -> Vec<Want> {
     vec![
         experts(GATE_UP, 2, 3, 64),
         want(&format!("{GATE_UP}_bias"), Shape::Vector { len: 6 }),

@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod formats;
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod malformed;
 #[cfg(test)]
 mod quantised;

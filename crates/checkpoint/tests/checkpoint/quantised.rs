@@ -57,7 +57,7 @@ fn matrix(name: &str, rows: usize, cols: usize) -> Want {
     Want { name: name.to_owned(), shape: Shape::Matrix { rows, cols } }
 }
 
-fn modelopt() -> (Vec<MemoryTensor>, Value) {
+pub(crate) fn modelopt() -> (Vec<MemoryTensor>, Value) {
     let tensors = vec![
         tensor(&format!("{Q}.weight"), Dtype::U8, &[2, 16], vec![0x21; 32]),
         tensor(&format!("{Q}.weight_scale"), Dtype::F8_E4M3, &[2, 2], vec![0x38; 4]),
@@ -70,7 +70,7 @@ fn modelopt() -> (Vec<MemoryTensor>, Value) {
     (tensors, config)
 }
 
-fn compressed() -> (Vec<MemoryTensor>, Value) {
+pub(crate) fn compressed() -> (Vec<MemoryTensor>, Value) {
     let (mut tensors, _) = modelopt();
     for (from, to) in [
         (".weight_scale_2", ".weight_global_scale"),
@@ -84,7 +84,7 @@ fn compressed() -> (Vec<MemoryTensor>, Value) {
     (tensors, config)
 }
 
-fn nvfp4_wants() -> Vec<Want> {
+pub(crate) fn nvfp4_wants() -> Vec<Want> {
     vec![matrix(&format!("{Q}.weight"), 2, 32), matrix("model.embed_tokens.weight", 2, 32)]
 }
 
@@ -272,7 +272,7 @@ fn reciprocals_are_turned_and_inputs_may_be_left_out() {
 const EXPERTS: &str = "model.layers.0.mlp.experts.";
 
 /// A router in affine codes, experts in two halves, a matrix in MXFP4.
-fn mlx() -> (Vec<MemoryTensor>, Value) {
+pub(crate) fn mlx() -> (Vec<MemoryTensor>, Value) {
     let mut tensors = vec![
         tensor("model.layers.0.mlp.router.weight", Dtype::U32, &[2, 8], vec![0x11; 64]),
         tensor("model.layers.0.mlp.router.scales", Dtype::BF16, &[2, 1], bf16s([-0.5; 2])),
@@ -292,7 +292,7 @@ fn mlx() -> (Vec<MemoryTensor>, Value) {
     (tensors, config)
 }
 
-fn mlx_wants() -> Vec<Want> {
+pub(crate) fn mlx_wants() -> Vec<Want> {
     vec![
         matrix("model.layers.0.mlp.router.weight", 2, 64),
         matrix(&format!("{Q}.weight"), 3, 32),
