@@ -18,5 +18,5 @@ mod weights;
 pub use costs::{Costs, expected_experts};
 pub use error::{ConfigError, LoadError};
 pub use model::{LoadOptions, LoadProgress, Model, ModelInfo};
-pub use registry::{architectures, inspect, load};
+pub use registry::{architectures, inspect, load, wants};
 pub use rope::{Yarn, rope_table};

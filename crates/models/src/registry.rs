@@ -1,7 +1,7 @@
 //! The families this build knows: one row each.
 
 use ctxserve_backend::Backend;
-use ctxserve_checkpoint::Checkpoint;
+use ctxserve_checkpoint::{Checkpoint, Want};
 use serde_json::Value;
 
 use crate::{LoadError, LoadOptions, LoadProgress, Model, ModelInfo, gpt_oss};
@@ -14,6 +14,8 @@ pub(crate) struct Family {
     pub(crate) model_types: &'static [&'static str],
     /// Checks configuration and tensor headers.
     pub(crate) inspect: fn(&Checkpoint, &LoadOptions) -> Result<ModelInfo, LoadError>,
+    /// Checks the same and returns every tensor that the model is made of.
+    pub(crate) wants: fn(&Checkpoint) -> Result<Vec<Want>, LoadError>,
 }
 
 type Load<B> = fn(
@@ -78,6 +80,15 @@ fn find(config: &Value) -> Result<usize, LoadError> {
 pub fn inspect(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<ModelInfo, LoadError> {
     options.check().map_err(LoadError::Options)?;
     (FAMILIES[find(checkpoint.config())?].inspect)(checkpoint, options)
+}
+
+/// Every tensor that the model of a checkpoint is made of, in the order in which they are loaded. Checks what [`inspect`]
+/// checks of configuration and tensor headers.
+///
+/// # Errors
+/// An unknown architecture, a bad configuration, or tensors that do not fit it.
+pub fn wants(checkpoint: &Checkpoint) -> Result<Vec<Want>, LoadError> {
+    (FAMILIES[find(checkpoint.config())?].wants)(checkpoint)
 }
 
 /// Loads a model onto a backend, after every check that the headers allow. Weights pass through layer by layer, one

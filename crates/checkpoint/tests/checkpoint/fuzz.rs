@@ -268,7 +268,7 @@ fn read_all(case: Case) -> bool {
             Shape::Vector { len } => {
                 match checkpoint.vector(&want.name, len) {
                     Ok(values) => {
-                        assert!(values.len() == len && values.iter().all(|value| value.is_finite()))
+                        assert!(values.len() == len && values.iter().all(|value| value.is_finite()));
                     }
                     Err(error) => {
                         said(&error);

@@ -14,7 +14,7 @@ mod rope;
 mod weights;
 
 use ctxserve_backend::Backend;
-use ctxserve_checkpoint::Checkpoint;
+use ctxserve_checkpoint::{Checkpoint, Want};
 
 use crate::eos;
 use crate::registry::Family;
@@ -24,7 +24,7 @@ pub use config::Config;
 pub use rope::Rope;
 
 pub(crate) const FAMILY: Family =
-    Family { architectures: &["GptOssForCausalLM"], model_types: &["gpt_oss"], inspect };
+    Family { architectures: &["GptOssForCausalLM"], model_types: &["gpt_oss"], inspect, wants };
 
 /// Reads the configuration and holds the tensor headers against it.
 fn check(checkpoint: &Checkpoint) -> Result<Config, LoadError> {
@@ -55,6 +55,10 @@ fn info(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions) -> Resu
 
 pub(crate) fn inspect(checkpoint: &Checkpoint, options: &LoadOptions) -> Result<ModelInfo, LoadError> {
     info(&check(checkpoint)?, checkpoint, options)
+}
+
+pub(crate) fn wants(checkpoint: &Checkpoint) -> Result<Vec<Want>, LoadError> {
+    Ok(weights::wants(&check(checkpoint)?))
 }
 
 pub(crate) fn load<B: Backend>(

@@ -5,7 +5,7 @@ use crate::ledger::Ledger;
 use ctxserve_backend::{Batch, KvDtype};
 use ctxserve_checkpoint::{Checkpoint, CheckpointError, Dtype, MemoryTensor};
 use ctxserve_core::Encoding;
-use ctxserve_models::{LoadError, LoadOptions, architectures, inspect, load};
+use ctxserve_models::{LoadError, LoadOptions, architectures, inspect, load, wants};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
@@ -40,6 +40,18 @@ fn refuse(config: Value, tensors: Vec<MemoryTensor>) -> String {
     };
     assert_eq!(ledger.loads, [""; 0], "weights were loaded before the check");
     error
+}
+
+#[test]
+fn what_a_model_wants_is_all_that_is_stored() {
+    for name in ["long", "dense"] {
+        let checkpoint = open(name);
+        let wants = wants(&checkpoint).unwrap();
+        assert_eq!(checkpoint.stored_bytes(&wants).unwrap(), checkpoint.total_bytes(), "{name}");
+    }
+    let (config, mut tensors) = parts("long");
+    tensors.pop();
+    assert!(wants(&Checkpoint::in_memory(config, tensors).unwrap()).is_err());
 }
 
 #[test]
