@@ -1,6 +1,8 @@
 // Copies what the rows of some sequences see of the cache into contiguous lines of bf16, for the attention of many rows:
 // [kv_heads][lines][64], keys and values apart, a line's 16-byte chunks at chunk ^ (line & 7). A sequence's lines start at a
 // multiple of 128 and are padded with zeros to one. One block copies 128 lines of one head.
+#include <type_traits>
+
 #include "common/attention.cuh"
 
 struct Params {
@@ -31,23 +33,23 @@ template <bool FP8> DEVICE void kv_gather(const Params& p) {
     const int base = first_visible(place.start, p.cache.window) + line - place.line;  // position of this block's first line
     const int* table = table_of(p.tables, place.sequence);
     const int mask = (1 << p.cache.page_shift) - 1;
-    constexpr int BYTES = FP8 ? 1 : 2, CHUNKS = HEAD_DIM * BYTES / 16, STEP = THREADS / CHUNKS;
+    // Eight lanes a line, eight elements each, so that they write all of its 128 bytes at once.
+    using Piece = std::conditional_t<FP8, uint2, uint4>;
+    constexpr int CHUNKS = HEAD_DIM / 8, STEP = THREADS / CHUNKS, COUNT = LINES / STEP;
     const int chunk = threadIdx.x % CHUNKS;
     const size_t after = values_after_keys(p.cache);
-    constexpr int COUNT = LINES / STEP;
-    uint4 data[2][COUNT];
+    Piece data[2][COUNT];
     float scale[2][COUNT];
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
         const int position = base + i * STEP + threadIdx.x / CHUNKS;
-        data[0][i] = data[1][i] = make_uint4(0, 0, 0, 0);
+        data[0][i] = data[1][i] = Piece{};
         scale[0][i] = scale[1][i] = 0;
         if (position <= last) {
             const size_t token = token_of(p.cache, table[position >> p.cache.page_shift], head, position & mask);
 #pragma unroll
             for (int kind = 0; kind < 2; ++kind) {
-                const char* from = p.cache.data + (token + kind * after) * HEAD_DIM * BYTES + chunk * 16;
-                data[kind][i] = *reinterpret_cast<const uint4*>(from);
+                data[kind][i] = reinterpret_cast<const Piece*>(p.cache.data)[(token + kind * after) * CHUNKS + chunk];
                 if constexpr (FP8) scale[kind][i] = p.cache.scales[token + kind * after];
             }
         }
@@ -58,16 +60,15 @@ template <bool FP8> DEVICE void kv_gather(const Params& p) {
 #pragma unroll
         for (int kind = 0; kind < 2; ++kind) {
             char* to = (kind ? p.values : p.keys) + (static_cast<size_t>(head) * p.lines + at) * HEAD_DIM * 2;
-            const uint4 v = data[kind][i];
+            const Piece v = data[kind][i];
+            uint4 out;
             if constexpr (FP8) {
                 const float f = scale[kind][i];
-                const uint4 low = make_uint4(scaled(v.x, f), scaled(v.x >> 16, f), scaled(v.y, f), scaled(v.y >> 16, f));
-                const uint4 high = make_uint4(scaled(v.z, f), scaled(v.z >> 16, f), scaled(v.w, f), scaled(v.w >> 16, f));
-                *reinterpret_cast<uint4*>(to + (((2 * chunk) ^ (at & 7)) << 4)) = low;
-                *reinterpret_cast<uint4*>(to + (((2 * chunk + 1) ^ (at & 7)) << 4)) = high;
+                out = make_uint4(scaled(v.x, f), scaled(v.x >> 16, f), scaled(v.y, f), scaled(v.y >> 16, f));
             } else {
-                *reinterpret_cast<uint4*>(to + ((chunk ^ (at & 7)) << 4)) = v;
+                out = v;
             }
+            *reinterpret_cast<uint4*>(to + ((chunk ^ (at & 7)) << 4)) = out;
         }
     }
 }

@@ -1,5 +1,5 @@
 // Adds the experts' outputs to the residual stream: x[row] += sum over slots, in order, of weight[row, slot] * y[position[row, slot]].
-// One block a row.
+// On request also RMSNorm of the new x into the operand of the next layer's product, in float32 until the last rounding. One block a row.
 #include "common/common.cuh"
 
 struct Params {
@@ -8,51 +8,108 @@ struct Params {
     const int* position;  // [rows, slots]
     const float* weight;  // [rows, slots]
     const int* live;      // rows to do; later ones are left alone
-    int cols;             // multiple of 8
+    const float* norm;    // [cols]
+    void* normed;         // panels of [capacity, cols], bf16, or null
+    int cols;             // multiple of 64
     int stride;           // multiple of 8
     int slots;
+    int capacity;         // multiple of 8
+    float eps;
 };
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 384;
 
-DEVICE void read8(const float* y, float (&v)[8]) {
-    const float4 a = *reinterpret_cast<const float4*>(y), b = *reinterpret_cast<const float4*>(y + 4);
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-}
-DEVICE void read8(const __nv_bfloat16* y, float (&v)[8]) {
-    const uint4 packed = *reinterpret_cast<const uint4*>(y);
-    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        v[2 * i] = __uint_as_float(words[i] << 16);
-        v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+constexpr int AT_ONCE = 4;  // slots whose outputs are on their way together
+
+// Eight outputs, as they are stored.
+struct Wide {
+    float4 a, b;
+    __device__ __forceinline__ void load(const void* y, size_t at) {
+        const float4* const from = reinterpret_cast<const float4*>(static_cast<const float*>(y) + at);
+        a = from[0], b = from[1];
     }
+    __device__ __forceinline__ void add(float4& low, float4& high, float w) const {
+        low.x = fmaf(w, a.x, low.x), low.y = fmaf(w, a.y, low.y), low.z = fmaf(w, a.z, low.z), low.w = fmaf(w, a.w, low.w);
+        high.x = fmaf(w, b.x, high.x), high.y = fmaf(w, b.y, high.y), high.z = fmaf(w, b.z, high.z), high.w = fmaf(w, b.w, high.w);
+    }
+};
+struct Narrow {
+    uint4 v;
+    __device__ __forceinline__ void load(const void* y, size_t at) {
+        v = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(y) + at);
+    }
+    __device__ __forceinline__ void add(float4& low, float4& high, float w) const {
+        const auto first = [](uint32_t pair) { return __uint_as_float(pair << 16); };
+        const auto second = [](uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); };
+        Wide{{first(v.x), second(v.x), first(v.y), second(v.y)}, {first(v.z), second(v.z), first(v.w), second(v.w)}}.add(low, high, w);
+    }
+};
+
+// As in rms_norm.cu, to the bit.
+DEVICE float squares(float sum, const float4& a) {
+    return fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(a.z, a.z, fmaf(a.w, a.w, sum))));
 }
 
 template <class T> DEVICE void moe_combine(const Params& p) {
+    // Where a norm is wanted its weight and the new row: of each eight columns the first four, then all last four. Each thread finds
+    // what it stored itself.
+    extern __shared__ float4 held[];
+    __shared__ float scratch[THREADS / 32];
+    const int row = blockIdx.x, chunks = p.cols / 8;
+    float4* const norm = held + 2 * chunks;
+    for (int chunk = threadIdx.x; p.normed && chunk < chunks; chunk += THREADS) {
+        const float4* const from = reinterpret_cast<const float4*>(p.norm) + chunk * 2;
+        norm[chunk] = __ldg(from), norm[chunks + chunk] = __ldg(from + 1);
+    }
     pdl_wait();
     pdl_launch();
-    const int row = blockIdx.x;
-    if (row >= *p.live) return;
-    const int* position = p.position + static_cast<size_t>(row) * p.slots;
-    const float* weight = p.weight + static_cast<size_t>(row) * p.slots;
-    const T* y = static_cast<const T*>(p.y);
-    for (int col = threadIdx.x * 8; col < p.cols; col += THREADS * 8) {
-        float* x = p.x + static_cast<size_t>(row) * p.cols + col;
-        float sum[8];
-        read8(x, sum);
-#pragma unroll 4
-        for (int slot = 0; slot < p.slots; ++slot) {
-            float v[8];
-            read8(y + static_cast<size_t>(position[slot]) * p.stride + col, v);
-            const float w = weight[slot];
+    size_t from[AT_ONCE];
+    float weight[AT_ONCE];
+    const auto read_slots = [&](int first) {
 #pragma unroll
-            for (int i = 0; i < 8; ++i) sum[i] = fmaf(w, v[i], sum[i]);
+        for (int s = 0; s < AT_ONCE; ++s) {
+            if (first + s >= p.slots) continue;
+            const size_t at = static_cast<size_t>(row) * p.slots + first + s;
+            from[s] = static_cast<size_t>(p.position[at]) * p.stride, weight[s] = p.weight[at];
         }
-        *reinterpret_cast<float4*>(x) = make_float4(sum[0], sum[1], sum[2], sum[3]);
-        *reinterpret_cast<float4*>(x + 4) = make_float4(sum[4], sum[5], sum[6], sum[7]);
+    };
+    // With the number of live rows, not after it: there is memory for rows that are not.
+    read_slots(0);
+    if (row >= *p.live) return;
+    float square = 0;
+    for (int chunk = threadIdx.x; chunk < chunks; chunk += THREADS) {
+        float4* const x = reinterpret_cast<float4*>(p.x + static_cast<size_t>(row) * p.cols + chunk * 8);
+        float4 low = x[0], high = x[1];
+        for (int first = 0;;) {
+            T of_slot[AT_ONCE];
+#pragma unroll
+            for (int s = 0; s < AT_ONCE; ++s)
+                if (first + s < p.slots) of_slot[s].load(p.y, from[s] + chunk * 8);
+#pragma unroll
+            for (int s = 0; s < AT_ONCE; ++s)
+                if (first + s < p.slots) of_slot[s].add(low, high, weight[s]);
+            if (p.slots <= AT_ONCE) break;
+            first = first + AT_ONCE < p.slots ? first + AT_ONCE : 0;
+            read_slots(first);
+            if (first == 0) break;
+        }
+        x[0] = low, x[1] = high;
+        if (!p.normed) continue;
+        held[chunk] = low, held[chunks + chunk] = high;
+        square = squares(squares(square, low), high);
+    }
+    if (!p.normed) return;
+    const float scale = rsqrtf(block_sum<THREADS / 32>(square, scratch) / p.cols + p.eps);
+    for (int chunk = threadIdx.x; chunk < chunks; chunk += THREADS) {
+        const float4 a = held[chunk], b = held[chunks + chunk], v = norm[chunk], w = norm[chunks + chunk];
+        uint4 packed;
+        packed.x = pack2<__nv_bfloat16>(a.x * scale * v.x, a.y * scale * v.y);
+        packed.y = pack2<__nv_bfloat16>(a.z * scale * v.z, a.w * scale * v.w);
+        packed.z = pack2<__nv_bfloat16>(b.x * scale * w.x, b.y * scale * w.y);
+        packed.w = pack2<__nv_bfloat16>(b.z * scale * w.z, b.w * scale * w.w);
+        *reinterpret_cast<uint4*>(static_cast<char*>(p.normed) + panel_chunk(row, chunk * 8, p.capacity)) = packed;
     }
 }
 
-KERNEL __launch_bounds__(THREADS) moe_combine_f32(const __grid_constant__ Params p) { moe_combine<float>(p); }
-KERNEL __launch_bounds__(THREADS) moe_combine_bf16(const __grid_constant__ Params p) { moe_combine<__nv_bfloat16>(p); }
+KERNEL __launch_bounds__(THREADS, 2) moe_combine_f32(const __grid_constant__ Params p) { moe_combine<Wide>(p); }
+KERNEL __launch_bounds__(THREADS, 3) moe_combine_bf16(const __grid_constant__ Params p) { moe_combine<Narrow>(p); }

@@ -1,53 +1,172 @@
-// RMSNorm of the residual stream into the experts' operand: y[position[row, slot]] = x[row] * rsqrt(mean(x[row]^2) + eps) * w for every
-// slot, fp16 panels, in float32 until the last rounding. One block a row. Padding rows among the sorted ones keep what they hold: the
-// products of a row depend on no other row, and nobody reads theirs.
-#include "common/common.cuh"
+// RMSNorm of the residual stream into the experts' operand: y[position[row, slot]] = x[row] * scale[row] * w for every slot, fp16 panels, in
+// float32 until the last rounding; route.cu found the scales. One block a row. Padding rows among the sorted ones keep what they
+// hold: the products of a row depend on no other row, and nobody reads theirs.
+//
+// `moe_scatter` goes by positions that moe_sort.cu found. `moe_scatter_sorting`, of few rows, saves that launch: each block counts all
+// choices for itself, which gives the positions of its row; the first also writes the tiles.
+#include "common/tiles.cuh"
+
+struct Sort {
+    const int* choice;  // [rows, slots]: experts
+    int4* tiles;        // as moe_sort.cu
+    int* counts;        // as moe_sort.cu
+    int rows;           // most live rows; rows * slots is at most ENTRIES * THREADS
+    int experts;        // at most 128
+    int height;         // most sorted rows of a tile, a multiple of 8
+};
 
 struct Params {
     const float* x;       // [rows, cols]
     const float* weight;  // [cols]
+    const float* scale;   // [rows]
     void* y;              // panels of [capacity, cols], fp16
-    const int* position;  // [rows, slots]: rows of y
+    int* position;        // [rows, slots]: rows of y; `moe_scatter_sorting` writes them
     const int* live;      // rows to do
-    int cols;             // multiple of 64, at most CHUNKS * THREADS * 8
+    int cols;             // multiple of 64
     int capacity;         // multiple of 8
-    int slots;
-    float eps;
+    int slots;            // at most SLOTS
+    Sort sort;            // of `moe_scatter_sorting`
 };
 
-constexpr int THREADS = 192, CHUNKS = 6;
+constexpr int THREADS = 384, SLOTS = 8, MOST_EXPERTS = 128;
+constexpr int ENTRIES = 3;  // choices that a thread counts, at the most
 
-KERNEL __launch_bounds__(THREADS) moe_scatter(const __grid_constant__ Params p) {
-    __shared__ float scratch[THREADS / 32];
-    pdl_wait();
-    pdl_launch();
-    const int row = blockIdx.x;
-    if (row >= *p.live) return;
-    const float* x = p.x + static_cast<size_t>(row) * p.cols;
-    float4 values[CHUNKS][2];
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
-        const int col = (i * THREADS + threadIdx.x) * 8;
-        if (col >= p.cols) break;
-        const float4 a = values[i][0] = *reinterpret_cast<const float4*>(x + col);
-        const float4 b = values[i][1] = *reinterpret_cast<const float4*>(x + col + 4);
-        sum += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w + b.x * b.x + b.y * b.y + b.z * b.z + b.w * b.w;
+// Eight columns of a row and of the weight.
+struct Piece {
+    float4 a, b, v, w;
+
+    __device__ __forceinline__ Piece(const Params& p, int row, int col) {
+        const float4* const x = reinterpret_cast<const float4*>(p.x + static_cast<size_t>(row) * p.cols + col);
+        const float4* const weight = reinterpret_cast<const float4*>(p.weight + col);
+        a = x[0], b = x[1], v = __ldg(weight), w = __ldg(weight + 1);
     }
-    const float scale = rsqrtf(block_sum<THREADS / 32>(sum, scratch) / p.cols + p.eps);
-    const int* position = p.position + static_cast<size_t>(row) * p.slots;
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
-        const int col = (i * THREADS + threadIdx.x) * 8;
-        if (col >= p.cols) break;
-        const float4 a = values[i][0], b = values[i][1];
-        const float4 v = *reinterpret_cast<const float4*>(p.weight + col), w = *reinterpret_cast<const float4*>(p.weight + col + 4);
+    __device__ __forceinline__ void put(const Params& p, int col, float scale, const int (&position)[SLOTS]) const {
         uint4 packed;
         packed.x = pack2<__half>(a.x * scale * v.x, a.y * scale * v.y);
         packed.y = pack2<__half>(a.z * scale * v.z, a.w * scale * v.w);
         packed.z = pack2<__half>(b.x * scale * w.x, b.y * scale * w.y);
         packed.w = pack2<__half>(b.z * scale * w.z, b.w * scale * w.w);
-        for (int slot = 0; slot < p.slots; ++slot)
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            if (slot >= p.slots) break;
             *reinterpret_cast<uint4*>(static_cast<char*>(p.y) + panel_chunk(position[slot], col, p.capacity)) = packed;
+        }
     }
+};
+
+DEVICE void read_slots(int (&to)[SLOTS], const int* from, int slots) {
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; ++slot) to[slot] = slot < slots ? from[slot] : 0;
+}
+
+KERNEL __launch_bounds__(THREADS) moe_scatter(const __grid_constant__ Params p) {
+    pdl_wait();
+    pdl_launch();
+    const int row = blockIdx.x;
+    // All reads at once, also those of a row that is not live: there is memory for it.
+    const int live = *p.live;
+    const float scale = p.scale[row];
+    int position[SLOTS];
+    read_slots(position, p.position + static_cast<size_t>(row) * p.slots, p.slots);
+    for (int col = threadIdx.x * 8; col < p.cols; col += THREADS * 8) {
+        const Piece piece(p, row, col);
+        if (row >= live) return;
+        piece.put(p, col, scale, position);
+    }
+}
+
+DEVICE int exclusive_sum(int v) {
+    const int lane = threadIdx.x % 32;
+    int sum = v;
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+        const int other = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) sum += other;
+    }
+    return sum - v;
+}
+
+// One warp: the tiles, of EACH experts a lane, whose first sorted row is `first`.
+template <int EACH> DEVICE void put_tiles(const Sort& sort, const int (&rows)[EACH], int first) {
+    const int lane = threadIdx.x % 32;
+    int count = 0, sum = 0, end = first;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        const Tiles tiles(rows[i], sort.height);
+        count += tiles.count, sum += tiles.cost(), end += rows[i];
+    }
+    int tile = exclusive_sum(count), cost = exclusive_sum(sum);
+    if (lane == 31) sort.counts[0] = end, sort.counts[1] = tile + count;
+#pragma unroll 1
+    for (int i = 0; i < EACH; ++i) {
+        int own = rows[0];
+#pragma unroll
+        for (int j = 1; j < EACH; ++j)
+            if (i == j) own = rows[j];
+        const Tiles tiles(own, sort.height);
+        for (int at = 0; at < tiles.count; ++at)
+            sort.tiles[tile + at] = make_int4(lane * EACH + i, first + tiles.first(at), tiles.rows(at), cost + tiles.cost_before(at));
+        first += own, tile += tiles.count, cost += tiles.cost();
+    }
+}
+
+KERNEL __launch_bounds__(THREADS) moe_scatter_sorting(const __grid_constant__ Params p) {
+    __shared__ int counts[MOST_EXPERTS];  // of rows; later the first sorted row
+    __shared__ int before[SLOTS];         // choices of this row's experts by rows before it
+    const Sort& sort = p.sort;
+    const int row = blockIdx.x, thread = threadIdx.x;
+    if (thread < MOST_EXPERTS) counts[thread] = 0;
+    if (thread < SLOTS) before[thread] = 0;
+    pdl_wait();
+    pdl_launch();
+    const int live = min(*p.live, sort.rows);
+    const float scale = p.scale[row];
+    // No expert is outside the table, whatever was chosen.
+    const auto expert = [&](int chosen) { return static_cast<int>(min(static_cast<unsigned>(chosen), sort.experts - 1u)); };
+    int own[SLOTS];
+    read_slots(own, sort.choice + static_cast<size_t>(row) * p.slots, p.slots);
+    int chosen[ENTRIES];
+#pragma unroll
+    for (int i = 0; i < ENTRIES; ++i) chosen[i] = i * THREADS + thread < sort.rows * p.slots ? sort.choice[i * THREADS + thread] : 0;
+    const Piece piece(p, row, min(thread * 8, p.cols - 8));
+    __syncthreads();
+    // The first block writes the tiles even where there are no rows.
+    if (row >= live && row > 0) return;
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; ++slot) own[slot] = slot < p.slots ? expert(own[slot]) : -1;
+#pragma unroll
+    for (int i = 0; i < ENTRIES; ++i) {
+        const int at = i * THREADS + thread, mine = expert(chosen[i]);
+        if (at >= live * p.slots) break;
+        atomicAdd(&counts[mine], 1);
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot)
+            if (mine == own[slot] && at < row * p.slots + slot) atomicAdd(&before[slot], 1);
+    }
+    __syncthreads();
+    if (thread < 32) {
+        constexpr int EACH = MOST_EXPERTS / 32;
+        int rows[EACH], sum = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) sum += rows[i] = (counts[thread * EACH + i] + 7) / 8 * 8;
+        int first = exclusive_sum(sum);
+        if (row == 0) put_tiles<EACH>(sort, rows, first);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            counts[thread * EACH + i] = first;
+            first += rows[i];
+        }
+    }
+    __syncthreads();
+    if (row >= live) return;
+    int position[SLOTS];
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; ++slot) position[slot] = slot < p.slots ? counts[own[slot]] + before[slot] : 0;
+    if (thread == 0) {
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot)
+            if (slot < p.slots) p.position[static_cast<size_t>(row) * p.slots + slot] = position[slot];
+    }
+    if (thread * 8 < p.cols) piece.put(p, thread * 8, scale, position);
+    for (int col = (thread + THREADS) * 8; col < p.cols; col += THREADS * 8) Piece(p, row, col).put(p, col, scale, position);
 }

@@ -1,34 +1,18 @@
-// The router: h = RMSNorm(x), logits = W h + b from the unrounded h, the top_k greatest (ties: lowest index; NaN above all), and
-// the softmax over those.
+// The router: logits = W RMSNorm(x) + b in float32, the top_k greatest (ties: lowest index; NaN above all), and the softmax over
+// those. The scale of RMSNorm is taken out of the product, so that a row is read once.
 //
-// `route_spread` (compute capability 9.0 and newer), for few rows: eight blocks a row, a cluster, so that each holds its experts'
-// weights in registers before x is there; logits meet in the first block's shared memory. `route_one`: a block a row.
-// `route_eight`: a block for eight rows, which share the reads of W.
-#include "common/common.cuh"
-
-struct Params {
-    const float* x;         // [rows, hidden]
-    const float* norm;      // [hidden]
-    const uint16_t* router; // bf16 [experts, hidden]
-    const float* bias;      // [experts]
-    const int* live;        // rows to do; later ones are left alone
-    int* choice;            // [rows, top_k]
-    float* weight;          // [rows, top_k]
-    __half* h;              // [rows, hidden]
-    int hidden;             // multiple of 64
-    int experts;            // at most 128
-    int top_k;
-    int fragments;          // whether h is in fragment order (README.md), not in natural order
-    float eps;
-};
+// For few rows, with h = RMSNorm(x) written in fragment order: `route_spread` (compute capability 9.0 and newer), eight blocks a row, a
+// cluster, so that each holds its experts' weights in registers before x is there; logits meet in the first block's shared memory.
+// `route_one`, elsewhere: a block a row.
+//
+// For more rows, with the scale of each row written: tensor cores. x * norm is split into two bf16 parts, which keep 16 bits of it, and
+// both are multiplied. `route_many`: a block's warps share the columns of 32 rows. `route_split` (9.0): the warps of a cluster of
+// eight blocks share those of 16 rows, two of which each block then finishes.
+#include "common/route.cuh"
 
 constexpr int WARPS = 16;
 constexpr int THREADS = WARPS * 32;
-constexpr int MOST_EXPERTS = 128;
 constexpr int AHEAD = 4;  // chunks of W that a lane holds of each of two experts before x is there
-
-DEVICE float low(uint32_t pair) { return __uint_as_float(pair << 16); }
-DEVICE float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 DEVICE float dot(float sum, const uint4& w, const float4& a, const float4& b) {
     sum = fmaf(low(w.x), a.x, sum), sum = fmaf(high(w.x), a.y, sum);
@@ -38,63 +22,10 @@ DEVICE float dot(float sum, const uint4& w, const float4& a, const float4& b) {
     return sum;
 }
 
-// Greater for a greater float, greatest for NaN; -0 is below +0.
-DEVICE uint32_t order(float value) {
-    const uint32_t bits = __float_as_uint(value);
-    if (isnan(value)) return ~0u;
-    return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-// One warp: the greatest of `logits`, and their softmax. EACH * 32 experts at most.
-template <int EACH> DEVICE void choose_among(const Params& p, const float* logits, int row) {
-    const int lane = threadIdx.x % 32;
-    uint32_t keys[EACH];  // 0, below any float's, where there is none or it is taken
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) keys[i] = i * 32 + lane < p.experts ? order(logits[i * 32 + lane]) : 0;
-    int mine = 0;
-    for (int slot = 0; slot < p.top_k; ++slot) {
-        uint32_t best = keys[0], at = EACH * 32;
-#pragma unroll
-        for (int i = 1; i < EACH; ++i) best = max(best, keys[i]);
-        best = __reduce_max_sync(~0u, best);
-#pragma unroll
-        for (int i = EACH - 1; i >= 0; --i)
-            if (keys[i] == best) at = i * 32 + lane;
-        at = __reduce_min_sync(~0u, at);
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            if (at == i * 32 + lane) keys[i] = 0;
-        if (slot == lane) mine = at;
-    }
-    const float logit = logits[mine], first = __shfl_sync(~0u, logit, 0), power = expf(logit - first);
-    float sum = 0;
-    for (int slot = 0; slot < p.top_k; ++slot) sum += __shfl_sync(~0u, power, slot);
-    if (lane >= p.top_k) return;
-    p.choice[row * p.top_k + lane] = mine;
-    p.weight[row * p.top_k + lane] = power / sum;
-}
-
-DEVICE void choose(const Params& p, const float* logits, int row) {
-    if (p.experts <= 32) choose_among<1>(p, logits, row);
-    else choose_among<MOST_EXPERTS / 32>(p, logits, row);
-}
-
-// Stores eight columns of a normed row.
+// Stores eight columns of a normed row in fragment order.
 DEVICE void store(const Params& p, int row, int chunk, const float4& a, const float4& b) {
-    __half* const h = p.h + static_cast<size_t>(row) * p.hidden;
-    const uint4 packed = make_uint4(pack2<__half>(a.x, a.y), pack2<__half>(a.z, a.w), pack2<__half>(b.x, b.y), pack2<__half>(b.z, b.w));
-    if (p.fragments) {
-        uint32_t* const to = reinterpret_cast<uint32_t*>(h) + (chunk / 4) * 16 + chunk % 4;
-        to[0] = packed.x, to[4] = packed.y, to[8] = packed.z, to[12] = packed.w;
-    } else {
-        reinterpret_cast<uint4*>(h)[chunk] = packed;
-    }
-}
-
-DEVICE float4 times(const float4& a, const float4& b) { return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w); }
-DEVICE float4 times(const float4& a, float b) { return make_float4(a.x * b, a.y * b, a.z * b, a.w * b); }
-DEVICE float squares(float sum, const float4& a) {
-    return fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(a.z, a.z, fmaf(a.w, a.w, sum))));
+    uint32_t* const to = reinterpret_cast<uint32_t*>(p.h + static_cast<size_t>(row) * p.hidden) + (chunk / 4) * 16 + chunk % 4;
+    to[0] = pack2<__half>(a.x, a.y), to[4] = pack2<__half>(a.z, a.w), to[8] = pack2<__half>(b.x, b.y), to[12] = pack2<__half>(b.z, b.w);
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -152,6 +83,7 @@ DEVICE void route_in_cluster(const Params& p) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&arrived)) : "memory");
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&arrived)), "r"(p.experts * 4)
                      : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
     uint4 held[HELD][GROUP];
@@ -242,117 +174,307 @@ DEVICE void route_in_cluster(const Params& p) {
 }
 #endif
 
-template <int ROWS> DEVICE void route(const Params& p) {
+DEVICE void route_alone(const Params& p) {
     extern __shared__ __align__(128) char shared[];
-    __shared__ float scratch[ROWS][WARPS];
-    __shared__ float logits[ROWS][MOST_EXPERTS];
-    const int chunks = p.hidden / 8, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    // Normed rows: of each 8 columns the first four, then, after all of these, the last four, so that neighbouring lanes read
+    __shared__ float scratch[WARPS];
+    __shared__ float logits[MOST_EXPERTS];
+    const int chunks = p.hidden / 8, thread = threadIdx.x, warp = thread / 32, lane = thread % 32, row = blockIdx.x;
+    // The normed row: of each 8 columns the first four, then, after all of these, the last four, so that neighbouring lanes read
     // neighbouring 16 bytes.
-    float4* const rows = reinterpret_cast<float4*>(shared);
+    float4* const low = reinterpret_cast<float4*>(shared);
+    float4* const high = low + chunks;
     const uint4* const router = reinterpret_cast<const uint4*>(p.router);
 
     // Weights only, before the wait: all of W on its way to L2, the first chunks to registers.
+    const int bytes = p.experts * p.hidden * 2;
+    for (int at = thread * 128; at < bytes; at += THREADS * 128)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(p.router) + at));
     uint4 ahead[2][AHEAD];
-    if (ROWS == 1) {
-        const int bytes = p.experts * p.hidden * 2;
-        for (int at = thread * 128; at < bytes; at += THREADS * 128)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(reinterpret_cast<const char*>(p.router) + at));
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
+    for (int e = 0; e < 2; ++e)
 #pragma unroll
-            for (int i = 0; i < AHEAD; ++i) {
-                const int expert = warp + e * WARPS, chunk = lane + i * 32;
-                ahead[e][i] = make_uint4(0, 0, 0, 0);
-                if (expert < p.experts && chunk < chunks)
-                    ahead[e][i] = __ldg(router + static_cast<size_t>(expert) * chunks + chunk);
-            }
-    }
+        for (int i = 0; i < AHEAD; ++i) {
+            const int expert = warp + e * WARPS, chunk = lane + i * 32;
+            ahead[e][i] = make_uint4(0, 0, 0, 0);
+            if (expert < p.experts && chunk < chunks) ahead[e][i] = __ldg(router + static_cast<size_t>(expert) * chunks + chunk);
+        }
     pdl_wait();
     pdl_launch();
-    const int base = blockIdx.x * ROWS, live = *p.live, count = min(ROWS, live - base);
-    if (count <= 0) return;
-
-    float sums[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        sums[r] = 0;
-        if (r >= count) continue;
-        const float4* x = reinterpret_cast<const float4*>(p.x + static_cast<size_t>(base + r) * p.hidden);
-        for (int chunk = thread; chunk < chunks; chunk += THREADS) {
-            const float4 a = x[chunk * 2], b = x[chunk * 2 + 1];
-            rows[(r * 2) * chunks + chunk] = a;
-            rows[(r * 2 + 1) * chunks + chunk] = b;
-            sums[r] = squares(squares(sums[r], a), b);
-        }
+    if (row >= *p.live) return;
+    const float4* const x = reinterpret_cast<const float4*>(p.x + static_cast<size_t>(row) * p.hidden);
+    float sum = 0;
+    for (int chunk = thread; chunk < chunks; chunk += THREADS) {
+        const float4 a = x[chunk * 2], b = x[chunk * 2 + 1];
+        low[chunk] = a, high[chunk] = b;
+        sum = squares(squares(sum, a), b);
     }
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        sums[r] = warp_sum(sums[r]);
-        if (lane == 0) scratch[r][warp] = sums[r];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        if (r >= count) continue;
-        float sum = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; ++w) sum += scratch[r][w];
-        const float scale = rsqrtf(sum / p.hidden + p.eps);
-        const float4* norm = reinterpret_cast<const float4*>(p.norm);
-        // Each thread finds what it stored itself.
-        for (int chunk = thread; chunk < chunks; chunk += THREADS) {
-            float4 &a = rows[(r * 2) * chunks + chunk], &b = rows[(r * 2 + 1) * chunks + chunk];
-            a = times(times(a, __ldg(norm + chunk * 2)), scale);
-            b = times(times(b, __ldg(norm + chunk * 2 + 1)), scale);
-            store(p, base + r, chunk, a, b);
-        }
+    const float scale = rsqrtf(block_sum<WARPS>(sum, scratch) / p.hidden + p.eps);
+    const float4* const norm = reinterpret_cast<const float4*>(p.norm);
+    // Each thread finds what it stored itself.
+    for (int chunk = thread; chunk < chunks; chunk += THREADS) {
+        const float4 a = low[chunk] = times(times(low[chunk], __ldg(norm + chunk * 2)), scale);
+        const float4 b = high[chunk] = times(times(high[chunk], __ldg(norm + chunk * 2 + 1)), scale);
+        store(p, row, chunk, a, b);
     }
     __syncthreads();
 
     for (int first = warp; first < p.experts; first += 2 * WARPS) {
         const bool both = first + WARPS < p.experts;
-        const uint4* w0 = router + static_cast<size_t>(first) * chunks;
-        const uint4* w1 = both ? w0 + static_cast<size_t>(WARPS) * chunks : w0;
-        float dots[2][ROWS];
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) dots[0][r] = dots[1][r] = 0;
+        const uint4* const w0 = router + static_cast<size_t>(first) * chunks;
+        const uint4* const w1 = both ? w0 + static_cast<size_t>(WARPS) * chunks : w0;
+        float dots[2] = {};
         auto add = [&](int chunk, const uint4& v0, const uint4& v1) {
-#pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
-                const float4 a = rows[(r * 2) * chunks + chunk], b = rows[(r * 2 + 1) * chunks + chunk];
-                dots[0][r] = dot(dots[0][r], v0, a, b);
-                dots[1][r] = dot(dots[1][r], v1, a, b);
-            }
+            const float4 a = low[chunk], b = high[chunk];
+            dots[0] = dot(dots[0], v0, a, b), dots[1] = dot(dots[1], v1, a, b);
         };
         int chunk = lane;
-        if (ROWS == 1 && first == warp) {
+        if (first == warp) {
 #pragma unroll
             for (int i = 0; i < AHEAD; ++i, chunk += 32)
                 if (chunk < chunks) add(chunk, ahead[0][i], ahead[1][i]);
         }
 #pragma unroll 4
         for (; chunk < chunks; chunk += 32) add(chunk, __ldg(w0 + chunk), __ldg(w1 + chunk));
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            const float s0 = warp_sum(dots[0][r]), s1 = warp_sum(dots[1][r]);
-            if (lane == 0) {
-                logits[r][first] = s0 + __ldg(p.bias + first);
-                if (both) logits[r][first + WARPS] = s1 + __ldg(p.bias + first + WARPS);
-            }
-        }
+        dots[0] = warp_sum(dots[0]), dots[1] = warp_sum(dots[1]);
+        if (lane != 0) continue;
+        logits[first] = dots[0] + __ldg(p.bias + first);
+        if (both) logits[first + WARPS] = dots[1] + __ldg(p.bias + first + WARPS);
     }
     __syncthreads();
-    if (warp < count) choose(p, logits[warp], base + warp);
+    if (warp == 0) choose(p, logits, row);
 }
 
-KERNEL __launch_bounds__(THREADS) route_one(const __grid_constant__ Params p) { route<1>(p); }
-KERNEL __launch_bounds__(THREADS) route_eight(const __grid_constant__ Params p) { route<8>(p); }
+// More rows. A step is 32 columns; of these lane (g, t) has columns 8t..8t + 7 of rows g, g + 8, ... and of experts g, g + 8, ...: the
+// first four go through one instruction of 16 columns, the others through the next. Which column sits where in an instruction does not
+// matter as long as both operands agree.
+constexpr int STEP = 32;
+constexpr int MANY_WARPS = 8;
+constexpr int MANY_THREADS = MANY_WARPS * 32;
+
+// Of M * 16 rows: products with N * 8 experts, and squares, of the columns that this lane saw. d is what mma_bf16 says.
+template <int M, int N> struct Sums {
+    float d[M][N][4] = {};
+    float square[M][2] = {};
+};
+
+// What a lane multiplies in one step.
+template <int N> struct Weights {
+    float4 norm[2];
+    uint4 router[N];
+
+    __device__ __forceinline__ void load(const Params& p, int step) {
+        const int col = step * STEP + threadIdx.x % 4 * 8, g = threadIdx.x % 32 / 4;
+        const float4* const from = reinterpret_cast<const float4*>(p.norm + col);
+        norm[0] = __ldg(from), norm[1] = __ldg(from + 1);
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            // Columns of experts that there are not are dropped.
+            const int expert = min(n * 8 + g, p.experts - 1);
+            router[n] = __ldg(reinterpret_cast<const uint4*>(p.router + static_cast<size_t>(expert) * p.hidden + col));
+        }
+    }
+};
+template <int M> struct Inputs {
+    float4 x[M][2][2];  // of M * 16 rows: g or g + 8; the first or the last four columns
+
+    __device__ __forceinline__ void load(const Params& p, int first, int step) {
+        const int col = step * STEP + threadIdx.x % 4 * 8, g = threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                // Not the live rows' bound: x need not wait for that. The results of other rows are dropped.
+                const int row = min(first + m * 16 + half * 8 + g, p.rows - 1);
+                const float4* const from = reinterpret_cast<const float4*>(p.x + static_cast<size_t>(row) * p.hidden + col);
+                x[m][half][0] = from[0], x[m][half][1] = from[1];
+            }
+    }
+};
+
+// v as the sum of two bf16 numbers, each of two neighbours.
+DEVICE void split(float v0, float v1, uint32_t& first, uint32_t& rest) {
+    first = pack2<__nv_bfloat16>(v0, v1);
+    rest = pack2<__nv_bfloat16>(v0 - low(first), v1 - high(first));
+}
+
+template <int M, int N> DEVICE void multiply(Sums<M, N>& sums, const Inputs<M>& in, const Weights<N>& w) {
+#pragma unroll
+    for (int piece = 0; piece < 2; ++piece)
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            uint32_t first[4], rest[4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float4 x = in.x[m][half][piece], v = times(x, w.norm[piece]);
+                sums.square[m][half] = squares(sums.square[m][half], x);
+                split(v.x, v.y, first[half], rest[half]);
+                split(v.z, v.w, first[2 + half], rest[2 + half]);
+            }
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const uint4 r = w.router[n];
+                mma_bf16(sums.d[m][n], first[0], first[1], first[2], first[3], piece ? r.z : r.x, piece ? r.w : r.y);
+            }
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const uint4 r = w.router[n];
+                mma_bf16(sums.d[m][n], rest[0], rest[1], rest[2], rest[3], piece ? r.z : r.x, piece ? r.w : r.y);
+            }
+        }
+}
+
+// Where the warps of a block meet.
+template <int M, int N> struct Meeting {
+    static constexpr int LINE = N * 8 + 8;  // padded: lanes of four g store to all banks
+    float products[MANY_WARPS][M * 16][LINE];
+    float squares[MANY_WARPS][M * 16];
+
+    __device__ __forceinline__ void put(Sums<M, N>& sums) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+        for (int m = 0; m < M; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = m * 16 + half * 8 + g;
+                float v = sums.square[m][half];
+                v += __shfl_xor_sync(~0u, v, 1);
+                v += __shfl_xor_sync(~0u, v, 2);
+                if (t == 0) squares[warp][row] = v;
+#pragma unroll
+                for (int n = 0; n < N; ++n)
+                    *reinterpret_cast<float2*>(&products[warp][row][n * 8 + 2 * t]) =
+                        make_float2(sums.d[m][n][2 * half], sums.d[m][n][2 * half + 1]);
+            }
+    }
+    __device__ __forceinline__ float product(int row, int expert) const {
+        float sum = 0;
+#pragma unroll
+        for (int warp = 0; warp < MANY_WARPS; ++warp) sum += products[warp][row][expert];
+        return sum;
+    }
+    __device__ __forceinline__ float square(int row) const {
+        float sum = 0;
+#pragma unroll
+        for (int warp = 0; warp < MANY_WARPS; ++warp) sum += squares[warp][row];
+        return sum;
+    }
+};
+
+template <int M, int N> DEVICE void route_rows(const Params& p) {
+    extern __shared__ __align__(128) char shared[];
+    auto& meeting = *reinterpret_cast<Meeting<M, N>*>(shared);
+    const int warp = threadIdx.x / 32, steps = p.hidden / STEP, first = blockIdx.x * M * 16;
+    pdl_wait();
+    pdl_launch();
+    const int live = *p.live;
+    if (first >= live) return;
+    Sums<M, N> sums;
+#pragma unroll 1
+    for (int step = warp; step < steps; step += MANY_WARPS) {
+        Inputs<M> in;
+        Weights<N> w;
+        in.load(p, first, step);
+        w.load(p, step);
+        multiply(sums, in, w);
+    }
+    meeting.put(sums);
+    __syncthreads();
+    // Each warp finishes rows of its own.
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    for (int row = warp; row < min(M * 16, live - first); row += MANY_WARPS) {
+        const float scale = rsqrtf(meeting.square(row) / p.hidden + p.eps);
+        // The logits take the place of the first warp's products, which only this lane reads.
+        float* const logits = meeting.products[0][row];
+        for (int expert = lane; expert < p.experts; expert += 32)
+            logits[expert] = fmaf(meeting.product(row, expert), scale, __ldg(p.bias + expert));
+        if (lane == 0) p.scale[first + row] = scale;
+        __syncwarp();
+        choose(p, logits, first + row);
+    }
+}
 
 #if __CUDA_ARCH__ >= 900
-KERNEL __cluster_dims__(SPREAD) __launch_bounds__(SPREAD_THREADS, 2) route_spread(const __grid_constant__ Params p) {
-    route_in_cluster(p);
+DEVICE uint32_t in_block(const void* local, int rank) {
+    uint32_t address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
+    return address;
 }
+DEVICE void send(const void* to, int rank, float v) {
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(in_block(to, rank)), "f"(v) : "memory");
+}
+
+// What COUNT steps of a warp need of the weights is in registers before x is there.
+template <int N, int COUNT> DEVICE void route_rows_in_cluster(const Params& p) {
+    constexpr int ROWS = 16, OWN = ROWS / SPREAD, ALL_WARPS = SPREAD * MANY_WARPS;
+    extern __shared__ __align__(128) char shared[];
+    __shared__ float products[SPREAD][OWN][N * 8], squares[SPREAD][OWN];
+    auto& meeting = *reinterpret_cast<Meeting<1, N>*>(shared);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, steps = p.hidden / STEP;
+    const int rank = blockIdx.x % SPREAD, first = blockIdx.x / SPREAD * ROWS, begin = rank * MANY_WARPS + warp;
+    // Blocks must be there before another sends to them.
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    Weights<N> held[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        if (begin + i * ALL_WARPS < steps) held[i].load(p, begin + i * ALL_WARPS);
+    pdl_wait();
+    pdl_launch();
+    const int live = *p.live;
+    Sums<1, N> sums;
+    Inputs<1> in[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        if (begin + i * ALL_WARPS < steps) in[i].load(p, first, begin + i * ALL_WARPS);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+        if (begin + i * ALL_WARPS < steps) multiply(sums, in[i], held[i]);
+#pragma unroll 1
+    for (int step = begin + COUNT * ALL_WARPS; step < steps; step += ALL_WARPS) {
+        held[0].load(p, step);
+        in[0].load(p, first, step);
+        multiply(sums, in[0], held[0]);
+    }
+    meeting.put(sums);
+    __syncthreads();
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    for (int at = threadIdx.x; at < ROWS * N * 8; at += MANY_THREADS) {
+        const int row = at / (N * 8), expert = at % (N * 8);
+        send(&products[rank][row % OWN][expert], row / OWN, meeting.product(row, expert));
+    }
+    if (threadIdx.x < ROWS) send(&squares[rank][threadIdx.x % OWN], threadIdx.x / OWN, meeting.square(threadIdx.x));
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    const int row = first + rank * OWN + warp;
+    if (warp >= OWN || row >= live) return;
+    float square = 0;
+#pragma unroll
+    for (int block = 0; block < SPREAD; ++block) square += squares[block][warp];
+    const float scale = rsqrtf(square / p.hidden + p.eps);
+    float* const logits = meeting.products[0][warp];
+    for (int expert = lane; expert < p.experts; expert += 32) {
+        float sum = 0;
+#pragma unroll
+        for (int block = 0; block < SPREAD; ++block) sum += products[block][warp][expert];
+        logits[expert] = fmaf(sum, scale, __ldg(p.bias + expert));
+    }
+    if (lane == 0) p.scale[row] = scale;
+    __syncwarp();
+    choose(p, logits, row);
+}
+#endif
+
+KERNEL __launch_bounds__(THREADS) route_one(const __grid_constant__ Params p) { route_alone(p); }
+KERNEL __launch_bounds__(MANY_THREADS, 2) route_many_32(const __grid_constant__ Params p) { route_rows<2, 4>(p); }
+KERNEL __launch_bounds__(MANY_THREADS, 3) route_some_32(const __grid_constant__ Params p) { route_rows<1, 4>(p); }
+KERNEL __launch_bounds__(MANY_THREADS) route_many_128(const __grid_constant__ Params p) { route_rows<1, 16>(p); }
+
+#if __CUDA_ARCH__ >= 900
+#define CLUSTER __cluster_dims__(SPREAD)
+KERNEL CLUSTER __launch_bounds__(SPREAD_THREADS, 2) route_spread(const __grid_constant__ Params p) { route_in_cluster(p); }
+KERNEL CLUSTER __launch_bounds__(MANY_THREADS, 2) route_split_32(const __grid_constant__ Params p) { route_rows_in_cluster<4, 2>(p); }
+KERNEL CLUSTER __launch_bounds__(MANY_THREADS) route_split_128(const __grid_constant__ Params p) { route_rows_in_cluster<16, 1>(p); }
 #else
 KERNEL route_spread(const __grid_constant__ Params p) {}
+KERNEL route_split_32(const __grid_constant__ Params p) {}
+KERNEL route_split_128(const __grid_constant__ Params p) {}
 #endif

@@ -76,21 +76,29 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
         let act = device.zeros::<u16>(capacity * HIDDEN)?;
         let (y32, y16) = (device.zeros::<f32>(capacity * HIDDEN)?, device.zeros::<u16>(capacity * HIDDEN)?);
         let residual = device.zeros::<f32>(rows * HIDDEN)?;
+        let scale = device.upload(&vec![0.5_f32; rows])?;
         // Into the outputs' place, so that the operand keeps its random numbers.
-        let scattering = moe_scatter::Call {
-            x: &residual,
-            weight: &bias,
-            y: &act,
-            position: &position,
-            live: &live,
-            rows,
-            cols: HIDDEN,
-            capacity,
-            slots: SLOTS,
-            eps: 1.0,
-        };
-        let work = Work { bytes: (rows * HIDDEN * (4 + 2 * SLOTS)) as f64, flops: 0.0 };
-        bench.time(&format!("moe_scatter {rows} rows"), work, 10, |_| scatter.issue(device, &scattering))?;
+        let sorting = moe_scatter::Sort { choice: &choice, tiles: &tiles, counts: &counts, shape };
+        for sort in [None, Some(sorting).filter(|_| moe_scatter::can_sort(&shape))] {
+            let scattering = moe_scatter::Call {
+                x: &residual,
+                weight: &bias,
+                scale: &scale,
+                y: &act,
+                position: &position,
+                live: &live,
+                rows,
+                cols: HIDDEN,
+                capacity,
+                slots: SLOTS,
+                sort,
+            };
+            let work = Work { bytes: (rows * HIDDEN * (4 + 2 * SLOTS)) as f64, flops: 0.0 };
+            let sorts = if sort.is_some() { " and sort" } else { "" };
+            bench.time(&format!("moe_scatter{sorts} {rows} rows"), work, 10, |_| {
+                scatter.issue(device, &scattering)
+            })?;
+        }
         let cases = [
             ("gate_up", 2 * HIDDEN, Output::SwiGlu { y: &act, alpha: 1.702, limit: 7.0 }, 2),
             ("down f32", HIDDEN, Output::F32(&y32), 4),
@@ -126,7 +134,19 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
         }
 
         let weight = device.upload(&vec![0.25_f32; rows * SLOTS])?;
-        for (name, y, bytes) in [("f32", Outputs::F32(&y32), 4), ("bf16", Outputs::Bf16(&y16), 2)] {
+        let normed = device.zeros::<u16>(rows.next_multiple_of(8) * HIDDEN)?;
+        let norm = moe_combine::Norm {
+            weight: &bias,
+            eps: 1.0,
+            y: &normed,
+            capacity: rows.next_multiple_of(8),
+        };
+        for (name, y, bytes, norm) in [
+            ("f32", Outputs::F32(&y32), 4, None),
+            ("f32 and norm", Outputs::F32(&y32), 4, Some(norm)),
+            ("bf16", Outputs::Bf16(&y16), 2, None),
+            ("bf16 and norm", Outputs::Bf16(&y16), 2, Some(norm)),
+        ] {
             let call = moe_combine::Call {
                 x: &residual,
                 y,
@@ -138,8 +158,10 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                 cols: HIDDEN,
                 stride: HIDDEN,
                 slots: SLOTS,
+                norm,
             };
-            let work = Work { bytes: (rows * HIDDEN * (8 + SLOTS * bytes)) as f64, flops: 0.0 };
+            let written = if norm.is_some() { 10 } else { 8 };
+            let work = Work { bytes: (rows * HIDDEN * (written + SLOTS * bytes)) as f64, flops: 0.0 };
             bench.time(&format!("moe_combine {name} {rows} rows"), work, 10, |_| {
                 combine.issue(device, &call)
             })?;

@@ -9,7 +9,7 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
         return Ok(());
     }
     let device = &bench.device;
-    let kernel = RmsNorm::load(device, false)?;
+    let kernel = RmsNorm::load(device)?;
     for rows in [64, 8192] {
         let values: Vec<f32> = (0..rows * COLS).map(|_| bench.unit()).collect();
         let (x, y) = (device.upload(&values)?, device.zeros(rows * COLS)?);

@@ -1,5 +1,5 @@
 use ctxserve_backend::DeviceError;
-use ctxserve_cuda::ops::route::{Call, Route};
+use ctxserve_cuda::ops::route::{Call, Normed, Route, Split};
 
 use crate::harness::{Bench, Work};
 
@@ -21,33 +21,47 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
             device.upload(&bits.collect::<Vec<u16>>())
         })
         .collect::<Result<Vec<_>, _>>()?;
-    for rows in [1, 16, 64, 512, 8192] {
+    let all = [Split::Spread, Split::Split, Split::Some, Split::Many];
+    for rows in [1, 32, 64, 256, 512, 1024, 2048, 4096, 8192] {
         let values: Vec<f32> = (0..rows * HIDDEN).map(|_| bench.unit()).collect();
         let (x, norm) = (device.upload(&values)?, device.upload(&values[..HIDDEN])?);
         let (bias, live) = (device.upload(&values[..EXPERTS])?, device.upload(&[rows as i32])?);
         let (choice, weight) = (device.zeros(rows * TOP_K)?, device.zeros(rows * TOP_K)?);
-        let h = device.zeros(rows * HIDDEN)?;
-        let call = |i: usize| Call {
-            x: &x,
-            norm: &norm,
-            router: &routers[i % ROUTERS],
-            bias: &bias,
-            live: &live,
-            choice: &choice,
-            weight: &weight,
-            h: &h,
-            rows,
-            hidden: HIDDEN,
-            experts: EXPERTS,
-            top_k: TOP_K,
-            fragments: rows <= 64,
-            eps: 1e-5,
-        };
-        let work = Work {
-            bytes: (rows * HIDDEN * 6 + EXPERTS * HIDDEN * 2) as f64,
-            flops: (2 * rows * HIDDEN * EXPERTS) as f64,
-        };
-        bench.time(&format!("route {rows}x{HIDDEN}"), work, ROUTERS, |i| kernel.issue(device, &call(i)))?;
+        let (h, scale) = (device.zeros(rows * HIDDEN)?, device.zeros(rows)?);
+        for split in all {
+            let of_rows = split == Split::Spread;
+            let (least, most) = match split {
+                Split::Spread | Split::One => (1, 32),
+                Split::Split => (32, 1024),
+                Split::Some => (512, 4096),
+                Split::Many => (2048, usize::MAX),
+            };
+            if rows < least || rows > most {
+                continue;
+            }
+            let call = |i: usize| Call {
+                x: &x,
+                norm: &norm,
+                router: &routers[i % ROUTERS],
+                bias: &bias,
+                live: &live,
+                choice: &choice,
+                weight: &weight,
+                normed: if of_rows { Normed::Rows(&h) } else { Normed::Scales(&scale) },
+                rows,
+                hidden: HIDDEN,
+                experts: EXPERTS,
+                top_k: TOP_K,
+                eps: 1e-5,
+            };
+            let work = Work {
+                bytes: (rows * HIDDEN * if of_rows { 6 } else { 4 } + EXPERTS * HIDDEN * 2) as f64,
+                flops: (2 * rows * HIDDEN * EXPERTS) as f64,
+            };
+            bench.time(&format!("route {split:?} {rows}x{HIDDEN}"), work, ROUTERS, |i| {
+                kernel.issue_as(device, &call(i), split)
+            })?;
+        }
     }
     Ok(())
 }

@@ -276,6 +276,19 @@ pub trait Backend: Send + 'static {
     /// A device fault.
     fn experts(&mut self, moe: &Moe<Self>, x: &mut Self::Hidden) -> Result<(), DeviceError>;
 
+    /// [`Backend::experts`], told the norm (weight and epsilon) that the next op begins with, which a device may compute along.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn experts_before(
+        &mut self,
+        moe: &Moe<Self>,
+        x: &mut Self::Hidden,
+        _next: (&Self::Vector, f32),
+    ) -> Result<(), DeviceError> {
+        self.experts(moe, x)
+    }
+
     /// `x += down * (silu(gate) * up)` of `RMSNorm(x)`.
     ///
     /// # Errors

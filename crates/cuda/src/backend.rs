@@ -46,6 +46,8 @@ pub struct CudaBackend {
     extent: Extent,
     /// Whether the step being issued was described already: [`Backend::step`] does so before it records.
     described: bool,
+    /// The norm that the op before this one left in the workspace, if it did.
+    pub(crate) normed: Option<NormKey>,
     #[cfg(feature = "fault-injection")]
     faults: crate::fault::Faults,
 }
@@ -60,6 +62,16 @@ pub(crate) struct State {
     pub(crate) rope: Option<(RopeTable, Buffer<f32>)>,
     /// By rows. A bucket runs as it is when it first comes, which loads its kernels; it is recorded when it comes again.
     graphs: HashMap<usize, Option<Graph>>,
+}
+
+/// A norm: the address of its weight, and the bits of its epsilon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NormKey(u64, u32);
+
+impl NormKey {
+    pub(crate) fn new(weight: &Buffer<f32>, eps: f32) -> Self {
+        Self(weight.address(), eps.to_bits())
+    }
 }
 
 /// Rows that grids are made for: those of the step, or those of its bucket.
@@ -127,6 +139,7 @@ impl CudaBackend {
             state: None,
             extent,
             described: false,
+            normed: None,
             #[cfg(feature = "fault-injection")]
             faults: crate::fault::Faults::new()?,
         })
@@ -145,6 +158,8 @@ impl CudaBackend {
         let Some(state) = &self.state else {
             return Err(DeviceError::new(op, "the KV cache was never allocated"));
         };
+        // Every op may change what was normed.
+        self.normed = None;
         Ok((&self.device, &mut self.kernels, state, self.extent))
     }
 
@@ -339,7 +354,16 @@ impl Backend for CudaBackend {
     }
 
     fn experts(&mut self, moe: &Moe<Self>, _x: &mut HiddenRows) -> Result<(), DeviceError> {
-        self.issue_experts(moe)
+        self.issue_experts(moe, None)
+    }
+
+    fn experts_before(
+        &mut self,
+        moe: &Moe<Self>,
+        _x: &mut HiddenRows,
+        (norm, eps): (&CudaVector, f32),
+    ) -> Result<(), DeviceError> {
+        self.issue_experts(moe, Some(norm.as_norm(eps)))
     }
 
     fn mlp(&mut self, _mlp: &Mlp<Self>, _x: &mut HiddenRows) -> Result<(), DeviceError> {

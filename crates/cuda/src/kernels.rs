@@ -16,6 +16,7 @@ use crate::ops::moe_combine::MoeCombine;
 use crate::ops::moe_down::MoeDown;
 use crate::ops::moe_gate_up::MoeGateUp;
 use crate::ops::moe_gemm::MoeGemm;
+use crate::ops::moe_pair::MoePair;
 use crate::ops::moe_scatter::MoeScatter;
 use crate::ops::moe_sort::MoeSort;
 use crate::ops::pack_panels::PackPanels;
@@ -27,7 +28,7 @@ use crate::ops::route::Route;
 pub(crate) struct Kernels {
     pub(crate) embed: Embed,
     pub(crate) pack: PackPanels,
-    pub(crate) norm_bf16: RmsNorm,
+    pub(crate) norm: RmsNorm,
     pub(crate) scatter: MoeScatter,
     pub(crate) gemm: Gemm,
     pub(crate) append: KvAppend,
@@ -37,6 +38,7 @@ pub(crate) struct Kernels {
     pub(crate) route: Route,
     pub(crate) gate_up: MoeGateUp,
     pub(crate) down: MoeDown,
+    pub(crate) pair: MoePair,
     pub(crate) sort: MoeSort,
     pub(crate) experts: MoeGemm,
     pub(crate) combine: MoeCombine,
@@ -64,7 +66,7 @@ impl Kernels {
         Ok(Self {
             embed: Embed::load(device)?,
             pack: PackPanels::load(device)?,
-            norm_bf16: RmsNorm::load(device, false)?,
+            norm: RmsNorm::load(device)?,
             scatter: MoeScatter::load(device)?,
             gemm: Gemm::load(device)?,
             append: KvAppend::load(device)?,
@@ -74,6 +76,7 @@ impl Kernels {
             route: Route::load(device)?,
             gate_up: MoeGateUp::load(device)?,
             down: MoeDown::load(device)?,
+            pair: MoePair::load(device)?,
             sort: MoeSort::load(device)?,
             experts: MoeGemm::load(device)?,
             combine: MoeCombine::load(device)?,

@@ -7,7 +7,7 @@ mod experts;
 
 use ctxserve_backend::{AttentionInput, AttentionSpec, DeviceError, RopeTable};
 
-use crate::backend::{CudaBackend, Extent, HeadRows, State};
+use crate::backend::{CudaBackend, Extent, HeadRows, NormKey, State};
 use crate::kv::CudaKv;
 use crate::ops::attention::{HEAD_DIM, Sequences, Tables};
 use crate::ops::{
@@ -58,6 +58,7 @@ impl CudaBackend {
     ) -> Result<(), DeviceError> {
         const OP: &str = "attention_input";
         self.load_rope(rope)?;
+        let normed = self.normed;
         let (device, kernels, state, extent) = self.step_parts(OP)?;
         let Some((_, inv_freq)) = &state.rope else { return Err(missing(OP, "the rotary table")) };
         let matrix = &weights.qkv;
@@ -89,20 +90,22 @@ impl CudaBackend {
         }
         let (group, cache) = kv.layer(OP, layer)?;
         let capacity = extent.capacity();
-        kernels.norm_bf16.issue(
-            device,
-            &rms_norm::Call {
-                x: &state.work.x,
-                weight: norm,
-                y: &state.work.normed,
-                live: &arrays.rows,
-                index: None,
-                rows,
-                cols: matrix.cols,
-                capacity,
-                eps,
-            },
-        )?;
+        if normed != Some(NormKey::new(norm, eps)) {
+            kernels.norm.issue(
+                device,
+                &rms_norm::Call {
+                    x: &state.work.x,
+                    weight: norm,
+                    y: &state.work.normed,
+                    live: &arrays.rows,
+                    index: None,
+                    rows,
+                    cols: matrix.cols,
+                    capacity,
+                    eps,
+                },
+            )?;
+        }
         kernels.gemm.issue(
             device,
             &gemm::Call {
@@ -312,7 +315,7 @@ impl CudaBackend {
             );
         }
         let capacity = rows.next_multiple_of(8);
-        kernels.norm_bf16.issue(
+        kernels.norm.issue(
             device,
             &rms_norm::Call {
                 x: &work.x,

@@ -168,6 +168,9 @@ impl<'a> Suite<'a> {
             // Near a tie of the router, rounding that depends on the chunk picks another expert.
             let stage = if self.claims.bitwise { Stage::Layer } else { Stage::Output };
             let want = alone.run(&batch, stage)?;
+            let untold = alone.run(&batch, Stage::Next { told: false })?;
+            let told = alone.run(&batch, Stage::Next { told: true })?;
+            self.compare(format!("independence, of the next norm, {base:?}"), &told, &untold, limit);
 
             for chunk in [1, 7, 16, 40] {
                 for (page_size, strangers) in [(16, 0), (16, 3), (5, 3)] {

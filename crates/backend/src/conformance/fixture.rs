@@ -241,6 +241,8 @@ pub(super) enum Stage {
     Experts,
     /// The whole layer.
     Layer,
+    /// The whole layer, and the queries of one that follows, whose norm the experts are told or not.
+    Next { told: bool },
 }
 
 impl<B: Backend> Loaded<B> {
@@ -267,8 +269,16 @@ impl<B: Backend> Loaded<B> {
                 b.attention_output(output, &heads, &mut x)?;
             }
         }
-        if matches!(stage, Stage::Experts | Stage::Layer) {
-            b.experts(&self.moe, &mut x)?;
+        match stage {
+            Stage::Experts | Stage::Layer | Stage::Next { told: false } => b.experts(&self.moe, &mut x)?,
+            Stage::Next { told: true } => {
+                b.experts_before(&self.moe, &mut x, (&self.input.norm, spec.norm_eps))?;
+            }
+            Stage::Embed | Stage::Queries | Stage::Attention | Stage::Output => {}
+        }
+        if matches!(stage, Stage::Next { .. }) {
+            let q = b.attention_input(layer, &self.input, &spec, &self.rope, &x, &mut self.kv, batch)?;
+            b.attention_output(&self.copy_heads, &q, &mut x)?;
         }
         let reading = singles(batch.tokens.clone(), self.plan.spec.groups.len());
         b.begin(&reading, &self.kv, VOCAB)?;

@@ -3,13 +3,19 @@
 use ctxserve_backend::{DeviceError, Moe};
 
 use super::missing;
-use crate::backend::CudaBackend;
+use crate::backend::{CudaBackend, NormKey};
+use crate::driver::Buffer;
 use crate::ops::moe_gemm::{self, height};
-use crate::ops::{moe_combine, moe_down, moe_gate_up, moe_scatter, moe_sort, route};
+use crate::ops::{moe_combine, moe_down, moe_gate_up, moe_pair, moe_scatter, moe_sort, route};
 use crate::workspace::EXPERT_ROWS;
 
 impl CudaBackend {
-    pub(crate) fn issue_experts(&mut self, moe: &Moe<Self>) -> Result<(), DeviceError> {
+    /// The experts; of many rows also the norm that comes next, if it is known.
+    pub(crate) fn issue_experts(
+        &mut self,
+        moe: &Moe<Self>,
+        next: Option<(&Buffer<f32>, f32)>,
+    ) -> Result<(), DeviceError> {
         const OP: &str = "experts";
         let (device, kernels, state, extent) = self.step_parts(OP)?;
         let Moe { norm, router, experts, spec } = moe;
@@ -31,12 +37,11 @@ impl CudaBackend {
                 live,
                 choice: &work.choice,
                 weight: &work.weight,
-                h: &work.h,
+                normed: if few { route::Normed::Rows(&work.h) } else { route::Normed::Scales(&work.scale) },
                 rows,
                 hidden: experts.hidden,
                 experts: spec.experts,
                 top_k: spec.top_k,
-                fragments: few,
                 eps,
             },
         )?;
@@ -47,46 +52,49 @@ impl CudaBackend {
                 hidden: experts.hidden,
                 inner: experts.inner,
             };
-            kernels.gate_up.issue(
-                device,
-                &moe_gate_up::Call {
-                    weights: &experts.gate_up,
-                    bias: &experts.gate_up_bias,
-                    h: &work.h,
-                    choice: &work.choice,
-                    live,
-                    a: &work.a,
-                    rows,
-                    shape,
-                    alpha: spec.alpha,
-                    limit: spec.limit,
-                },
-            )?;
-            return kernels.down.issue(
-                device,
-                &moe_down::Call {
-                    weights: &experts.down,
-                    bias: &experts.down_bias,
-                    a: &work.a,
-                    choice: &work.choice,
-                    weight: &work.weight,
-                    live,
-                    x: &work.x,
-                    products: &work.products,
-                    rows,
-                    shape,
-                },
-            );
+            let gate_up = moe_gate_up::Call {
+                weights: &experts.gate_up,
+                bias: &experts.gate_up_bias,
+                h: &work.h,
+                choice: &work.choice,
+                live,
+                a: &work.a,
+                rows,
+                shape,
+                alpha: spec.alpha,
+                limit: spec.limit,
+            };
+            let down = moe_down::Call {
+                weights: &experts.down,
+                bias: &experts.down_bias,
+                a: &work.a,
+                choice: &work.choice,
+                weight: &work.weight,
+                live,
+                x: &work.x,
+                products: &work.products,
+                rows,
+                shape,
+            };
+            if moe_pair::plan(rows, &shape, device.facts()).is_some() {
+                return kernels.pair.issue(device, &moe_pair::Call { gate_up: &gate_up, down: &down });
+            }
+            kernels.gate_up.issue(device, &gate_up)?;
+            return kernels.down.issue(device, &down);
         }
-        self.issue_many_experts(moe)
+        self.issue_many_experts(moe, next)
     }
 
     /// The experts of more rows: sorted by expert, gathered, multiplied, combined.
-    fn issue_many_experts(&mut self, moe: &Moe<Self>) -> Result<(), DeviceError> {
+    fn issue_many_experts(
+        &mut self,
+        moe: &Moe<Self>,
+        next: Option<(&Buffer<f32>, f32)>,
+    ) -> Result<(), DeviceError> {
         const OP: &str = "experts";
         let (device, kernels, state, extent) = self.step_parts(OP)?;
         let Moe { experts, spec, .. } = moe;
-        let (weight, eps) = moe.norm.as_norm(spec.norm_eps);
+        let (weight, _) = moe.norm.as_norm(spec.norm_eps);
         let (rows, work) = (extent.rows, &state.work);
         let live = &state.description.arrays().rows;
         let height = height(rows, spec.top_k, spec.experts);
@@ -98,23 +106,27 @@ impl CudaBackend {
                 format!("{sorted} sorted rows, there is room for {}", work.sorted),
             ));
         }
-        kernels.sort.issue(
-            device,
-            &moe_sort::Call {
-                choice: &work.choice,
-                live,
-                position: &work.position,
-                source: &work.source,
-                tiles: &work.tiles,
-                counts: &work.counts,
-                shape,
-            },
-        )?;
+        let sorts = moe_scatter::can_sort(&shape);
+        if !sorts {
+            kernels.sort.issue(
+                device,
+                &moe_sort::Call {
+                    choice: &work.choice,
+                    live,
+                    position: &work.position,
+                    source: &work.source,
+                    tiles: &work.tiles,
+                    counts: &work.counts,
+                    shape,
+                },
+            )?;
+        }
         kernels.scatter.issue(
             device,
             &moe_scatter::Call {
                 x: &work.x,
                 weight,
+                scale: &work.scale,
                 y: &work.sorted_h,
                 position: &work.position,
                 live,
@@ -122,7 +134,12 @@ impl CudaBackend {
                 slots: spec.top_k,
                 cols: experts.hidden,
                 capacity: sorted,
-                eps,
+                sort: sorts.then_some(moe_scatter::Sort {
+                    choice: &work.choice,
+                    tiles: &work.tiles,
+                    counts: &work.counts,
+                    shape,
+                }),
             },
         )?;
         let product = |w, exponents, bias, x, y, out_rows, cols| moe_gemm::Call {
@@ -179,7 +196,15 @@ impl CudaBackend {
                 cols: hidden,
                 stride: hidden,
                 slots: spec.top_k,
+                norm: next.map(|(weight, eps)| moe_combine::Norm {
+                    weight,
+                    eps,
+                    y: &work.normed,
+                    capacity: extent.capacity(),
+                }),
             },
-        )
+        )?;
+        self.normed = next.map(|(weight, eps)| NormKey::new(weight, eps));
+        Ok(())
     }
 }

@@ -5,7 +5,9 @@ use ctxserve_backend::DeviceError;
 use crate::driver::{Buffer, Device, Kernel, Launch, Params};
 
 const OP: &str = "moe_combine";
-const THREADS: u32 = 256;
+const THREADS: u32 = 384;
+/// Most elements of a row that is normed, which a block keeps in shared memory.
+const MOST_NORMED: usize = 8192;
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -15,9 +17,13 @@ struct Arguments {
     position: u64,
     weight: u64,
     live: u64,
+    norm: u64,
+    normed: u64,
     cols: i32,
     stride: i32,
     slots: i32,
+    capacity: i32,
+    eps: f32,
 }
 
 // SAFETY: mirrors `Params` of kernels/moe_combine.cu.
@@ -32,6 +38,19 @@ pub enum Outputs<'a> {
     Bf16(&'a Buffer<u16>),
 }
 
+/// RMSNorm of the new rows, for the product that follows.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm<'a> {
+    /// `[cols]`.
+    pub weight: &'a Buffer<f32>,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// Panel layout of `[capacity, cols]`, bits of bf16; at most 8192 columns, a multiple of 64.
+    pub y: &'a Buffer<u16>,
+    /// Rows that `y` is laid out for, a multiple of 8.
+    pub capacity: usize,
+}
+
 /// The loaded kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct MoeCombine {
@@ -39,7 +58,7 @@ pub struct MoeCombine {
     bf16: Kernel,
 }
 
-/// `x[row] += sum over slots, in order, of weight[row, slot] * y[position[row, slot]]`.
+/// `x[row] += sum over slots, in order, of weight[row, slot] * y[position[row, slot]]`, and the norm of that.
 #[derive(Debug)]
 pub struct Call<'a> {
     /// `[rows, cols]`.
@@ -62,6 +81,13 @@ pub struct Call<'a> {
     pub stride: usize,
     /// Experts of a row.
     pub slots: usize,
+    /// What the new rows are normed with and where that goes, if wanted.
+    pub norm: Option<Norm<'a>>,
+}
+
+/// Shared memory of a block that norms: the row and the weight.
+fn shared(cols: usize) -> usize {
+    2 * cols * size_of::<f32>()
 }
 
 impl MoeCombine {
@@ -70,10 +96,8 @@ impl MoeCombine {
     /// # Errors
     /// No code for this device.
     pub fn load(device: &Device) -> Result<Self, DeviceError> {
-        Ok(Self {
-            f32: device.kernel(OP, "moe_combine_f32", 0)?,
-            bf16: device.kernel(OP, "moe_combine_bf16", 0)?,
-        })
+        let kernel = |function| device.kernel(OP, function, shared(MOST_NORMED));
+        Ok(Self { f32: kernel("moe_combine_f32")?, bf16: kernel("moe_combine_bf16")? })
     }
 
     /// Issues it.
@@ -86,6 +110,14 @@ impl MoeCombine {
             Outputs::F32(y) => (&self.f32, y.address(), y.len()),
             Outputs::Bf16(y) => (&self.bf16, y.address(), y.len()),
         };
+        let norm_fits = call.norm.is_none_or(|norm| {
+            cols.is_multiple_of(64)
+                && cols <= MOST_NORMED
+                && norm.capacity.is_multiple_of(8)
+                && rows <= norm.capacity
+                && norm.weight.len() >= cols
+                && norm.y.len() >= norm.capacity * cols
+        });
         let fits = cols.is_multiple_of(8)
             && stride.is_multiple_of(8)
             && cols <= stride
@@ -93,7 +125,8 @@ impl MoeCombine {
             && len >= sorted * stride
             && call.position.len() >= rows * slots
             && call.weight.len() >= rows * slots
-            && !call.live.is_empty();
+            && !call.live.is_empty()
+            && norm_fits;
         if !fits {
             return Err(DeviceError::new(OP, format!("{rows} rows of {cols} do not fit the buffers")));
         }
@@ -106,11 +139,16 @@ impl MoeCombine {
             position: call.position.address(),
             weight: call.weight.address(),
             live: call.live.address(),
+            norm: call.norm.map_or(0, |norm| norm.weight.address()),
+            normed: call.norm.map_or(0, |norm| norm.y.address()),
             cols: cols as i32,
             stride: stride as i32,
             slots: slots as i32,
+            capacity: call.norm.map_or(0, |norm| norm.capacity as i32),
+            eps: call.norm.map_or(0.0, |norm| norm.eps),
         };
-        let launch = Launch { grid: [rows as u32, 1, 1], block: THREADS, shared: 0, overlap: true };
+        let shared = call.norm.map_or(0, |_| shared(cols)) as u32;
+        let launch = Launch { grid: [rows as u32, 1, 1], block: THREADS, shared, overlap: true };
         // SAFETY: every buffer was checked to be large enough; `position` holds rows of `y` by the caller's plan.
         unsafe { device.launch(kernel, &launch, &arguments) }
     }

@@ -5,7 +5,9 @@ use ctxserve_backend::DeviceError;
 use crate::driver::{Buffer, Device, Kernel, Launch, Params};
 
 const OP: &str = "rms_norm";
-const THREADS: u32 = 256;
+const THREADS: u32 = 384;
+/// Most elements of a row, which a block keeps in registers.
+const MOST_COLS: usize = 3 * 384 * 8;
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -36,7 +38,7 @@ pub struct Call<'a> {
     pub x: &'a Buffer<f32>,
     /// `[cols]`.
     pub weight: &'a Buffer<f32>,
-    /// Panel layout of `[capacity, cols]`, bits of bf16 or fp16.
+    /// Panel layout of `[capacity, cols]`, bits of bf16.
     pub y: &'a Buffer<u16>,
     /// Its first element: rows to do.
     pub live: &'a Buffer<i32>,
@@ -44,7 +46,7 @@ pub struct Call<'a> {
     pub index: Option<&'a Buffer<i32>>,
     /// Most rows, which the grid is made for.
     pub rows: usize,
-    /// Elements of a row, a multiple of 64.
+    /// Elements of a row, a multiple of 64, at most 9216.
     pub cols: usize,
     /// Rows that `y` is laid out for, a multiple of 8.
     pub capacity: usize,
@@ -53,13 +55,12 @@ pub struct Call<'a> {
 }
 
 impl RmsNorm {
-    /// Loads the kernel that rounds to fp16, or to bf16.
+    /// Loads the kernel.
     ///
     /// # Errors
     /// No code for this device.
-    pub fn load(device: &Device, fp16: bool) -> Result<Self, DeviceError> {
-        let function = if fp16 { "rms_norm_fp16" } else { "rms_norm_bf16" };
-        Ok(Self { kernel: device.kernel("rms_norm", function, 0)? })
+    pub fn load(device: &Device) -> Result<Self, DeviceError> {
+        Ok(Self { kernel: device.kernel(OP, OP, 0)? })
     }
 
     /// Issues it.
@@ -69,8 +70,10 @@ impl RmsNorm {
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
         let Call { rows, cols, capacity, .. } = *call;
         let fits = cols.is_multiple_of(64)
+            && cols <= MOST_COLS
             && capacity.is_multiple_of(8)
             && rows <= capacity
+            && call.x.len() >= cols
             && call.weight.len() >= cols
             && call.y.len() >= capacity * cols
             && !call.live.is_empty()

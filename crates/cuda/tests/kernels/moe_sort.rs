@@ -9,13 +9,14 @@ pub struct Sorted {
     pub position: Vec<i32>,
     /// Row of each sorted row, -1 of padding.
     pub source: Vec<i32>,
-    /// Expert, first sorted row, sorted rows, 0.
+    /// Expert, first sorted row, sorted rows, cost of the tiles before.
     pub tiles: Vec<[i32; 4]>,
 }
 
 /// The definition.
 pub fn sorted(choice: &[i32], slots: usize, experts: usize, height: usize) -> Sorted {
     let mut sorted = Sorted { position: vec![-1; choice.len()], ..Sorted::default() };
+    let mut cost = 0;
     for expert in 0..experts {
         let first = sorted.source.len();
         for (at, _) in choice.iter().enumerate().filter(|&(_, &chosen)| chosen == expert as i32) {
@@ -23,9 +24,17 @@ pub fn sorted(choice: &[i32], slots: usize, experts: usize, height: usize) -> So
             sorted.source.push((at / slots) as i32);
         }
         sorted.source.resize(sorted.source.len().next_multiple_of(8), -1);
-        for from in (first..sorted.source.len()).step_by(height) {
-            let rows = height.min(sorted.source.len() - from);
-            sorted.tiles.push([expert as i32, from as i32, rows as i32, 0]);
+        // Whole tiles, but the last two are even.
+        let (mut from, end) = (first, sorted.source.len());
+        while from < end {
+            let rows = match end - from {
+                left if left <= height => left,
+                left if left <= 2 * height => left.div_ceil(16) * 8,
+                _ => height,
+            };
+            sorted.tiles.push([expert as i32, from as i32, rows as i32, cost]);
+            cost += rows.max(64) as i32 + 16;
+            from += rows;
         }
     }
     sorted

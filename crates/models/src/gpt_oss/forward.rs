@@ -28,7 +28,12 @@ impl<B: Backend> Model<B> for GptOss<B> {
             let q = backend.attention_input(layer, &block.input, spec, &self.rope, &x, kv, batch)?;
             let heads = backend.attention(layer, spec, Some(&block.sinks), &q, kv, batch)?;
             backend.attention_output(&block.output, &heads, &mut x)?;
-            backend.experts(&block.moe, &mut x)?;
+            match weights.blocks.get(layer + 1).zip(self.attention.get(layer + 1)) {
+                Some((next, spec)) => {
+                    backend.experts_before(&block.moe, &mut x, (&next.input.norm, spec.norm_eps))?;
+                }
+                None => backend.experts(&block.moe, &mut x)?,
+            }
         }
         let head = weights.head.as_ref().unwrap_or(&weights.embedding);
         backend.logits(&weights.norm, self.norm_eps, head, &x, batch)
