@@ -119,6 +119,18 @@ impl Checkpoint {
         })
     }
 
+    /// The element type of the first tensor that `want` is stored in.
+    pub(crate) fn stored_dtype(&self, want: &Want) -> Result<Dtype, CheckpointError> {
+        let parts = check::resolve(&self.store, &*self.format, want)?;
+        parts.first().map(|part| part.dtype()).ok_or_else(|| formats::misused(want))
+    }
+
+    /// Passes on what tells this checkpoint from another, or from itself after a change: files with their lengths and times,
+    /// tensors with their places.
+    pub(crate) fn describe_files(&self, line: &mut dyn FnMut(&str)) -> Result<(), CheckpointError> {
+        self.store.describe(line)
+    }
+
     /// The bytes of `tokenizer.json`; `None` when there is none, or no directory.
     ///
     /// # Errors

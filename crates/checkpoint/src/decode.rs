@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 
+use bytemuck::Pod;
 use ctxserve_core::{E2M1, Elements, MXFP4_BLOCK, Matrix, e8m0};
 use half::bf16;
 
@@ -32,11 +33,20 @@ pub fn to_bf16(matrix: Matrix) -> Matrix {
     Matrix::new(matrix.rows(), matrix.cols(), Elements::Bf16(values)).unwrap_or(matrix)
 }
 
+/// All elements as f32, row by row.
+pub(crate) fn to_f32(matrix: &Matrix) -> Vec<f32> {
+    by_rows(matrix, |first, out| {
+        for (row, out) in (first..).zip(out.chunks_mut(matrix.cols())) {
+            matrix.decode_row(row, out);
+        }
+    })
+}
+
 /// Calls `fill(first row, rows)` until all elements are filled.
-fn by_rows(matrix: &Matrix, fill: impl Fn(usize, &mut [bf16]) + Sync) -> Vec<bf16> {
+fn by_rows<T: Pod + Send>(matrix: &Matrix, fill: impl Fn(usize, &mut [T]) + Sync) -> Vec<T> {
     let cols = matrix.cols();
-    let mut out = vec![bf16::ZERO; matrix.rows() * cols];
-    if let Some(rows) = (PIECE / size_of::<bf16>()).checked_div(cols) {
+    let mut out = vec![T::zeroed(); matrix.rows() * cols];
+    if let Some(rows) = (PIECE / size_of::<T>()).checked_div(cols) {
         let piece = rows.max(1) * cols;
         let Ok(()) = parallel::pieces(&mut out, piece, |at, out| {
             fill(at / cols, out);

@@ -11,6 +11,7 @@
 mod bytes;
 mod check;
 mod checkpoint;
+mod convert;
 mod decode;
 mod directory;
 mod dtype;
@@ -31,6 +32,7 @@ compile_error!("safetensors data is little-endian and is read in place: big-endi
 
 pub use check::{Shape, Want};
 pub use checkpoint::{Checkpoint, MemoryTensor};
+pub use convert::{Conversion, ConvertProgress, ConvertReport, Target, TensorReport, convert};
 pub use decode::to_bf16;
 pub use dtype::Dtype;
 pub use error::{CheckpointError, Flaw, Problem};

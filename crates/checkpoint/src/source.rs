@@ -7,6 +7,9 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
+/// What bytes without a file are called.
+pub(crate) const MEMORY: &str = "<memory>";
+
 /// A run of bytes with a name for messages.
 #[derive(Debug)]
 pub(crate) struct Source {
@@ -38,7 +41,7 @@ impl Source {
 
     /// Wraps bytes in memory.
     pub(crate) fn memory(bytes: Vec<u8>) -> Self {
-        Self { label: "<memory>".to_owned(), len: bytes.len() as u64, bytes: Bytes::Memory(bytes) }
+        Self { label: MEMORY.to_owned(), len: bytes.len() as u64, bytes: Bytes::Memory(bytes) }
     }
 
     /// Fills `into` from `offset` on.

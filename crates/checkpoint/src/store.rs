@@ -1,11 +1,12 @@
 //! All tensors of a checkpoint by stored name, whichever file holds them.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use crate::dtype::Dtype;
 use crate::error::{CheckpointError, quoted};
 use crate::header::Entry;
-use crate::source::Source;
+use crate::source::{MEMORY, Source};
 
 /// Files and the tensors in them.
 #[derive(Debug, Default)]
@@ -65,6 +66,22 @@ impl Store {
     /// Bytes of all tensors together.
     pub(crate) fn total_bytes(&self) -> u64 {
         self.tensors.values().map(|place| place.entry.bytes as u64).sum()
+    }
+
+    /// Passes on, line by line, which files and tensors these are. Directories are left out: they may be named in several
+    /// ways.
+    pub(crate) fn describe(&self, line: &mut dyn FnMut(&str)) -> Result<(), CheckpointError> {
+        for source in &self.sources {
+            let changed = match Path::new(&source.label).metadata() {
+                Ok(metadata) => metadata.modified().ok(),
+                Err(_) if source.label == MEMORY => None,
+                Err(error) => return Err(CheckpointError::Io { file: source.label.clone(), source: error }),
+            };
+            let name = Path::new(&source.label).file_name();
+            line(&format!("{name:?} {} {changed:?}\n", source.len));
+        }
+        self.tensors.values().for_each(|place| line(&format!("{} {:?}\n", place.source, place.entry)));
+        Ok(())
     }
 
     fn stored<'a>(&'a self, place: &'a Place) -> Option<Stored<'a>> {

@@ -1,7 +1,9 @@
-//! Expert stacks stored `[E, in, out]` into `[E, out, in]`.
+//! Expert stacks stored `[E, in, out]` into `[E, out, in]`, and back.
 
+use std::convert::Infallible;
 use std::ops::Range;
 
+use bytemuck::Pod;
 use ctxserve_core::Elements;
 use half::{bf16, f16};
 
@@ -61,6 +63,25 @@ fn stack<T: Float>(
     Ok(out)
 }
 
+/// `[rows, cols]` as `[cols, rows]`.
+pub(crate) fn turned<T: Pod + Send + Sync>(values: &[T], rows: usize, cols: usize) -> Vec<T> {
+    let mut out = vec![T::zeroed(); values.len()];
+    let Ok(()) = parallel::pieces(&mut out, rows * TILE, |at, strip| {
+        // `rows` is not zero where there is a piece.
+        let first = at / rows;
+        for top in (0..rows).step_by(TILE) {
+            let tall = TILE.min(rows - top);
+            for (col, line) in (first..).zip(strip.chunks_exact_mut(rows)) {
+                for (row, value) in (top..top + tall).zip(&mut line[top..top + tall]) {
+                    *value = values[row * cols + col];
+                }
+            }
+        }
+        Ok::<_, Infallible>(())
+    });
+    out
+}
+
 /// Writes `part` `[height, rows]` as columns `first..first + height` of `out` `[rows, cols]`.
 fn place<T: Float>(part: &[T], rows: usize, out: &mut [T::Wide], cols: usize, first: usize) {
     let height = part.len() / rows;
@@ -73,6 +94,23 @@ fn place<T: Float>(part: &[T], rows: usize, out: &mut [T::Wide], cols: usize, fi
                     *value = part[(top + i) * rows + row].widen();
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn turned_twice_is_as_it_was() {
+        for (rows, cols) in [(0, 0), (1, 1), (3, 100), (100, 33), (70, 70)] {
+            let values: Vec<u32> = (0..(rows * cols) as u32).collect();
+            let out = turned(&values, rows, cols);
+            for (i, &value) in out.iter().enumerate() {
+                assert_eq!(value as usize, (i % rows) * cols + i / rows, "{rows} x {cols}");
+            }
+            assert_eq!(turned(&out, cols, rows), values);
         }
     }
 }

@@ -1,6 +1,8 @@
 //! Checkpoints from outside: directories and memory in, tensors or a message out.
 
 #[cfg(test)]
+mod convert;
+#[cfg(test)]
 mod formats;
 #[cfg(test)]
 mod fuzz;

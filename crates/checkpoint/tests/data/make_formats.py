@@ -34,11 +34,15 @@ def nvfp4():
     plain = {"model.embed_tokens.weight": random(5, 64, 1.0), "model.norm.weight": random(2, 32, 1.0)[1]}
 
     stored, values = dict(plain), {name: tensor.float() for name, tensor in plain.items()}
+    # As exported: projections of one input share their factor.
+    factors = {name: NVFP4QTensor.get_weights_scaling_factor_2(weight) for name, weight in weights.items()}
+    shared = max(factor for name, factor in factors.items() if "self_attn" in name)
     for name, weight in weights.items():
-        packed, scale, factor = NVFP4QTensor.quantize(weight, 16)
+        factor = shared if "self_attn" in name else factors[name]
+        packed, scale, _ = NVFP4QTensor.quantize(weight, 16, None, factor)
         stored[name + ".weight"] = packed._quantized_data
         stored[name + ".weight_scale"] = scale
-        stored[name + ".weight_scale_2"] = factor
+        stored[name + ".weight_scale_2"] = factor.clone()
         stored[name + ".input_scale"] = torch.tensor(0.0125)
         values[name + ".weight"] = packed.dequantize(torch.float32, scale=scale, double_scale=factor, block_sizes={-1: 16})
         values[name + ".source"] = weight
