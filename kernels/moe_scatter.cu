@@ -3,7 +3,7 @@
 // hold: the products of a row depend on no other row, and nobody reads theirs.
 //
 // `moe_scatter` goes by positions that moe_sort.cu found. `moe_scatter_sorting`, of few rows, saves that launch: each block counts all
-// choices for itself, which gives the positions of its row; the first also writes the tiles.
+// choices for itself, which gives the positions of its row; one more block writes the tiles.
 #include "common/tiles.cuh"
 
 struct Sort {
@@ -86,27 +86,35 @@ DEVICE int exclusive_sum(int v) {
     return sum - v;
 }
 
-// One warp: the tiles, of EACH experts a lane, whose first sorted row is `first`.
-template <int EACH> DEVICE void put_tiles(const Sort& sort, const int (&rows)[EACH], int first) {
+// One warp, EACH experts a lane: from rows to first sorted rows, in `counts`; or the tiles.
+template <int EACH> DEVICE void place_experts(const Sort& sort, int (&counts)[MOST_EXPERTS], bool put_tiles) {
     const int lane = threadIdx.x % 32;
-    int count = 0, sum = 0, end = first;
+    int rows[EACH], sum = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) sum += rows[i] = (counts[lane * EACH + i] + 7) / 8 * 8;
+    int first = exclusive_sum(sum);
+    if (!put_tiles) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            counts[lane * EACH + i] = first;
+            first += rows[i];
+        }
+        return;
+    }
+    int count = 0, costs = 0;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         const Tiles tiles(rows[i], sort.height);
-        count += tiles.count, sum += tiles.cost(), end += rows[i];
+        count += tiles.count, costs += tiles.cost();
     }
-    int tile = exclusive_sum(count), cost = exclusive_sum(sum);
-    if (lane == 31) sort.counts[0] = end, sort.counts[1] = tile + count;
-#pragma unroll 1
-    for (int i = 0; i < EACH; ++i) {
-        int own = rows[0];
+    int tile = exclusive_sum(count), cost = exclusive_sum(costs);
+    if (lane == 31) sort.counts[0] = first + sum, sort.counts[1] = tile + count;
 #pragma unroll
-        for (int j = 1; j < EACH; ++j)
-            if (i == j) own = rows[j];
-        const Tiles tiles(own, sort.height);
+    for (int i = 0; i < EACH; ++i) {
+        const Tiles tiles(rows[i], sort.height);
         for (int at = 0; at < tiles.count; ++at)
             sort.tiles[tile + at] = make_int4(lane * EACH + i, first + tiles.first(at), tiles.rows(at), cost + tiles.cost_before(at));
-        first += own, tile += tiles.count, cost += tiles.cost();
+        first += rows[i], tile += tiles.count, cost += tiles.cost();
     }
 }
 
@@ -115,23 +123,24 @@ KERNEL __launch_bounds__(THREADS) moe_scatter_sorting(const __grid_constant__ Pa
     __shared__ int before[SLOTS];         // choices of this row's experts by rows before it
     const Sort& sort = p.sort;
     const int row = blockIdx.x, thread = threadIdx.x;
+    const bool puts_tiles = row == sort.rows;
     if (thread < MOST_EXPERTS) counts[thread] = 0;
     if (thread < SLOTS) before[thread] = 0;
     pdl_wait();
     pdl_launch();
-    const int live = min(*p.live, sort.rows);
-    const float scale = p.scale[row];
+    // All reads at once, those of a row for the block of the tiles as well.
+    const int live = min(*p.live, sort.rows), from = puts_tiles ? 0 : row;
+    const float scale = p.scale[from];
     // No expert is outside the table, whatever was chosen.
     const auto expert = [&](int chosen) { return static_cast<int>(min(static_cast<unsigned>(chosen), sort.experts - 1u)); };
     int own[SLOTS];
-    read_slots(own, sort.choice + static_cast<size_t>(row) * p.slots, p.slots);
+    read_slots(own, sort.choice + static_cast<size_t>(from) * p.slots, p.slots);
     int chosen[ENTRIES];
 #pragma unroll
     for (int i = 0; i < ENTRIES; ++i) chosen[i] = i * THREADS + thread < sort.rows * p.slots ? sort.choice[i * THREADS + thread] : 0;
-    const Piece piece(p, row, min(thread * 8, p.cols - 8));
+    const Piece piece(p, from, min(thread * 8, p.cols - 8));
     __syncthreads();
-    // The first block writes the tiles even where there are no rows.
-    if (row >= live && row > 0) return;
+    if (row >= live && !puts_tiles) return;
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) own[slot] = slot < p.slots ? expert(own[slot]) : -1;
 #pragma unroll
@@ -145,20 +154,13 @@ KERNEL __launch_bounds__(THREADS) moe_scatter_sorting(const __grid_constant__ Pa
     }
     __syncthreads();
     if (thread < 32) {
-        constexpr int EACH = MOST_EXPERTS / 32;
-        int rows[EACH], sum = 0;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) sum += rows[i] = (counts[thread * EACH + i] + 7) / 8 * 8;
-        int first = exclusive_sum(sum);
-        if (row == 0) put_tiles<EACH>(sort, rows, first);
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            counts[thread * EACH + i] = first;
-            first += rows[i];
-        }
+        if (sort.experts <= 32)
+            place_experts<1>(sort, counts, puts_tiles);
+        else
+            place_experts<MOST_EXPERTS / 32>(sort, counts, puts_tiles);
     }
+    if (puts_tiles) return;
     __syncthreads();
-    if (row >= live) return;
     int position[SLOTS];
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) position[slot] = slot < p.slots ? counts[own[slot]] + before[slot] : 0;

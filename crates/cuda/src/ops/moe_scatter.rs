@@ -147,7 +147,9 @@ impl MoeScatter {
             height: call.sort.map_or(8, |sort| sort.shape.height as i32),
         };
         let kernel = if call.sort.is_some() { &self.sorting } else { &self.plain };
-        let launch = Launch { grid: [rows as u32, 1, 1], block: THREADS, shared: 0, overlap: true };
+        // One more writes the tiles.
+        let blocks = rows as u32 + u32::from(call.sort.is_some());
+        let launch = Launch { grid: [blocks, 1, 1], block: THREADS, shared: 0, overlap: true };
         // SAFETY: every buffer was checked to be large enough; `position` holds rows of `y` by the caller's plan.
         unsafe { device.launch(kernel, &launch, &arguments) }
     }
