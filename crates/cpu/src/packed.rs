@@ -412,3 +412,6 @@ fn pack_int8(values: &[f32], lane: usize, lines: &mut [Line], into: &mut [[bf16;
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
