@@ -5,18 +5,14 @@
 //! each step as that backend's coarse ops. Nothing here knows a device or a quantisation format.
 
 mod costs;
-mod decoder;
 pub mod demo;
 mod eos;
 mod error;
 mod fields;
 pub mod gpt_oss;
-mod limits;
 mod model;
-pub mod qwen3;
 mod registry;
 mod rope;
-mod rotary;
 mod weights;
 
 pub use costs::{Costs, expected_experts};
@@ -24,4 +20,3 @@ pub use error::{ConfigError, LoadError};
 pub use model::{LoadOptions, LoadProgress, Model, ModelInfo};
 pub use registry::{architectures, inspect, load, wants};
 pub use rope::{Yarn, rope_table};
-pub use rotary::Rope;

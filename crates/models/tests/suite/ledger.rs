@@ -94,15 +94,14 @@ impl Backend for Ledger {
     fn attention_input(
         &mut self,
         layer: usize,
-        weights: &AttentionInput<Self>,
+        _: &AttentionInput<Self>,
         spec: &AttentionSpec,
         rope: &RopeTable,
         (): &(),
         (): &mut (),
         _: &Batch,
     ) -> Done {
-        let norms = if weights.head_norms.is_some() { ", norms of heads" } else { "" };
-        self.op(format!("input {layer} {:?} {}{norms}", spec.window, rope.inv_freq.len()))
+        self.op(format!("input {layer} {:?} {}", spec.window, rope.inv_freq.len()))
     }
 
     fn attention(

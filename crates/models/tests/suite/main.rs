@@ -12,5 +12,3 @@ mod goldens;
 mod ledger;
 #[cfg(test)]
 mod loading;
-#[cfg(test)]
-mod qwen3;
