@@ -6,7 +6,7 @@
 //
 // Before its pdl_wait a block reads `choice` and `live` and fetches weights by them. That is sound after moe_gate_up alone,
 // which lets its successor start only after its own pdl_wait: by then the router, which wrote `choice`, has ended.
-#include "common/experts.cuh"
+#include "common/pipe.cuh"
 
 struct Params {
     const char* weights;   // down strips [experts][hidden / 16], inner / 64 tiles each
@@ -23,6 +23,7 @@ struct Params {
     int top_k;
     int capacity;          // rows * top_k: pairs that fit
     int sums;              // floats of shared memory for partial sums (small)
+    int stages;            // of the ring (pipe)
 };
 
 extern __shared__ __align__(128) char shared[];
@@ -87,8 +88,6 @@ template <bool ONE> DEVICE void few_rows(const Params& p) {
     drain();
 }
 
-// `small` leaves half of a multiprocessor to another kernel, `few` does not.
-KERNEL __launch_bounds__(MOST_THREADS, 2) moe_down_small(const __grid_constant__ Params p) { few_rows<true>(p); }
 KERNEL __launch_bounds__(MOST_THREADS, 1) moe_down_few(const __grid_constant__ Params p) { few_rows<true>(p); }
 // For more pieces than warps.
 KERNEL __launch_bounds__(MOST_THREADS, 1) moe_down_wide(const __grid_constant__ Params p) { few_rows<false>(p); }
@@ -129,24 +128,63 @@ KERNEL __launch_bounds__(MOST_THREADS, 1) moe_down_large(const __grid_constant__
 // Where tokens do not fit shared memory.
 KERNEL __launch_bounds__(MOST_THREADS, 1) moe_down_vast(const __grid_constant__ Params p) { many_rows<false>(p); }
 
-// One block a row.
-KERNEL __launch_bounds__(256) moe_down_combine(const __grid_constant__ Params p) {
+KERNEL __launch_bounds__(640, 1) moe_down_pipe(const __grid_constant__ Params p) {
+#ifdef HOPPER
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = p.inner / 64, pieces = (tiles + PIECE - 1) / PIECE;
+    Product product{p.weights, p.bias, p.a, 1, p.hidden / 16, tiles};
+    char* const ring = shared + PIPE_FIXED + FINISHERS * pieces * SUMS * 16;
+    const Work work = work_at(ring + p.stages * product.strip_size(), p.capacity);
+    const Pipe pipe{work, shared_address(shared), shared_address(ring), p.stages, product.strip_size(), pieces, shared + BARRIERS,
+                    reinterpret_cast<float4*>(shared + PIPE_FIXED)};
+    if (threadIdx.x == 0) pipe.init(), barrier_init_fence();
+    product.deal(work, list_work(work, p.choice, min(*p.live * p.top_k, p.capacity), p.capacity, p.experts, GROUP_PIPE));
+    if (warp < MULTIPLIERS) {
+        registers_of_multipliers();
+        pdl_wait();
+        pdl_launch();
+        Multiplier{pipe}.run(product);
+        return;
+    }
+    registers_of_others();
+    if (warp == MULTIPLIERS && lane == 0) Copier{pipe}.run(product);
     pdl_wait();
     pdl_launch();
-    const int row = blockIdx.x;
-    if (row >= *p.live) return;
-    const float* from = p.products + static_cast<size_t>(row) * p.top_k * p.hidden;
-    float* x = p.x + static_cast<size_t>(row) * p.hidden;
-    for (int col = threadIdx.x * 4; col < p.hidden; col += 256 * 4) {
-        float4 sum = make_float4(0, 0, 0, 0);
-        for (int slot = 0; slot < p.top_k; ++slot) {
-            const float weight = p.weight[row * p.top_k + slot];
-            const float4 v = *reinterpret_cast<const float4*>(from + static_cast<size_t>(slot) * p.hidden + col);
-            sum.x = fmaf(weight, v.x, sum.x), sum.y = fmaf(weight, v.y, sum.y);
-            sum.z = fmaf(weight, v.z, sum.z), sum.w = fmaf(weight, v.w, sum.w);
-        }
-        float4 old = *reinterpret_cast<float4*>(x + col);
-        old.x += sum.x, old.y += sum.y, old.z += sum.z, old.w += sum.w;
-        *reinterpret_cast<float4*>(x + col) = old;
+    if (warp > MULTIPLIERS) {
+        Finisher{pipe, warp - MULTIPLIERS - 1}.run(product, [&](const Segment& segment, int strip, int tile, const float (&sum)[4], const float* bias) {
+            const int row = strip * 16 + lane / 4, token = tile * 8 + lane % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                if (token + i >= segment.count) break;
+                float* to = p.products + static_cast<size_t>(work.pairs[segment.first + token + i]) * p.hidden + row;
+                to[0] = fmaf(sum[i], FP4_UNIT, bias[lane / 4]);
+                to[8] = fmaf(sum[2 + i], FP4_UNIT, bias[lane / 4 + 8]);
+            }
+        });
     }
+#endif
+}
+
+// A thread four columns, a block 512 of one row. Few threads of few registers, which find room beside the blocks before.
+#if __CUDA_ARCH__ == 890
+constexpr int COMBINING = 12;  // blocks to a multiprocessor
+#else
+constexpr int COMBINING = 16;
+#endif
+KERNEL __launch_bounds__(128, COMBINING) moe_down_combine(const __grid_constant__ Params p) {
+    pdl_wait();
+    pdl_launch();
+    const int row = blockIdx.y, col = (blockIdx.x * 128 + threadIdx.x) * 4;
+    if (row >= *p.live || col >= p.hidden) return;
+    const float* from = p.products + static_cast<size_t>(row) * p.top_k * p.hidden + col;
+    float* x = p.x + static_cast<size_t>(row) * p.hidden + col;
+    float4 old = *reinterpret_cast<float4*>(x), sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+    for (int slot = 0; slot < p.top_k; ++slot) {
+        const float weight = p.weight[row * p.top_k + slot];
+        const float4 v = *reinterpret_cast<const float4*>(from + static_cast<size_t>(slot) * p.hidden);
+        sum.x = fmaf(weight, v.x, sum.x), sum.y = fmaf(weight, v.y, sum.y);
+        sum.z = fmaf(weight, v.z, sum.z), sum.w = fmaf(weight, v.w, sum.w);
+    }
+    old.x += sum.x, old.y += sum.y, old.z += sum.z, old.w += sum.w;
+    *reinterpret_cast<float4*>(x) = old;
 }

@@ -3,7 +3,7 @@
 //
 // `small` and `wide`, for at most 8 rows: the pieces of all units of a block are dealt to its warps, partial sums meet in shared memory.
 // `large` and `vast`: a warp computes whole strips. Both sum in the same order.
-#include "common/experts.cuh"
+#include "common/pipe.cuh"
 
 struct Params {
     const char* weights;  // gate/up strips [experts][inner / 8], hidden / 64 tiles each
@@ -18,21 +18,12 @@ struct Params {
     int top_k;
     int capacity;         // rows * top_k: pairs that fit
     int sums;             // floats of shared memory for partial sums (small)
+    int stages;           // of the ring (pipe)
     float alpha;
     float limit;
 };
 
 extern __shared__ __align__(128) char shared[];
-
-// `gate * sigmoid(alpha * gate) * (up + 1)` of the clamped pair; a NaN stays one.
-DEVICE float swiglu(float gate, float up, float alpha, float limit) {
-    gate = gate > limit ? limit : gate;
-    up = up > limit ? limit : up < -limit ? -limit : up;
-    return __fdividef(gate, 1.0f + __expf(-alpha * gate)) * (up + 1.0f);
-}
-
-// Where column `col` of a row is in fragment order.
-DEVICE int fragment(int col) { return (col & ~31) + ((col >> 1 & 3) << 3) + ((col >> 3 & 3) << 1) + (col & 1); }
 
 DEVICE void store(const Params& p, int pair, int row, float gate, float up, float2 bias) {
     const float value = swiglu(fmaf(gate, FP4_UNIT, bias.x), fmaf(up, FP4_UNIT, bias.y), p.alpha, p.limit);
@@ -93,8 +84,6 @@ template <bool ONE> DEVICE void few_rows(const Params& p) {
     drain();
 }
 
-// `small` leaves half of a multiprocessor to another kernel, `few` does not.
-KERNEL __launch_bounds__(MOST_THREADS, 2) moe_gate_up_small(const __grid_constant__ Params p) { few_rows<true>(p); }
 KERNEL __launch_bounds__(MOST_THREADS, 1) moe_gate_up_few(const __grid_constant__ Params p) { few_rows<true>(p); }
 // For more pieces than warps.
 KERNEL __launch_bounds__(MOST_THREADS, 1) moe_gate_up_wide(const __grid_constant__ Params p) { few_rows<false>(p); }
@@ -128,3 +117,34 @@ template <bool STAGED> DEVICE void many_rows(const Params& p) {
 KERNEL __launch_bounds__(MOST_THREADS, 1) moe_gate_up_large(const __grid_constant__ Params p) { many_rows<true>(p); }
 // Where tokens do not fit shared memory.
 KERNEL __launch_bounds__(MOST_THREADS, 1) moe_gate_up_vast(const __grid_constant__ Params p) { many_rows<false>(p); }
+
+KERNEL __launch_bounds__(640, 1) moe_gate_up_pipe(const __grid_constant__ Params p) {
+#ifdef HOPPER
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tiles = p.hidden / 64, pieces = (tiles + PIECE - 1) / PIECE;
+    Product product{p.weights, p.bias, p.h, p.top_k, p.inner / 8, tiles};
+    char* const ring = shared + PIPE_FIXED + FINISHERS * pieces * SUMS * 16;
+    const Work work = work_at(ring + p.stages * product.strip_size(), p.capacity);
+    const Pipe pipe{work, shared_address(shared), shared_address(ring), p.stages, product.strip_size(), pieces, shared + BARRIERS,
+                    reinterpret_cast<float4*>(shared + PIPE_FIXED)};
+    if (threadIdx.x == 0) pipe.init(), barrier_init_fence();
+    pdl_wait();
+    pdl_launch();
+    product.deal(work, list_work(work, p.choice, min(*p.live * p.top_k, p.capacity), p.capacity, p.experts, GROUP_PIPE));
+    if (warp < MULTIPLIERS) {
+        registers_of_multipliers();
+        Multiplier{pipe}.run(product);
+        return;
+    }
+    registers_of_others();
+    if (warp == MULTIPLIERS) {
+        if (lane == 0) Copier{pipe}.run(product);
+    } else {
+        Finisher{pipe, warp - MULTIPLIERS - 1}.run(product, [&](const Segment& segment, int strip, int tile, const float (&sum)[4], const float* biases) {
+            const int row = strip * 8 + lane / 4, token = tile * 8 + lane % 4 * 2;
+            const float2 bias = make_float2(biases[lane / 4 * 2], biases[lane / 4 * 2 + 1]);
+            if (token < segment.count) store(p, work.pairs[segment.first + token], row, sum[0], sum[2], bias);
+            if (token + 1 < segment.count) store(p, work.pairs[segment.first + token + 1], row, sum[1], sum[3], bias);
+        });
+    }
+#endif
+}

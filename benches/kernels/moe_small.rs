@@ -3,7 +3,8 @@
 use ctxserve_backend::DeviceError;
 use ctxserve_cuda::driver::{Buffer, Device};
 use ctxserve_cuda::ops::moe_down::{Call as DownCall, MoeDown};
-use ctxserve_cuda::ops::moe_gate_up::{Call, MoeGateUp, Shape};
+use ctxserve_cuda::ops::moe_gate_up::{Call, MoeGateUp, Shape, Split};
+use ctxserve_cuda::ops::moe_pair::{Call as PairCall, MoePair};
 use ctxserve_cuda::ops::pack_mxfp4::{Rows, Strips};
 
 use crate::harness::{Bench, Work};
@@ -11,7 +12,7 @@ use crate::harness::{Bench, Work};
 const SHAPE: Shape = Shape { experts: 32, top_k: 4, hidden: 2880, inner: 2880 };
 /// Choices to rotate among: with few rows each touches other experts.
 const CHOICES: usize = 16;
-const MOST_ROWS: usize = 64;
+const MOST_ROWS: usize = 96;
 
 struct Inputs {
     gate_up: Buffer<u8>,
@@ -82,9 +83,10 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
     }
     let device = &bench.device;
     let (gate_up, down) = (MoeGateUp::load(device)?, MoeDown::load(device)?);
+    let pair = MoePair::load(device)?;
     let held = inputs(bench)?;
     let Shape { top_k, hidden, inner, .. } = SHAPE;
-    for rows in [1, 2, 4, 8, 16, 32, 64] {
+    for rows in [1, 2, 4, 8, 16, 24, 32, 48, 64, 96] {
         let choices =
             (0..CHOICES).map(|_| choose(bench, device, rows)).collect::<Result<Vec<_>, DeviceError>>()?;
         let active = choices.iter().map(|(_, active)| active).sum::<usize>() as f64 / CHOICES as f64;
@@ -127,27 +129,34 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
         };
         let both =
             Work { bytes: gate_up_work.bytes + down_work.bytes, flops: gate_up_work.flops + down_work.flops };
-        // With few rows, leaving half of a multiprocessor to the next kernel, and not.
-        let ways: &[(Option<bool>, &str)] =
-            if rows <= 8 { &[(Some(false), "half"), (Some(true), "alone")] } else { &[(None, "strips")] };
-        for &(alone, way) in ways {
+        let other = if rows <= 8 { (Split::Piece, "pieces") } else { (Split::Strip, "strips") };
+        for (split, way) in [other, (Split::Pipe, "pipe")] {
+            let split = Some(split);
             let name = |what: &str| format!("{what} {rows} rows, {active:.1} experts, {way}");
             if bench.wants("moe_gate_up") {
                 bench.time(&name("moe_gate_up"), gate_up_work, CHOICES, |i| {
-                    gate_up.issue_as(device, &gate_up_call(i), alone)
+                    gate_up.issue_as(device, &gate_up_call(i), split)
                 })?;
             }
             if bench.wants("moe_down") {
                 bench.time(&name("moe_down"), down_work, CHOICES, |i| {
-                    down.issue_as(device, &down_call(i), alone)
+                    down.issue_as(device, &down_call(i), split)
                 })?;
             }
             if bench.wants("moe_pair") {
                 bench.time(&name("moe_pair"), both, CHOICES, |i| {
-                    gate_up.issue_as(device, &gate_up_call(i), alone)?;
-                    down.issue_as(device, &down_call(i), alone)
+                    gate_up.issue_as(device, &gate_up_call(i), split)?;
+                    down.issue_as(device, &down_call(i), split)
                 })?;
             }
+        }
+        if bench.wants("moe_pair") {
+            bench.time(
+                &format!("moe_pair {rows} rows, {active:.1} experts, together"),
+                both,
+                CHOICES,
+                |i| pair.issue(device, &PairCall { gate_up: &gate_up_call(i), down: &down_call(i) }),
+            )?;
         }
     }
     Ok(())

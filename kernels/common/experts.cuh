@@ -58,14 +58,14 @@ template <int NT> struct Tokens {
 template <int NT>
 DEVICE void multiply_tile(const Piece& piece, int tile, const uint4 (&b)[NT][PIECE * 2], float (&acc)[NT][4]) {
     const uint4 codes = *reinterpret_cast<const uint4*>(piece.codes + tile * TILE_CODES);
-    const uint32_t scales = *reinterpret_cast<const uint32_t*>(piece.scales + tile * TILE_SCALES);
+    float scales[4];
+    e8m0(*reinterpret_cast<const uint32_t*>(piece.scales + tile * TILE_SCALES), scales);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         uint32_t low[4], high[4];
         fp4_to_fp16(half ? codes.z : codes.x, low);
         fp4_to_fp16(half ? codes.w : codes.y, high);
-        const float low_scale = half ? e8m0<2>(scales) : e8m0<0>(scales);
-        const float high_scale = half ? e8m0<3>(scales) : e8m0<1>(scales);
+        const float low_scale = scales[half * 2], high_scale = scales[half * 2 + 1];
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
             const uint4 v = b[n][tile * 2 + half];

@@ -21,8 +21,10 @@ DEVICE size_t strip_bytes(int tiles) { return static_cast<size_t>(tiles) * (TILE
 DEVICE void fp4_to_fp16(uint32_t w, uint32_t (&pairs)[4]) {
     pairs[0] = w & 0x8e008e00u;
     pairs[1] = (w << 3) & 0x8e008e00u;
-    pairs[2] = ((w << 1) & 0x80008000u) | ((w << 6) & 0x0e000e00u);
-    pairs[3] = ((w << 2) & 0x80008000u) | ((w << 9) & 0x0e000e00u);
+    // A product moves sign and exponent by different distances at once; what lands elsewhere is masked, and carries end before
+    // the bits that count.
+    pairs[2] = ((w & 0x40384038u) * 66u) & 0x8e008e00u;
+    pairs[3] = ((w & 0x20072007u) * 516u) & 0x8e008e00u;
 }
 
 // The bits that `code` has in a half word of a strip as a member of pair `pair`: the inverse of the above.
@@ -40,6 +42,18 @@ DEVICE uint32_t fp4_place(uint32_t code, int pair) {
 template <int at> DEVICE float e8m0(uint32_t word) {
     const uint32_t bits = at == 3 ? word >> 1 : word << (23 - 8 * at);
     return __uint_as_float(max(bits & 0x7f800000u, 0x00400000u));
+}
+
+// All four of a word.
+DEVICE void e8m0(uint32_t word, float (&scales)[4]) {
+#if __CUDA_ARCH__ >= 900
+    // As bfloat16, two at a time.
+    const uint32_t even = __vmaxu2((word << 7) & 0x7f807f80u, 0x00400040u), odd = __vmaxu2((word >> 1) & 0x7f807f80u, 0x00400040u);
+    scales[0] = __uint_as_float(even << 16), scales[2] = __uint_as_float(even & 0xffff0000u);
+    scales[1] = __uint_as_float(odd << 16), scales[3] = __uint_as_float(odd & 0xffff0000u);
+#else
+    scales[0] = e8m0<0>(word), scales[1] = e8m0<1>(word), scales[2] = e8m0<2>(word), scales[3] = e8m0<3>(word);
+#endif
 }
 
 // D[16 x 8] = A[16 x 16] B[16 x 8] with nothing added; lanes as for mma_fp16.

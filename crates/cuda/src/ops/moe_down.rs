@@ -7,11 +7,11 @@ use super::pack_mxfp4::{Rows, Strips};
 use crate::driver::{Buffer, Device, Facts, Kernel, Launch, Params};
 
 const OP: &str = "moe_down";
-const COMBINE_THREADS: u32 = 256;
+const COMBINE_THREADS: u32 = 128;
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-struct Arguments {
+pub(super) struct Arguments {
     weights: u64,
     bias: u64,
     a: u64,
@@ -26,6 +26,7 @@ struct Arguments {
     top_k: i32,
     capacity: i32,
     sums: i32,
+    stages: i32,
 }
 
 // SAFETY: mirrors `Params` of kernels/moe_down.cu.
@@ -34,9 +35,9 @@ unsafe impl Params for Arguments {}
 /// The loaded kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct MoeDown {
-    small: Kernel,
     few: Kernel,
     wide: Kernel,
+    pipe: Kernel,
     large: Kernel,
     vast: Kernel,
     combine: Kernel,
@@ -68,15 +69,50 @@ pub struct Call<'a> {
     pub shape: Shape,
 }
 
-/// The launch for `rows` rows; `alone` as for `moe_gate_up`.
-pub fn plan(rows: usize, shape: &Shape, facts: &Facts, alone: Option<bool>) -> Plan {
-    let products = rows * shape.top_k * 64;
-    let plan = plan_strips(rows, shape.top_k, shape.inner, products, facts, alone);
-    match plan.split {
-        Split::Piece | Split::PieceAlone | Split::Pieces => {
-            Plan { blocks: plan.blocks.min(shape.hidden as u32 / 16), ..plan }
+impl Call<'_> {
+    pub(super) fn arguments(&self, plan: &Plan) -> Arguments {
+        Arguments {
+            weights: self.weights.address(),
+            bias: self.bias.address(),
+            a: self.a.address(),
+            choice: self.choice.address(),
+            weight: self.weight.address(),
+            live: self.live.address(),
+            x: self.x.address(),
+            products: self.products.address(),
+            hidden: self.shape.hidden as i32,
+            inner: self.shape.inner as i32,
+            experts: self.shape.experts as i32,
+            top_k: self.shape.top_k as i32,
+            capacity: (self.rows * self.shape.top_k) as i32,
+            sums: plan.sums as i32,
+            stages: plan.stages as i32,
         }
-        Split::Strip | Split::StripOnly => plan,
+    }
+
+    pub(super) fn fits(&self, plan: &Plan) -> bool {
+        let Shape { experts, top_k, hidden, inner } = self.shape;
+        let pairs = self.rows * top_k;
+        self.shape.is_sound()
+            && self.rows <= MOST_ROWS
+            && self.weights.len() >= experts * Strips::of(Rows::Down, hidden, inner).bytes()
+            && self.bias.len() >= experts * hidden
+            && self.a.len() >= pairs * inner
+            && self.choice.len() >= pairs
+            && self.weight.len() >= pairs
+            && !self.live.is_empty()
+            && self.x.len() >= self.rows * hidden
+            && (plan.sums > 0 || self.products.len() >= pairs * hidden)
+    }
+}
+
+/// The launch for `rows` rows; `wish` is taken where it can be.
+pub fn plan(rows: usize, shape: &Shape, facts: &Facts, wish: Option<Split>) -> Plan {
+    let products = rows * shape.top_k * 64;
+    let plan = plan_strips(rows, shape.top_k, shape.inner, products, facts, wish);
+    match plan.split {
+        Split::Piece | Split::Pieces => Plan { blocks: plan.blocks.min(shape.hidden as u32 / 16), ..plan },
+        Split::Pipe | Split::Strip | Split::StripOnly => plan,
     }
 }
 
@@ -88,9 +124,9 @@ impl MoeDown {
     pub fn load(device: &Device) -> Result<Self, DeviceError> {
         let shared = device.facts().shared_memory as usize;
         Ok(Self {
-            small: device.kernel(OP, "moe_down_small", shared)?,
             few: device.kernel(OP, "moe_down_few", shared)?,
             wide: device.kernel(OP, "moe_down_wide", shared)?,
+            pipe: device.kernel(OP, "moe_down_pipe", shared)?,
             large: device.kernel(OP, "moe_down_large", shared)?,
             vast: device.kernel(OP, "moe_down_vast", shared)?,
             combine: device.kernel(OP, "moe_down_combine", 0)?,
@@ -105,50 +141,37 @@ impl MoeDown {
         self.issue_as(device, call, None)
     }
 
-    /// Issues it with or without the whole multiprocessor, where there are few rows.
+    /// `x += ` the weighted products.
+    pub(super) fn combine(
+        &self,
+        device: &Device,
+        rows: usize,
+        arguments: &Arguments,
+    ) -> Result<(), DeviceError> {
+        let grid = [(arguments.hidden as u32).div_ceil(4 * COMBINE_THREADS), rows as u32, 1];
+        let launch = Launch { grid, block: COMBINE_THREADS, shared: 0, overlap: true };
+        // SAFETY: `issue_as` and `MoePair` check that every buffer is large enough.
+        unsafe { device.launch(&self.combine, &launch, arguments) }
+    }
+
+    /// Issues it as wished, where that can be.
     ///
     /// # Errors
     /// As [`MoeDown::issue`].
-    pub fn issue_as(&self, device: &Device, call: &Call<'_>, alone: Option<bool>) -> Result<(), DeviceError> {
+    pub fn issue_as(&self, device: &Device, call: &Call<'_>, wish: Option<Split>) -> Result<(), DeviceError> {
         let Call { rows, shape, .. } = *call;
-        let Shape { experts, top_k, hidden, inner } = shape;
-        let plan = plan(rows, &shape, device.facts(), alone);
-        let fits = shape.is_sound()
-            && rows <= MOST_ROWS
-            && call.weights.len() >= experts * Strips::of(Rows::Down, hidden, inner).bytes()
-            && call.bias.len() >= experts * hidden
-            && call.a.len() >= rows * top_k * inner
-            && call.choice.len() >= rows * top_k
-            && call.weight.len() >= rows * top_k
-            && !call.live.is_empty()
-            && call.x.len() >= rows * hidden
-            && (plan.sums > 0 || call.products.len() >= rows * top_k * hidden);
-        if !fits {
+        let plan = plan(rows, &shape, device.facts(), wish);
+        if !call.fits(&plan) {
             return Err(DeviceError::new(OP, format!("{rows} rows of {shape:?} do not fit")));
         }
         if rows == 0 {
             return Ok(());
         }
-        let arguments = Arguments {
-            weights: call.weights.address(),
-            bias: call.bias.address(),
-            a: call.a.address(),
-            choice: call.choice.address(),
-            weight: call.weight.address(),
-            live: call.live.address(),
-            x: call.x.address(),
-            products: call.products.address(),
-            hidden: hidden as i32,
-            inner: inner as i32,
-            experts: experts as i32,
-            top_k: top_k as i32,
-            capacity: (rows * top_k) as i32,
-            sums: plan.sums as i32,
-        };
+        let arguments = call.arguments(&plan);
         let kernel = match plan.split {
-            Split::Piece => &self.small,
-            Split::PieceAlone => &self.few,
+            Split::Piece => &self.few,
             Split::Pieces => &self.wide,
+            Split::Pipe => &self.pipe,
             Split::Strip => &self.large,
             Split::StripOnly => &self.vast,
         };
@@ -160,9 +183,7 @@ impl MoeDown {
         if plan.sums > 0 {
             return Ok(());
         }
-        let launch = Launch { grid: [rows as u32, 1, 1], block: COMBINE_THREADS, shared: 0, overlap: true };
-        // SAFETY: as above; one block a row.
-        unsafe { device.launch(&self.combine, &launch, &arguments) }
+        self.combine(device, rows, &arguments)
     }
 }
 
@@ -172,21 +193,13 @@ mod tests {
     use crate::ops::moe_gate_up::tests::{CONTEXT_1, facts};
 
     #[test]
-    fn two_blocks_of_few_rows_fit_a_multiprocessor() {
-        for rows in 1..=8 {
-            let plan = plan(rows, &CONTEXT_1, &facts(232_448), Some(false));
-            assert!(plan.split == Split::Piece && plan.blocks == 132, "{plan}");
-            assert!(2 * (plan.shared + 1024) <= 228 * 1024, "{rows}: {plan}");
-        }
-        assert_eq!(plan(9, &CONTEXT_1, &facts(232_448), None).blocks, 132);
-    }
-
-    #[test]
     fn a_block_fits_every_device() {
         let wide = Shape { experts: 128, top_k: 8, hidden: 8192, inner: 8192 };
         for shared in [101_376, 166_912, 232_448] {
             for rows in [1, 2, 8, 9, 64] {
-                assert!(plan(rows, &CONTEXT_1, &facts(shared), None).shared <= shared);
+                for wish in [None, Some(Split::Piece), Some(Split::Strip)] {
+                    assert!(plan(rows, &CONTEXT_1, &facts(shared), wish).shared <= shared);
+                }
             }
         }
         assert!(plan(8, &wide, &facts(232_448), None).shared <= 232_448);

@@ -1,10 +1,10 @@
 use ctxserve_cuda::driver::{Buffer, Device};
 use ctxserve_cuda::ops::moe_down::{Call, MoeDown};
-use ctxserve_cuda::ops::moe_gate_up::Shape;
+use ctxserve_cuda::ops::moe_gate_up::{Shape, Split};
 use ctxserve_cuda::ops::pack_mxfp4::Rows;
 
 use crate::common::{Random, assert_rows, device, from_f16, to_f16};
-use crate::moe_gate_up::{Routing, choices, to_fragments};
+use crate::moe_gate_up::{Routing, WAYS, choices, to_fragments};
 use crate::pack_mxfp4::Experts;
 
 struct Model {
@@ -12,7 +12,7 @@ struct Model {
     experts: Experts,
     weights: Buffer<u8>,
     bias: Vec<f32>,
-    alone: Option<bool>,
+    split: Option<Split>,
 }
 
 struct Inputs {
@@ -48,7 +48,7 @@ impl Model {
         let experts = Experts::random(random, shape.experts, (shape.hidden, shape.inner), (middle - 2, 4));
         let weights = experts.pack(device, Rows::Down);
         let bias = random.units(shape.experts * shape.hidden, 1.0);
-        Self { shape, experts, weights, bias, alone: None }
+        Self { shape, experts, weights, bias, split: None }
     }
 
     /// `x` after the kernel; rows beyond `live` must be as they were.
@@ -73,7 +73,7 @@ impl Model {
         };
         // The kernel reads `choice` ahead of what is before it in the stream: that must have ended.
         device.synchronize().unwrap();
-        MoeDown::load(device).unwrap().issue_as(device, &call, self.alone).unwrap();
+        MoeDown::load(device).unwrap().issue_as(device, &call, self.split).unwrap();
         let x = x.read(0, held.len()).unwrap();
         assert_eq!(x[live * hidden..], held[live * hidden..], "rows beyond the live ones");
         let after = products.read(live * top_k * hidden, (rows - live) * top_k * hidden + 64).unwrap();
@@ -103,14 +103,14 @@ fn moe_down_equals_its_definition() {
     for (shape, batches) in [
         (shape(4, 2, 64, 64), vec![1, 2, 3, 5, 8, 9, 17, 33]),
         (shape(7, 3, 128, 192), vec![1, 4, 8, 15, 16, 64]),
-        (shape(128, 8, 64, 256), vec![1, 7, 8, 9, 64]),
+        (shape(128, 8, 64, 256), vec![1, 7, 8, 9, 64, 128]),
         (shape(8, 4, 2880, 2880), vec![1, 4, 8, 16, 40]),
         (shape(2, 1, 64, 8192), vec![1, 8, 20]),
     ] {
         let mut model = Model::random(&device, &mut random, shape);
         for rows in batches {
-            for routing in [Routing::Spread, Routing::Same] {
-                model.alone = Some(random.below(2) == 1);
+            for (routing, split) in WAYS {
+                model.split = Some(split);
                 let live = if rows > 3 { rows - random.below(2) } else { rows };
                 let inputs = Inputs::random(&mut random, rows, &shape, routing);
                 let x = model.run(&device, &inputs, rows, live);
@@ -127,7 +127,7 @@ fn moe_down_equals_its_definition() {
                         f64::from(inputs.x[row * shape.hidden + at]) + model.reference(&inputs, row, at),
                     );
                 }
-                let what = format!("moe_down {shape:?} {rows} rows {routing:?}");
+                let what = format!("moe_down {shape:?} {rows} rows {routing:?} {split:?}");
                 assert_rows(&what, &got, &want, some, 2e-5);
             }
         }
@@ -139,13 +139,17 @@ fn down_of_a_row_does_not_depend_on_its_neighbours() {
     let Some((device, _turn)) = device() else { return };
     let mut random = Random::new();
     let shape = Shape { experts: 8, top_k: 4, hidden: 320, inner: 2880 };
-    let model = Model::random(&device, &mut random, shape);
+    let mut model = Model::random(&device, &mut random, shape);
     let inputs = Inputs::random(&mut random, 37, &shape, Routing::Spread);
     let together = model.run(&device, &inputs, 37, 37);
-    for row in [0, 4, 36] {
-        let alone = model.run(&device, &inputs.row(row, &shape), 1, 1);
-        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-        assert_eq!(bits(&alone), bits(&together[row * 320..][..320]), "row {row}");
+    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    for split in [Split::Piece, Split::Pipe] {
+        model.split = Some(split);
+        assert_eq!(bits(&model.run(&device, &inputs, 37, 37)), bits(&together), "{split:?}");
+        for row in [0, 4, 36] {
+            let alone = model.run(&device, &inputs.row(row, &shape), 1, 1);
+            assert_eq!(bits(&alone), bits(&together[row * 320..][..320]), "row {row}, {split:?}");
+        }
     }
 }
 
@@ -160,8 +164,9 @@ fn every_scale_byte_counts() {
         *scale = (at / 2).min(254) as u8;
     }
     let weights = experts.pack(&device, Rows::Down);
-    let model = Model { shape, experts, weights, bias: vec![0.0; 256], alone: None };
-    for rows in [1, 9] {
+    let mut model = Model { shape, experts, weights, bias: vec![0.0; 256], split: None };
+    for (rows, split) in [(1, Split::Piece), (1, Split::Pipe), (9, Split::Piece), (9, Split::Pipe)] {
+        model.split = Some(split);
         let mut inputs = Inputs::random(&mut random, rows, &shape, Routing::Same);
         inputs.a = to_f16(&random.units(rows * 64, 0.001));
         inputs.weight.fill(1.0);

@@ -1,5 +1,5 @@
 use ctxserve_cuda::driver::{Buffer, Device};
-use ctxserve_cuda::ops::moe_gate_up::{Call, MoeGateUp, Shape};
+use ctxserve_cuda::ops::moe_gate_up::{Call, MoeGateUp, Shape, Split};
 use ctxserve_cuda::ops::pack_mxfp4::Rows;
 
 use crate::common::{Random, assert_rows, device, from_f16, to_f16};
@@ -47,12 +47,20 @@ pub fn choices(random: &mut Random, rows: usize, shape: &Shape, routing: Routing
     choice
 }
 
+/// Routings, each with the pipe and with what is taken instead.
+pub const WAYS: [(Routing, Split); 4] = [
+    (Routing::Spread, Split::Pipe),
+    (Routing::Same, Split::Pipe),
+    (Routing::Spread, Split::Piece),
+    (Routing::Same, Split::Piece),
+];
+
 struct Model {
     shape: Shape,
     experts: Experts,
     weights: Buffer<u8>,
     bias: Vec<f32>,
-    alone: Option<bool>,
+    split: Option<Split>,
 }
 
 impl Model {
@@ -63,7 +71,7 @@ impl Model {
         let experts = Experts::random(random, shape.experts, size, (middle - 2, 4));
         let weights = experts.pack(device, Rows::GateUp);
         let bias = random.units(shape.experts * 2 * shape.inner, 1.0);
-        Self { shape, experts, weights, bias, alone: None }
+        Self { shape, experts, weights, bias, split: None }
     }
 
     /// `a` for `live` of `rows` rows, in fragment order, with what follows it.
@@ -83,7 +91,7 @@ impl Model {
             alpha: ALPHA,
             limit: LIMIT,
         };
-        MoeGateUp::load(device).unwrap().issue_as(device, &call, self.alone).unwrap();
+        MoeGateUp::load(device).unwrap().issue_as(device, &call, self.split).unwrap();
         let a = a.read(0, length + 64).unwrap();
         let done = live * self.shape.top_k * self.shape.inner;
         assert!(a[done..].iter().all(|&v| v == POISON), "written beyond the live rows");
@@ -109,14 +117,14 @@ fn moe_gate_up_equals_its_definition() {
     for (shape, batches) in [
         (shape(4, 2, 64, 64), vec![1, 2, 3, 5, 8, 9, 17, 33]),
         (shape(7, 3, 192, 128), vec![1, 4, 8, 15, 16, 64]),
-        (shape(128, 8, 256, 64), vec![1, 7, 8, 9, 64]),
+        (shape(128, 8, 256, 64), vec![1, 7, 8, 9, 64, 128]),
         (shape(8, 4, 2880, 2880), vec![1, 4, 8, 16, 40]),
         (shape(2, 1, 8192, 64), vec![1, 8, 20]),
     ] {
         let mut model = Model::random(&device, &mut random, shape);
         for rows in batches {
-            for routing in [Routing::Spread, Routing::Same] {
-                model.alone = Some(random.below(2) == 1);
+            for (routing, split) in WAYS {
+                model.split = Some(split);
                 let live = if rows > 3 { rows - random.below(2) } else { rows };
                 let h = to_f16(&random.units(rows * shape.hidden, 1.5));
                 let choice = choices(&mut random, rows, &shape, routing);
@@ -137,7 +145,7 @@ fn moe_gate_up_equals_its_definition() {
                         want.push(model.reference(h, choice[pair] as usize, at));
                     }
                 }
-                let what = format!("moe_gate_up {shape:?} {rows} rows {routing:?}");
+                let what = format!("moe_gate_up {shape:?} {rows} rows {routing:?} {split:?}");
                 assert_rows(&what, &got, &want, some, 1e-3);
                 let scale = want.iter().fold(0.0_f64, |most, v| most.max(v.abs()));
                 assert!(
@@ -154,16 +162,20 @@ fn gate_up_of_a_row_does_not_depend_on_its_neighbours() {
     let Some((device, _turn)) = device() else { return };
     let mut random = Random::new();
     let shape = Shape { experts: 8, top_k: 4, hidden: 2880, inner: 320 };
-    let model = Model::random(&device, &mut random, shape);
+    let mut model = Model::random(&device, &mut random, shape);
     let h = to_f16(&random.units(37 * 2880, 1.5));
     let choice = choices(&mut random, 37, &shape, Routing::Spread);
     let length = 4 * shape.inner;
     let together = model.run(&device, &h, &choice, 37, 37);
-    let few = model.run(&device, &h[..5 * 2880], &choice[..5 * 4], 5, 5);
-    assert_eq!(few[..5 * length], together[..5 * length]);
-    for row in [0, 4, 36] {
-        let alone = model.run(&device, &h[row * 2880..][..2880], &choice[row * 4..][..4], 1, 1);
-        assert_eq!(alone[..length], together[row * length..][..length], "row {row}");
+    for split in [Split::Piece, Split::Pipe] {
+        model.split = Some(split);
+        assert_eq!(model.run(&device, &h, &choice, 37, 37), together, "{split:?}");
+        let few = model.run(&device, &h[..5 * 2880], &choice[..5 * 4], 5, 5);
+        assert_eq!(few[..5 * length], together[..5 * length], "{split:?}");
+        for row in [0, 4, 36] {
+            let alone = model.run(&device, &h[row * 2880..][..2880], &choice[row * 4..][..4], 1, 1);
+            assert_eq!(alone[..length], together[row * length..][..length], "row {row}, {split:?}");
+        }
     }
 }
 
@@ -176,7 +188,7 @@ fn padding_of_inner_becomes_zero() {
     let shape = Shape { experts: 2, top_k: 1, hidden: 64, inner: 64 };
     let weights = experts.pack(&device, Rows::GateUp);
     let bias = vec![0.0; 2 * 128];
-    let model = Model { shape, experts, weights, bias, alone: None };
+    let model = Model { shape, experts, weights, bias, split: None };
     let h = to_f16(&random.units(9 * 64, 1.0));
     for rows in [2, 9] {
         let choice = choices(&mut random, rows, &shape, Routing::Spread);
