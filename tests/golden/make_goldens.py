@@ -8,24 +8,16 @@ eager experts, with the weights dequantised here: transformers' own checkpoint l
 file layout cannot hide. README.md says what each checkpoint is for and what the expected files hold.
 """
 import copy
-import json
-import os
+import math
 import shutil
 import sys
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["USE_HUB_KERNELS"] = "0"
+from common import E2M1, HERE, bf16, distance, e2m1, expectations, must_tell, start, write_checkpoint, write_expected
 
-import safetensors.torch as st
+import numpy
 import torch
-import transformers
-from transformers import DynamicCache, GptOssConfig, GptOssForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-STEPS = 40  # greedy tokens per prompt
-MARGIN = 0.02  # least gap between the two best logits of a greedy step
-DIFFERENT = 8  # least number of different ids among the greedy ones
 ROUTER_MARGIN = 3e-5  # least gap between the last chosen expert's logit and the next, at every position
 NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 
@@ -51,7 +43,6 @@ def base(**changes):
     return config
 
 
-# Prompt lengths; `near` asks for logits at every position of the prompt, otherwise at a few.
 GOLDENS = {
     "mxfp4": dict(config=base(), seed=1, prompts=[5, 40, 200, 300], norms=torch.bfloat16),
     "sharded": dict(
@@ -83,11 +74,14 @@ GOLDENS = {
     # As wide as the demo tokenizer's vocabulary, so that it can be served.
     "served": dict(config=base(vocab_size=3072, num_hidden_layers=2), seed=6, prompts=[30, 180], norms=torch.bfloat16,
                    eos=[3058, 3057, 3064]),
+    # As mlx-lm writes them: experts split, the router in 8 bits.
+    "mlx": dict(config=base(vocab_size=256, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                            num_local_experts=6, num_experts_per_tok=2),
+                seed=9, prompts=[12, 150], norms=torch.bfloat16, mlx="affine"),
+    "mlx_mxfp4": dict(config=base(vocab_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                                  intermediate_size=96, num_local_experts=6, num_experts_per_tok=2),
+                      seed=10, prompts=[12, 150], norms=torch.bfloat16, mlx="mxfp4"),
 }
-
-
-def bf16(generator, *shape, std=1.0, mean=0.0):
-    return (mean + std * torch.randn(*shape, generator=generator)).to(torch.bfloat16)
 
 
 def expert_blocks(generator, experts, rows, cols):
@@ -97,10 +91,8 @@ def expert_blocks(generator, experts, rows, cols):
 
 
 def dequantise(blocks, scales):
-    """[E, out, in/32, 16] -> [E, out, in]: the low nibble is the even element."""
-    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2).long()
-    values = E2M1[codes] * torch.exp2(scales.float() - 127).unsqueeze(-1)
-    return values.flatten(-2)
+    """[E, out, in/32, 16] -> [E, out, in]."""
+    return (e2m1(blocks) * torch.exp2(scales.float() - 127).unsqueeze(-1)).flatten(-2)
 
 
 def make_weights(config, seed, norms):
@@ -151,6 +143,76 @@ def dense(tensors):
     return out
 
 
+def mlx_words(codes, bits):
+    """[.., in] codes -> [.., in * bits / 32] words, the first in the lowest bits."""
+    per_word = 32 // bits
+    words = codes.unflatten(-1, (-1, per_word)) << (bits * torch.arange(per_word))
+    return torch.from_numpy(words.sum(-1).numpy().astype(numpy.uint32))
+
+
+def mlx_module(generator, shape, mode, std):
+    """A quantised module: what mlx-lm stores, and the weights that it means."""
+    rows, cols = shape[:-1], shape[-1]
+    if mode == "mxfp4":
+        codes = torch.randint(0, 16, shape, generator=generator)
+        # Codes have a standard deviation of about 3.
+        middle = 127 + round(math.log2(std / 3))
+        scales = torch.randint(middle - 1, middle + 2, (*rows, cols // 32), dtype=torch.uint8, generator=generator)
+        values = E2M1[codes].unflatten(-1, (-1, 32)) * torch.exp2(scales.float() - 127).unsqueeze(-1)
+        return {"weight": mlx_words(codes, 4), "scales": scales}, values.flatten(-2)
+    bits = 8 if mode == "router" else 4
+    most = 2 ** bits - 1
+    codes = torch.randint(0, most + 1, shape, generator=generator)
+    # Of either sign, as MLX's quantiser has them.
+    signs = torch.randint(0, 2, (*rows, cols // 64), generator=generator) * 2 - 1
+    size = 1 + 0.3 * torch.rand(*rows, cols // 64, generator=generator)
+    scales = (signs * size * std * math.sqrt(12) / most).to(torch.bfloat16)
+    biases = (-scales.float() * most / 2 + 0.1 * std * torch.randn(*rows, cols // 64, generator=generator)).to(torch.bfloat16)
+    values = scales.float().unsqueeze(-1) * codes.unflatten(-1, (-1, 64)) + biases.float().unsqueeze(-1)
+    return {"weight": mlx_words(codes, bits), "scales": scales, "biases": biases}, values.flatten(-2)
+
+
+def to_mlx(config, tensors, mode, seed):
+    """Quantises weights of [`make_weights`] anew: the checkpoint's tensors, and the same as dense float32 weights."""
+    generator = torch.Generator().manual_seed(seed)
+    stored, meant, skipped = {}, {}, []
+
+    def module(path, shape, mode, std):
+        parts, values = mlx_module(generator, shape, mode, std)
+        stored.update({f"{path}.{leaf}": tensor for leaf, tensor in parts.items()})
+        return values
+
+    for name, tensor in dense(tensors).items():
+        path = name.removesuffix(".weight")
+        if name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj"):
+            experts, cols, rows = tensor.shape
+            std = cols ** -0.5
+            if name.endswith("down_proj"):
+                values = module(name, (experts, rows, cols), mode, std)
+            else:
+                parent = name.removesuffix("gate_up_proj")
+                halves = [module(f"{parent}{half}_proj", (experts, rows // 2, cols), mode, std) for half in ("gate", "up")]
+                values = torch.stack(halves, dim=2).flatten(1, 2)
+            meant[name] = values.transpose(1, 2).contiguous()
+        elif name.endswith("gate_up_proj_bias"):
+            parent = name.removesuffix("gate_up_proj_bias")
+            stored[f"{parent}gate_proj.bias"], stored[f"{parent}up_proj.bias"] = (tensor[:, i::2].contiguous() for i in (0, 1))
+            meant[name] = tensor
+        elif name.endswith("down_proj_bias"):
+            stored[name.replace("_bias", ".bias")] = meant[name] = tensor
+        elif name.endswith(".weight") and tensor.dim() == 2 and not (mode == "mxfp4" and "o_proj" in name):
+            std = {"model.embed_tokens": 1.0, "lm_head": 0.3}.get(path, tensor.shape[1] ** -0.5)
+            meant[name] = module(path, tuple(tensor.shape), "router" if "router" in name else mode, std)
+        else:
+            stored[name] = meant[name] = tensor
+            skipped += [path] if "o_proj.weight" in name else []
+    section = {"group_size": 64, "bits": 4} if mode == "affine" else {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    for layer in range(config["num_hidden_layers"]):
+        section[f"model.layers.{layer}.mlp.router"] = {"group_size": 64, "bits": 8}
+    section.update({path: False for path in skipped})
+    return stored, meant, {"quantization": section, "quantization_config": section}
+
+
 def oracle(config, tensors):
     """The float32 eager Hugging Face model with exactly these weights."""
     model = GptOssForCausalLM._from_config(GptOssConfig(**copy.deepcopy(config)), attn_implementation="eager",
@@ -174,72 +236,18 @@ class Margins:
         for layer in model.model.layers:
             layer.mlp.router.register_forward_hook(self.look)
 
+    def decide(self):
+        return self.least >= ROUTER_MARGIN
+
     def look(self, _module, _inputs, outputs):
         best = outputs[0].topk(self.top_k + 1, dim=-1).values
         self.least = min(self.least, (best[:, -2] - best[:, -1]).min().item())
 
 
-def generate(model, prompt):
-    """Greedy ids, and the logits each was picked from, with the KV cache."""
-    cache, ids, rows = DynamicCache(config=model.config), [], []
-    step = torch.tensor([prompt])
-    for _ in range(STEPS):
-        logits = model(step, past_key_values=cache, use_cache=True).logits[0, -1]
-        rows.append(logits)
-        ids.append(int(logits.argmax()))
-        step = torch.tensor([[ids[-1]]])
-    return ids, torch.stack(rows)
-
-
-def relative(a, b):
-    return ((a - b).norm(dim=-1) / b.norm(dim=-1)).max().item()
-
-
-def try_prompt(model, margins, golden, length, seed):
-    """One prompt's expectations, or None where a tie is too near for float32 to decide."""
-    generator = torch.Generator().manual_seed(seed)
-    # Never the end-of-turn ids, nor the tokenizer's other control tokens where one goes with the checkpoint.
-    prompt = torch.randint(0, min(golden["config"]["vocab_size"], 3056), (length,), generator=generator).tolist()
-    margins.least = float("inf")
-    ids, rows = generate(model, prompt)
-    best = rows.topk(2, dim=-1).values
-    if (best[:, 0] - best[:, 1]).min() < MARGIN or len(set(ids)) < DIFFERENT or set(ids) & set(golden.get("eos", [])):
-        return None
-    whole = model(torch.tensor([prompt + ids[:-1]]), use_cache=False).logits[0]
-    if margins.least < ROUTER_MARGIN:
-        return None
-    assert relative(rows, whole[length - 1:]) < 2e-5, "the oracle disagrees with itself"
-    if length <= 64:
-        positions = list(range(length - 1))
-    else:
-        positions = sorted({0, 1, 63, 127, 128, 129, length // 2, length - 2, *range(4090, min(length - 1, 4100))} & set(range(length - 1)))
-    positions += range(length - 1, length - 1 + STEPS)
-    print(f"  prompt of {length}, seed {seed}: router margin {margins.least:.1e}, "
-          f"logit margin {(best[:, 0] - best[:, 1]).min():.3f}, {len(set(ids))} different ids")
-    return {"prompt": prompt, "greedy": ids, "positions": positions}, whole[positions]
-
-
-def expectations(name, model, golden):
-    cases, logits, margins = [], [], Margins(model, golden["config"]["num_experts_per_tok"])
-    for index, length in enumerate(golden["prompts"]):
-        for attempt in range(400):
-            found = try_prompt(model, margins, golden, length, 1000 * index + attempt)
-            if found:
-                break
-        assert found, f"{name}: no prompt of {length} without near ties"
-        cases.append(found[0])
-        logits.append(found[1])
-    return cases, logits
-
-
 def sensitivity(golden, tensors, cases, logits):
     """How far a wrong reading of the model would be from these logits: a golden must be able to tell."""
     def far(config, weights):
-        model = oracle(config, weights)
-        case = max(range(len(cases)), key=lambda i: len(cases[i]["prompt"]))
-        ids = cases[case]["prompt"] + cases[case]["greedy"][:-1]
-        got = model(torch.tensor([ids]), use_cache=False).logits[0][cases[case]["positions"]]
-        return relative(got, logits[case])
+        return distance(oracle(config, weights), cases, logits)
 
     def changed(**changes):
         config = copy.deepcopy(golden["config"])
@@ -254,9 +262,7 @@ def sensitivity(golden, tensors, cases, logits):
         report["other rounding of YaRN's bounds"] = far(changed(rope_parameters={**rope, "truncate": not rope["truncate"]}), tensors)
         report["plain RoPE"] = far(changed(rope_parameters={"rope_type": "default", "rope_theta": rope["rope_theta"]}), tensors)
     report["no clamp"] = far(changed(swiglu_limit=1e6), tensors)
-    for what, distance in report.items():
-        print(f"  {what}: relative L2 {distance:.1e}")
-        assert distance > 1e-3, f"{what} would go unnoticed"
+    must_tell(report)
 
 
 def hf_config(config, eos, quantised, spelling):
@@ -281,51 +287,27 @@ def hf_config(config, eos, quantised, spelling):
     return out
 
 
-def write_json(path, value):
-    with open(path, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-
-
-def write_checkpoint(name, config, tensors, shards=1, eos=None):
-    target = os.path.join(HERE, name)
-    shutil.rmtree(target, ignore_errors=True)
-    os.makedirs(target)
-    write_json(f"{target}/config.json", config)
-    if eos:
-        write_json(f"{target}/generation_config.json", {"eos_token_id": eos, "do_sample": True})
-    if shards == 1:
-        st.save_file(tensors, f"{target}/model.safetensors", metadata={"format": "pt"})
-    else:
-        files = {n: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(sorted(tensors))}
-        for file in sorted(set(files.values())):
-            st.save_file({n: t for n, t in tensors.items() if files[n] == file}, f"{target}/{file}", metadata={"format": "pt"})
-        size = sum(t.numel() * t.element_size() for t in tensors.values())
-        write_json(f"{target}/model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files})
-
-
-def write_expected(name, cases, logits):
-    """expected.json: prompts, ids, positions. expected.f32: the logits at those positions, little-endian, row after row."""
-    with open(f"{HERE}/{name}/expected.json", "w") as file:
-        json.dump({"vocab": logits[0].shape[-1], "cases": cases}, file)
-        file.write("\n")
-    torch.cat(logits).contiguous().numpy().astype("<f4").tofile(f"{HERE}/{name}/expected.f32")
-
-
-SPELLING = {"mxfp4": "4", "sharded": "5", "long": "flat", "unusual": "5", "truncated": "4", "served": "4"}
+SPELLING = {"mlx": "4", "mlx_mxfp4": "4", "mxfp4": "4", "sharded": "5", "long": "flat", "unusual": "5", "truncated": "4", "served": "4"}
 
 
 def make(name):
     print(name)
     golden = GOLDENS[name]
     tensors = make_weights(golden["config"], golden["seed"], golden["norms"])
+    if "mlx" in golden:
+        stored, tensors, quantization = to_mlx(golden["config"], tensors, golden["mlx"], golden["seed"])
     model = oracle(golden["config"], tensors)
-    cases, logits = expectations(name, model, golden)
+    cases, logits = expectations(name, model, golden, Margins(model, golden["config"]["num_experts_per_tok"]))
     sensitivity(golden, tensors, cases, logits)
     eos = golden.get("eos")
     if name == "saved":
         shutil.rmtree(f"{HERE}/{name}", ignore_errors=True)
         model.save_pretrained(f"{HERE}/{name}")
+        write_expected(name, cases, logits)
+        return
+    if "mlx" in golden:
+        config = hf_config(golden["config"], eos, False, SPELLING[name]) | quantization
+        write_checkpoint(name, config, stored)
         write_expected(name, cases, logits)
         return
     config = hf_config(golden["config"], eos, True, SPELLING[name])
@@ -337,8 +319,6 @@ def make(name):
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    start()
     for chosen in sys.argv[1:] or GOLDENS:
         make(chosen)

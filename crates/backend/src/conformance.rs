@@ -34,9 +34,27 @@ pub struct Claims {
     pub experts: Vec<Encoding>,
     /// Page sizes that are taken, ascending; the next larger one, or the largest, serves in place of others. Empty: any.
     pub page_sizes: Vec<usize>,
+    /// What has no kernels yet, and why. Cases do without it, and the report says so. For matrices that [`Backend::accepts`]
+    /// refuses it need not be said.
+    pub lacks: Vec<(Feature, &'static str)>,
+}
+
+/// What a backend may lack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    /// [`Backend::mlp`]; experts take its place.
+    Mlp,
+    /// [`crate::AttentionInput::head_norms`].
+    HeadNorms,
+    /// Heads of more than 64 elements; heads of 64 take their place.
+    WideHeads,
 }
 
 impl Claims {
+    fn has(&self, feature: Feature) -> bool {
+        self.lacks.iter().all(|(lacking, _)| *lacking != feature)
+    }
+
     /// A shape as the backend takes it.
     fn fit(&self, mut shape: fixture::Shape) -> fixture::Shape {
         if !self.kv.contains(&shape.kv) {
@@ -47,6 +65,11 @@ impl Claims {
             // FP4 comes in blocks along a row, and rows are as long as the widths.
             shape.inner = shape.inner.next_multiple_of(MXFP4_BLOCK);
             shape.extra = shape.extra.next_multiple_of(MXFP4_BLOCK);
+        }
+        shape.head_norms &= self.has(Feature::HeadNorms);
+        shape.mlp &= self.has(Feature::Mlp);
+        if !self.has(Feature::WideHeads) {
+            shape.head_dim = shape.head_dim.min(64);
         }
         let larger = self.page_sizes.iter().find(|&&size| size >= shape.page_size);
         shape.page_size = larger.or(self.page_sizes.last()).copied().unwrap_or(shape.page_size);
@@ -72,6 +95,8 @@ pub struct Report {
     pub seed: u64,
     /// In the order they ran.
     pub cases: Vec<Case>,
+    /// What was left out, and why.
+    pub skipped: Vec<String>,
 }
 
 impl Report {
@@ -99,6 +124,7 @@ impl fmt::Display for Report {
         let failed = self.failures().count();
         writeln!(f, "seed {}: {} cases, {failed} failed", self.seed, self.cases.len())?;
         self.failures().try_for_each(|case| writeln!(f, "  {case}"))?;
+        self.skipped.iter().try_for_each(|what| writeln!(f, "  skipped: {what}"))?;
         Ok(())
     }
 }
@@ -110,10 +136,14 @@ pub struct Like {
     pub head_dim: usize,
     /// Query heads per key/value head.
     pub group: usize,
-    /// Experts.
+    /// Experts; 0 is a dense layer.
     pub experts: usize,
     /// Experts of a token, at most `experts`.
     pub top_k: usize,
+    /// Whether query and key heads have norms.
+    pub head_norms: bool,
+    /// How projections are stored, and the dense layer.
+    pub dense: Encoding,
 }
 
 /// Runs each op, few rows and many (up to 400 of as many sequences), on one small layer like a model's: what a server can wait for.
@@ -130,7 +160,7 @@ pub fn quick<B: Backend, R: Backend>(
 ) -> Result<Report, DeviceError> {
     let mut suite = cases::Suite::new(seed, claims);
     suite.quick(like, &make, &reference)?;
-    Ok(Report { seed, cases: suite.into_cases() })
+    Ok(suite.report(seed))
 }
 
 /// Runs every case on backends from `make`, against backends from `reference`.
@@ -149,5 +179,5 @@ pub fn run<B: Backend, R: Backend>(
     suite.independence(&make)?;
     suite.sampling(&make, &reference)?;
     suite.feeds(&make)?;
-    Ok(Report { seed, cases: suite.into_cases() })
+    Ok(suite.report(seed))
 }

@@ -109,8 +109,8 @@ impl Backend for CpuBackend {
         }
     }
 
-    fn accepts(&self, encoding: Encoding) -> bool {
-        matches!(encoding, Encoding::F32 | Encoding::Bf16 | Encoding::Mxfp4)
+    fn accepts(&self, _encoding: Encoding) -> bool {
+        true
     }
 
     fn load_matrix(
@@ -195,8 +195,8 @@ impl Backend for CpuBackend {
         ops::experts(self, moe, x)
     }
 
-    fn mlp(&mut self, _mlp: &Mlp<Self>, _x: &mut Rows) -> Result<(), DeviceError> {
-        Err(DeviceError::new("mlp", "there is no kernel for dense layers yet"))
+    fn mlp(&mut self, mlp: &Mlp<Self>, x: &mut Rows) -> Result<(), DeviceError> {
+        ops::mlp(self, mlp, x)
     }
 
     fn logits(

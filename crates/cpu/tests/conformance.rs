@@ -9,8 +9,16 @@ use ctxserve_cpu::{CpuBackend, CpuOptions, Isa, Precision};
 
 /// What holds for every precision.
 fn claims() -> Claims {
-    let experts = vec![Encoding::F32, Encoding::Bf16, Encoding::Mxfp4];
-    Claims { exact: 0.0, products: 0.0, bitwise: true, kv: Vec::new(), experts, page_sizes: Vec::new() }
+    let experts = vec![Encoding::F32, Encoding::Bf16, Encoding::Mxfp4, Encoding::Nvfp4, Encoding::Affine];
+    Claims {
+        exact: 0.0,
+        products: 0.0,
+        bitwise: true,
+        kv: Vec::new(),
+        experts,
+        page_sizes: Vec::new(),
+        lacks: Vec::new(),
+    }
 }
 
 fn check(precision: Precision, claims: &Claims) -> Result<(), DeviceError> {
@@ -19,14 +27,17 @@ fn check(precision: Precision, claims: &Claims) -> Result<(), DeviceError> {
         let make = || CpuBackend::new(options);
         let report = run(20_261_122, claims, make, || Ok(CpuBackend::plain()))?;
         eprintln!(
-            "{isa}: worst queries {:.1e}, experts {:.1e}, attention {:.1e}, layer {:.1e}",
+            "{isa}: {} cases, worst queries {:.1e}, experts {:.1e}, dense {:.1e}, attention {:.1e}, layer {:.1e}",
+            report.cases.len(),
             report.worst("Queries"),
             report.worst("Experts"),
+            report.worst("Mlp,"),
             report.worst("Attention"),
             report.worst("Layer"),
         );
-        assert!(report.cases.len() > 200, "only {} cases ran", report.cases.len());
+        assert!(report.cases.len() > 500, "only {} cases ran", report.cases.len());
         assert_eq!(report.failures().count(), 0, "{isa}, {report}");
+        assert!(report.skipped.is_empty(), "{report}");
     }
     Ok(())
 }
@@ -55,10 +66,18 @@ fn the_plain_loops_are_independent_of_neighbours_too() {
 fn the_short_form_tells_right_from_wrong() {
     let kv = vec![KvDtype::Bf16, KvDtype::Fp8E4m3];
     let claims = Claims { exact: 5e-6, products: 5e-6, experts: vec![Encoding::Mxfp4], kv, ..claims() };
+    let gpt_oss = |head_dim, group, experts, top_k| {
+        let dense = Encoding::Bf16;
+        Like { head_dim, group, experts, top_k, head_norms: false, dense }
+    };
+    let qwen = |dense| Like { head_dim: 128, group: 4, experts: 0, top_k: 0, head_norms: true, dense };
     let options = CpuOptions { threads: NonZeroUsize::new(2), ..CpuOptions::default() };
     for like in [
-        Like { head_dim: 64, group: 8, experts: 32, top_k: 4 },
-        Like { head_dim: 32, group: 2, experts: 5, top_k: 2 },
+        gpt_oss(64, 8, 32, 4),
+        gpt_oss(32, 2, 5, 2),
+        qwen(Encoding::Bf16),
+        qwen(Encoding::Nvfp4),
+        qwen(Encoding::Affine),
     ] {
         let start = std::time::Instant::now();
         let report =
@@ -68,11 +87,12 @@ fn the_short_form_tells_right_from_wrong() {
         assert_eq!(report.failures().count(), 0, "{report}");
     }
     // int8 activations are wrong by more than these claims allow.
-    let like = Like { head_dim: 64, group: 4, experts: 8, top_k: 4 };
     let wrong = CpuOptions { precision: Precision::Int8, ..options };
-    let report = quick(1, &claims, like, || CpuBackend::new(wrong), || Ok(CpuBackend::plain())).unwrap();
-    let failed: Vec<&str> = report.failures().map(|case| case.name.as_str()).collect();
-    for op in ["Queries", "Experts", "Attention"] {
-        assert!(failed.iter().any(|name| name.contains(op)), "{op}: {report}");
+    for (like, after) in [(gpt_oss(64, 4, 8, 4), "Experts,"), (qwen(Encoding::Nvfp4), "Mlp,")] {
+        let report = quick(1, &claims, like, || CpuBackend::new(wrong), || Ok(CpuBackend::plain())).unwrap();
+        let failed: Vec<&str> = report.failures().map(|case| case.name.as_str()).collect();
+        for op in ["Queries", after, "Attention"] {
+            assert!(failed.iter().any(|name| name.contains(op)), "{op}: {report}");
+        }
     }
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, anyhow, bail};
 use ctxserve_backend::conformance::Like;
 use ctxserve_backend::{Backend, KvDtype};
 use ctxserve_checkpoint::Checkpoint;
+use ctxserve_core::Encoding;
 use ctxserve_cpu::{CpuBackend, CpuOptions, Precision};
 use ctxserve_cuda::driver::Device as Gpu;
 use ctxserve_cuda::{Capacity, CudaBackend, CudaOptions, Widths};
@@ -278,10 +279,15 @@ fn give_up_after(time: Duration, what: &'static str) -> anyhow::Result<mpsc::Sen
 fn like(info: &ModelInfo) -> Like {
     let (costs, kv) = (&info.costs, &info.kv);
     let heads = costs.query_width / kv.head_dim.max(1);
-    // Without experts, any: the others are tested all the same.
-    let experts = if costs.experts == 0 { 8 } else { costs.experts };
-    let top_k = if costs.experts == 0 { 4 } else { costs.top_k };
-    Like { head_dim: kv.head_dim, group: (heads / kv.kv_heads.max(1)).max(1), experts, top_k }
+    Like {
+        head_dim: kv.head_dim,
+        group: (heads / kv.kv_heads.max(1)).max(1),
+        experts: costs.experts,
+        top_k: costs.top_k,
+        // Dense families are those that norm their heads.
+        head_norms: costs.experts == 0,
+        dense: Encoding::Bf16,
+    }
 }
 
 /// Runs the GPU's kernels once against the CPU's definitions.

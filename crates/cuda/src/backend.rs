@@ -327,6 +327,9 @@ impl Backend for CudaBackend {
         kv: &mut CudaKv,
         _batch: &Batch,
     ) -> Result<HeadRows, DeviceError> {
+        if weights.head_norms.is_some() {
+            return Err(DeviceError::new("attention_input", "there is no kernel for norms of heads yet"));
+        }
         self.issue_attention_input(layer, weights, spec, rope, kv)?;
         Ok(HeadRows::Queries)
     }

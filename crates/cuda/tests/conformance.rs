@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use ctxserve_backend::KvDtype;
 use ctxserve_backend::conformance::{Like, run};
+use ctxserve_core::Encoding;
 use ctxserve_cpu::CpuBackend;
 use ctxserve_cuda::driver::Device;
 use ctxserve_cuda::{CudaBackend, CudaOptions, claims, self_test, unavailable};
@@ -33,6 +34,7 @@ fn kernels_match_the_plain_loops_within_bf16() {
     for part in ["Embed", "Queries", "Attention", "Output", "Experts", "independence"] {
         println!("{part}: worst {:.2e}", report.worst(part));
     }
+    report.skipped.iter().for_each(|what| println!("skipped: {what}"));
     assert!(report.cases.len() > 100, "only {} cases ran", report.cases.len());
     assert_eq!(report.failures().count(), 0, "{report}");
 }
@@ -45,7 +47,8 @@ fn the_self_test_passes_and_is_quick() {
     let device = Device::open(0).unwrap();
     for (head_dim, group, experts, top_k) in [(64, 8, 32, 4), (64, 8, 128, 4), (64, 2, 8, 4), (32, 3, 5, 2)] {
         for kv in [vec![KvDtype::Bf16], vec![KvDtype::Bf16, KvDtype::Fp8E4m3]] {
-            let like = Like { head_dim, group, experts, top_k };
+            let dense = Encoding::Bf16;
+            let like = Like { head_dim, group, experts, top_k, head_norms: false, dense };
             let start = Instant::now();
             let report = self_test(&device, like, kv.clone(), || Ok(CpuBackend::plain())).unwrap();
             let seconds = start.elapsed().as_secs_f64();

@@ -5,14 +5,18 @@
 //! each step as that backend's coarse ops. Nothing here knows a device or a quantisation format.
 
 mod costs;
+mod decoder;
 pub mod demo;
 mod eos;
 mod error;
 mod fields;
 pub mod gpt_oss;
+mod limits;
 mod model;
+pub mod qwen3;
 mod registry;
 mod rope;
+mod rotary;
 mod weights;
 
 pub use costs::{Costs, expected_experts};
@@ -20,3 +24,4 @@ pub use error::{ConfigError, LoadError};
 pub use model::{LoadOptions, LoadProgress, Model, ModelInfo};
 pub use registry::{architectures, inspect, load, wants};
 pub use rope::{Yarn, rope_table};
+pub use rotary::Rope;

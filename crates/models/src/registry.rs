@@ -4,7 +4,7 @@ use ctxserve_backend::Backend;
 use ctxserve_checkpoint::{Checkpoint, Want};
 use serde_json::Value;
 
-use crate::{LoadError, LoadOptions, LoadProgress, Model, ModelInfo, gpt_oss};
+use crate::{LoadError, LoadOptions, LoadProgress, Model, ModelInfo, gpt_oss, qwen3};
 
 /// How a configuration names a family, and how to inspect it without a device.
 pub(crate) struct Family {
@@ -40,6 +40,7 @@ macro_rules! families {
 
 families! {
     gpt_oss,
+    qwen3,
 }
 
 impl Family {

@@ -10,7 +10,7 @@ use ctxserve_core::{Encoding, SamplingParams};
 use super::fixture::{Fixture, Loaded, POISON, Shape, Stage};
 use super::random::Random;
 use super::schedule::{Pages, Sequence, singles, step};
-use super::{Case, Claims};
+use super::{Case, Claims, Report};
 use crate::{Backend, DeviceError, KvDtype, PageTable, SampleError};
 
 /// Row counts: all small ones, register blocks' edges, and more than any block.
@@ -20,6 +20,7 @@ pub(super) struct Suite<'a> {
     random: Random,
     claims: &'a Claims,
     cases: Vec<Case>,
+    skipped: Vec<String>,
 }
 
 fn shape() -> Shape {
@@ -32,6 +33,8 @@ fn shape() -> Shape {
         page_size: 16,
         kv: KvDtype::F32,
         spare_pages: 8,
+        head_norms: false,
+        mlp: false,
         experts: 8,
         top_k: 4,
         inner: 64,
@@ -41,13 +44,36 @@ fn shape() -> Shape {
     }
 }
 
+/// As in Qwen3: wide heads with norms, no sinks, a dense layer.
+fn qwen() -> Shape {
+    Shape { head_dim: 128, group: 4, sinks: false, head_norms: true, mlp: true, ..shape() }
+}
+
 impl<'a> Suite<'a> {
     pub(super) fn new(seed: u64, claims: &'a Claims) -> Self {
-        Self { random: Random::new(seed), claims, cases: Vec::new() }
+        let skipped = claims.lacks.iter().map(|(feature, why)| format!("{feature:?}: {why}")).collect();
+        Self { random: Random::new(seed), claims, cases: Vec::new(), skipped }
     }
 
-    pub(super) fn into_cases(self) -> Vec<Case> {
-        self.cases
+    pub(super) fn report(self, seed: u64) -> Report {
+        Report { seed, cases: self.cases, skipped: self.skipped }
+    }
+
+    /// Whether backends take matrices stored so. Floats and MXFP4 any backend takes; for others it is asked.
+    fn takes<B: Backend>(
+        &mut self,
+        encoding: Encoding,
+        make: &impl Fn() -> Result<B, DeviceError>,
+    ) -> Result<bool, DeviceError> {
+        let takes = match encoding {
+            Encoding::F32 | Encoding::Bf16 | Encoding::Mxfp4 => true,
+            Encoding::Nvfp4 | Encoding::Affine => make()?.accepts(encoding),
+        };
+        let skipped = format!("{encoding:?} matrices: the backend does not accept them");
+        if !takes && !self.skipped.contains(&skipped) {
+            self.skipped.push(skipped);
+        }
+        Ok(takes)
     }
 
     fn compare(&mut self, name: String, got: &[Vec<f32>], want: &[Vec<f32>], limit: f64) {
@@ -69,24 +95,34 @@ impl<'a> Suite<'a> {
         make: &impl Fn() -> Result<B, DeviceError>,
         reference: &impl Fn() -> Result<R, DeviceError>,
     ) -> Result<(), DeviceError> {
-        use Encoding::{Bf16, F32, Mxfp4};
+        use Encoding::{Affine, Bf16, F32, Mxfp4, Nvfp4};
         let shapes = [
             Shape { dense: Bf16, expert: Mxfp4, experts: 32, ..shape() },
             Shape { dense: Mxfp4, expert: Mxfp4, inner: 96, extra: 96, ..shape() },
             Shape { dense: Bf16, expert: Bf16, inner: 37, extra: 33, ..shape() },
             Shape { dense: F32, expert: F32, inner: 21, extra: 1, ..shape() },
             Shape { head_dim: 64, dense: Bf16, expert: Mxfp4, ..shape() },
+            Shape { dense: Affine, expert: Affine, extra: 64, ..shape() },
+            Shape { dense: Nvfp4, expert: Nvfp4, inner: 48, extra: 16, ..shape() },
+            Shape { extra: 64, dense: Bf16, ..qwen() },
+            Shape { extra: 33, inner: 37, dense: Bf16, ..qwen() },
+            Shape { head_dim: 32, extra: 16, inner: 48, dense: Nvfp4, ..qwen() },
+            Shape { head_dim: 32, extra: 64, inner: 192, dense: Affine, ..qwen() },
+            Shape { head_dim: 32, extra: 128, inner: 96, dense: Affine, ..qwen() },
         ];
         for shape in shapes.map(|shape| self.claims.fit(shape)) {
+            if !self.takes(shape.dense, make)? {
+                continue;
+            }
             let fixture = Fixture::new(shape, &mut self.random)?;
             let (mut ours, mut theirs) = (fixture.load(make()?)?, fixture.load(reference()?)?);
-            // Every row count for FP4 experts with bf16 layers, the edges for the rest.
-            let all = shape.experts == 32;
+            // Every row count once for FP4 experts and once for other codes, the edges for the rest.
+            let all = shape.experts == 32 || shape.mlp && shape.dense == Nvfp4;
             for rows in ROWS.into_iter().filter(|&rows| all || [1, 2, 5, 8, 17, 33].contains(&rows)) {
                 let tokens = self.tokens(rows);
                 // Every row writes the same slot, which nobody reads here.
                 let batch = singles(tokens, 2);
-                for stage in [Stage::Embed, Stage::Queries, Stage::Experts] {
+                for stage in [Stage::Embed, Stage::Queries, shape.feed_forward()] {
                     let name = format!("{stage:?}, {rows} rows, {shape:?}");
                     let (got, want) = (ours.run(&batch, stage)?, theirs.run(&batch, stage)?);
                     self.compare(name, &got, &want, self.claims.products);
@@ -144,6 +180,8 @@ impl<'a> Suite<'a> {
                 Shape { kv, window: Some(9), page_size: 4, ..shape() },
                 Shape { kv, window: Some(16), head_dim: 64, ..shape() },
                 Shape { kv, head_dim: 64, kv_heads: 2, page_size: 1, ..shape() },
+                Shape { kv, ..qwen() },
+                Shape { kv, kv_heads: 2, head_dim: 32, page_size: 6, ..qwen() },
             ]);
         }
         shapes.into_iter().map(|shape| self.claims.fit(shape)).collect()
@@ -156,9 +194,18 @@ impl<'a> Suite<'a> {
     ) -> Result<(), DeviceError> {
         const LENGTH: usize = 41;
         let limit = if self.claims.bitwise { 0.0 } else { self.claims.products };
-        let kinds = [(Encoding::Bf16, Encoding::Mxfp4), (Encoding::F32, Encoding::Bf16)];
-        for (dense, expert) in kinds {
-            let base = self.claims.fit(Shape { window: Some(12), dense, expert, ..shape() });
+        let shapes = [
+            Shape { dense: Encoding::Bf16, expert: Encoding::Mxfp4, ..shape() },
+            Shape { dense: Encoding::F32, expert: Encoding::Bf16, ..shape() },
+            Shape { dense: Encoding::Nvfp4, expert: Encoding::Nvfp4, inner: 48, extra: 16, ..shape() },
+            Shape { dense: Encoding::Nvfp4, head_dim: 32, extra: 16, ..qwen() },
+            Shape { dense: Encoding::Affine, head_dim: 32, extra: 64, ..qwen() },
+        ];
+        for shape in shapes {
+            let base = self.claims.fit(Shape { window: Some(12), ..shape });
+            if !self.takes(base.dense, make)? {
+                continue;
+            }
             let fixture = Fixture::new(base, &mut self.random)?;
             let subject = self.tokens(LENGTH);
             let mut alone = fixture.load(make()?)?;

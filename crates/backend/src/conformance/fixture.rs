@@ -6,8 +6,8 @@ use half::bf16;
 use super::random::{Random, matrix};
 use super::schedule::singles;
 use crate::{
-    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvDtype, KvGroup,
-    KvPlan, KvSpec, Moe, Role, RopeTable, SampleError, Sampled,
+    AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, HeadNorms,
+    KvDtype, KvGroup, KvPlan, KvSpec, Mlp, Moe, Role, RopeTable, SampleError, Sampled,
 };
 
 /// Ids of the fixture's vocabulary; the last one's embedding is NaN.
@@ -28,6 +28,10 @@ pub(super) struct Shape {
     pub(super) kv: KvDtype,
     /// Pages beyond those that three long sequences take: one for each further sequence.
     pub(super) spare_pages: usize,
+    /// Whether query and key heads have norms.
+    pub(super) head_norms: bool,
+    /// Whether a dense layer follows attention, and not experts.
+    pub(super) mlp: bool,
     pub(super) experts: usize,
     pub(super) top_k: usize,
     pub(super) inner: usize,
@@ -55,6 +59,11 @@ impl Shape {
 
     pub(super) fn hidden(&self) -> usize {
         self.width() + self.extra
+    }
+
+    /// The stage that runs what follows attention.
+    pub(super) fn feed_forward(&self) -> Stage {
+        if self.mlp { Stage::Mlp } else { Stage::Experts }
     }
 
     fn spec(&self) -> ExpertSpec {
@@ -92,9 +101,41 @@ pub(super) struct Fixture {
     copy_heads: Matrix,
     output: (Matrix, Vec<f32>),
     sinks: Vec<f32>,
-    router: (Matrix, Vec<f32>),
-    experts: ExpertWeights,
+    head_norms: [Vec<f32>; 2],
+    feed_forward: FeedForward,
     copy_hidden: Matrix,
+}
+
+/// Host weights of what follows attention.
+#[derive(Clone, Debug)]
+enum FeedForward {
+    Experts { router: (Matrix, Vec<f32>), experts: ExpertWeights },
+    Mlp { gate_up: Matrix, down: Matrix },
+}
+
+impl FeedForward {
+    fn new(shape: Shape, random: &mut Random) -> Result<Self, DeviceError> {
+        let Shape { experts, inner, .. } = shape;
+        let hidden = shape.hidden();
+        if shape.mlp {
+            // Gates are about as large as one, of either sign.
+            return Ok(Self::Mlp {
+                gate_up: random.matrix(2 * inner, hidden, shape.dense)?,
+                down: silence(random.matrix(hidden, inner, shape.dense)?, 1, hidden)?,
+            });
+        }
+        let gate_up = random.matrix(experts * 2 * inner, hidden, shape.expert)?;
+        let down = silence(random.matrix(experts * hidden, inner, shape.expert)?, experts, hidden)?;
+        let mut down_bias = random.vector(experts * hidden, 0.5);
+        down_bias.iter_mut().step_by(hidden).for_each(|x| *x = 0.0);
+        // Gates beyond the clamp on both sides.
+        let gate_up_bias = random.vector(experts * 2 * inner, 9.0);
+        Ok(Self::Experts {
+            // Exact in every backend: near ties of the router see the difference.
+            router: (random.matrix(experts, hidden, Encoding::Bf16)?, random.vector(experts, 1.0)),
+            experts: ExpertWeights { gate_up, gate_up_bias, down, down_bias },
+        })
+    }
 }
 
 impl Fixture {
@@ -110,28 +151,24 @@ impl Fixture {
         let output = silence(random.matrix(hidden, width, shape.dense)?, 1, hidden)?;
         let mut output_bias = random.vector(hidden, 0.5);
         output_bias[0] = 0.0;
-        let (experts, inner) = (shape.experts, shape.inner);
-        let gate_up = random.matrix(experts * 2 * inner, hidden, shape.expert)?;
-        let down = silence(random.matrix(experts * hidden, inner, shape.expert)?, experts, hidden)?;
-        let mut down_bias = random.vector(experts * hidden, 0.5);
-        down_bias.iter_mut().step_by(hidden).for_each(|x| *x = 0.0);
-        // Gates beyond the clamp on both sides.
-        let gate_up_bias = random.vector(experts * 2 * inner, 9.0);
+        let feed_forward = FeedForward::new(shape, random)?;
+        let mut norm = |len: usize| random.vector(len, 0.5).into_iter().map(|x| 1.0 + x).collect();
+        let (head_norms, norm) = ([norm(shape.head_dim), norm(shape.head_dim)], norm(hidden));
         Ok(Self {
             shape,
-            // Exact in every backend, as the router is: near ties of the router see the difference.
+            // Exact in every backend, as the router is.
             embedding: matrix(
                 VOCAB,
                 hidden,
                 Elements::Bf16(embedding.into_iter().map(bf16::from_f32).collect()),
             )?,
-            norm: random.vector(hidden, 0.5).into_iter().map(|x| 1.0 + x).collect(),
+            norm,
             qkv: (qkv, random.vector(qkv_rows, 0.5)),
             copy_heads,
             output: (output, output_bias),
             sinks: random.vector(width / shape.head_dim, 3.0),
-            router: (random.matrix(experts, hidden, Encoding::Bf16)?, random.vector(experts, 1.0)),
-            experts: ExpertWeights { gate_up, gate_up_bias, down, down_bias },
+            head_norms,
+            feed_forward,
             copy_hidden: copy(hidden, hidden, 0)?,
         })
     }
@@ -140,16 +177,30 @@ impl Fixture {
     pub(super) fn load<B: Backend>(&self, mut backend: B) -> Result<Loaded<B>, DeviceError> {
         let b = &mut backend;
         let (spec, attention) = (self.shape.spec(), self.shape.attention());
-        let moe = Moe {
-            norm: b.load_vector(self.norm.clone())?,
-            router: b.load_matrix(self.router.0.clone(), Some(self.router.1.clone()), Role::Router)?,
-            experts: b.load_experts(self.experts.clone(), &spec)?,
-            spec,
+        let norm = b.load_vector(self.norm.clone())?;
+        let after = match self.feed_forward.clone() {
+            FeedForward::Experts { router: (router, bias), experts } => After::Experts(Moe {
+                norm,
+                router: b.load_matrix(router, Some(bias), Role::Router)?,
+                experts: b.load_experts(experts, &spec)?,
+                spec,
+            }),
+            FeedForward::Mlp { gate_up, down } => After::Mlp(Mlp {
+                norm,
+                gate_up: b.load_matrix(gate_up, None, Role::GateUp)?,
+                down: b.load_matrix(down, None, Role::Down)?,
+                norm_eps: spec.norm_eps,
+            }),
         };
+        let [q, k] = self.head_norms.clone();
         let input = AttentionInput {
             norm: b.load_vector(self.norm.clone())?,
             qkv: b.load_matrix(self.qkv.0.clone(), Some(self.qkv.1.clone()), Role::Qkv(&attention))?,
-            head_norms: None,
+            head_norms: if self.shape.head_norms {
+                Some(HeadNorms { q: b.load_vector(q)?, k: b.load_vector(k)? })
+            } else {
+                None
+            },
         };
         let plan = self.shape.plan();
         let half = self.shape.head_dim / 2;
@@ -164,7 +215,7 @@ impl Fixture {
                 Role::Output(&attention),
             )?,
             sinks: if self.shape.sinks { Some(b.load_vector(self.sinks.clone())?) } else { None },
-            moe,
+            after,
             ones: b.load_vector(vec![1.0; self.shape.hidden()])?,
             copy_hidden: b.load_matrix(self.copy_hidden.clone(), None, Role::Head)?,
             kv: b.allocate_kv(&plan)?,
@@ -217,13 +268,19 @@ pub(super) struct Loaded<B: Backend> {
     copy_heads: B::Matrix,
     output: B::Matrix,
     sinks: Option<B::Vector>,
-    moe: Moe<B>,
+    after: After<B>,
     ones: B::Vector,
     copy_hidden: B::Matrix,
     kv: B::Kv,
     rope: RopeTable,
     /// The layer under test.
     layer: usize,
+}
+
+/// What follows attention.
+enum After<B: Backend> {
+    Experts(Moe<B>),
+    Mlp(Mlp<B>),
 }
 
 /// How far through the layer a case goes.
@@ -239,6 +296,8 @@ pub(super) enum Stage {
     Output,
     /// The experts alone, attention left out.
     Experts,
+    /// The dense layer alone, attention left out.
+    Mlp,
     /// The whole layer.
     Layer,
     /// The whole layer, and the queries of one that follows, whose norm the experts are told or not.
@@ -259,7 +318,7 @@ impl<B: Backend> Loaded<B> {
         let b = &mut self.backend;
         b.begin(batch, &self.kv, VOCAB)?;
         let mut x = b.embed(&self.embedding, batch)?;
-        if !matches!(stage, Stage::Embed | Stage::Experts) {
+        if !matches!(stage, Stage::Embed | Stage::Experts | Stage::Mlp) {
             let q = b.attention_input(layer, &self.input, &spec, &self.rope, &x, &mut self.kv, batch)?;
             if stage == Stage::Queries {
                 b.attention_output(&self.copy_heads, &q, &mut x)?;
@@ -269,12 +328,15 @@ impl<B: Backend> Loaded<B> {
                 b.attention_output(output, &heads, &mut x)?;
             }
         }
-        match stage {
-            Stage::Experts | Stage::Layer | Stage::Next { told: false } => b.experts(&self.moe, &mut x)?,
-            Stage::Next { told: true } => {
-                b.experts_before(&self.moe, &mut x, (&self.input.norm, spec.norm_eps))?;
+        match (stage, &self.after) {
+            (Stage::Next { told: true }, After::Experts(moe)) => {
+                b.experts_before(moe, &mut x, (&self.input.norm, spec.norm_eps))?;
             }
-            Stage::Embed | Stage::Queries | Stage::Attention | Stage::Output => {}
+            (Stage::Experts | Stage::Mlp | Stage::Layer | Stage::Next { .. }, after) => match after {
+                After::Experts(moe) => b.experts(moe, &mut x)?,
+                After::Mlp(mlp) => b.mlp(mlp, &mut x)?,
+            },
+            (Stage::Embed | Stage::Queries | Stage::Attention | Stage::Output, _) => {}
         }
         if matches!(stage, Stage::Next { .. }) {
             let q = b.attention_input(layer, &self.input, &spec, &self.rope, &x, &mut self.kv, batch)?;

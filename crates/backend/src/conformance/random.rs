@@ -76,10 +76,16 @@ impl Random {
                 Elements::Nvfp4 { codes, scales, runs }
             }
             Encoding::Affine => {
-                let (bits, group) = (4, 64);
-                let codes = (0..rows * cols / 2).map(|_| self.bits() as u8).collect();
-                let scales = self.vector(rows * cols / group, scale * 0.25);
-                let offsets = scales.iter().map(|scale| -7.5 * scale).collect();
+                let bits = 4 << self.below(2);
+                let groups: Vec<usize> =
+                    [32, 64, 128].into_iter().filter(|&group| cols.is_multiple_of(group)).collect();
+                // Without any, the matrix is refused below.
+                let group = groups.get(self.below(groups.len().max(1))).copied().unwrap_or(32);
+                let codes = (0..rows * cols * bits / 8).map(|_| self.bits() as u8).collect();
+                // Codes that span about four scales, whatever their width, around zero.
+                let most = ((1 << bits) - 1) as f32;
+                let scales = self.vector(rows * cols / group, scale * 4.0 / most);
+                let offsets = scales.iter().map(|scale| -0.5 * most * scale).collect();
                 Elements::Affine { bits, group, codes, scales, offsets }
             }
         };

@@ -6,14 +6,12 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::Row;
-use crate::packed::{BLOCK, Line, PANEL, Panel};
+use super::{E4M3_EXPONENT, Fp4, NO_FACTORS, Row, exp2, parts};
+use crate::packed::{Affine, BLOCK, HALVES, Line, PANEL, Panel};
 use crate::quantised::QuantRow;
 
 /// The 16 rows of a panel.
 type Rows = [__m256; 2];
-/// Lines and E8M0 scales of a panel.
-type Fp4<'a> = (&'a [Line], &'a [[u8; PANEL]]);
 
 /// E2M1 codes doubled.
 const DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
@@ -24,7 +22,7 @@ const OFFSET: i32 = 12;
 /// Adds `$kernel`'s products to `$out` over register blocks of at most `$most` tokens, all about as large: a lone
 /// token at the end would cost as much as a full block.
 macro_rules! token_blocks {
-    ($kernel:ident($panel:expr), $from:expr, $x:expr, $out:expr, $most:literal: $($n:literal)+) => {{
+    ($kernel:path, $panel:expr, $from:expr, $x:expr, $out:expr, $most:literal: $($n:literal)+) => {{
         let size = $x.len().div_ceil($x.len().div_ceil($most).max(1)).max(1);
         for (x, out) in $x.chunks(size).zip($out.chunks_mut(size * PANEL)) {
             match x.len() {
@@ -42,9 +40,16 @@ macro_rules! token_blocks {
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], from: usize, out: &mut [f32]) {
     match panel {
-        Panel::F32(lines) => token_blocks!(float(lines), from, x, out, 6: 1 2 3 4 5 6),
-        Panel::Bf16(lines) => token_blocks!(half_float(lines), from, x, out, 6: 1 2 3 4 5 6),
-        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4((lines, scales)), from, x, out, 6: 1 2 3 4 5 6),
+        Panel::F32(lines) => token_blocks!(float, lines, from, x, out, 6: 1 2 3 4 5 6),
+        Panel::Bf16(lines) => token_blocks!(half_float, lines, from, x, out, 6: 1 2 3 4 5 6),
+        Panel::Mxfp4(lines, scales) => {
+            token_blocks!(fp4::<false, _, _>, (lines, scales, NO_FACTORS), from, x, out, 6: 1 2 3 4 5 6);
+        }
+        Panel::Nvfp4(lines, scales, factors) => {
+            token_blocks!(fp4::<true, _, _>, (lines, scales, factors), from, x, out, 6: 1 2 3 4 5 6);
+        }
+        Panel::Affine4(all) => token_blocks!(affine::<4, _, _>, all, from, x, out, 6: 1 2 3 4 5 6),
+        Panel::Affine8(all) => token_blocks!(affine::<8, _, _>, all, from, x, out, 6: 1 2 3 4 5 6),
         Panel::Int8(..) => out.fill(f32::NAN),
     }
 }
@@ -55,7 +60,14 @@ pub(super) fn f32_pair(panels: [Panel<'_>; 2], x: &[f32], out: &mut [f32]) {
     match panels {
         [Panel::F32(a), Panel::F32(b)] => store(&float([a, b], [x], restore(out)), out),
         [Panel::Bf16(a), Panel::Bf16(b)] => store(&half_float([a, b], [x], restore(out)), out),
-        [Panel::Mxfp4(a, s), Panel::Mxfp4(b, r)] => store(&mxfp4([(a, s), (b, r)], [x], restore(out)), out),
+        [Panel::Mxfp4(a, s), Panel::Mxfp4(b, r)] => {
+            store(&fp4::<false, _, _>([(a, s, NO_FACTORS), (b, r, NO_FACTORS)], [x], restore(out)), out);
+        }
+        [Panel::Nvfp4(a, s, f), Panel::Nvfp4(b, r, g)] => {
+            store(&fp4::<true, _, _>([(a, s, f), (b, r, g)], [x], restore(out)), out);
+        }
+        [Panel::Affine4(a), Panel::Affine4(b)] => store(&affine::<4, _, _>([a, b], [x], restore(out)), out),
+        [Panel::Affine8(a), Panel::Affine8(b)] => store(&affine::<8, _, _>([a, b], [x], restore(out)), out),
         _ => out.fill(f32::NAN),
     }
 }
@@ -64,9 +76,14 @@ pub(super) fn f32_pair(panels: [Panel<'_>; 2], x: &[f32], out: &mut [f32]) {
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn int8_panel(panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) {
     match panel {
-        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4_int8((lines, scales)), 0, x, out, 4: 1 2 3 4),
-        Panel::Int8(lines, scales) => token_blocks!(int8((lines, scales)), 0, x, out, 4: 1 2 3 4),
-        Panel::F32(_) | Panel::Bf16(_) => out.fill(f32::NAN),
+        Panel::Mxfp4(lines, scales) => {
+            token_blocks!(fp4_int8::<false, _>, (lines, scales, NO_FACTORS), 0, x, out, 4: 1 2 3 4);
+        }
+        Panel::Nvfp4(lines, scales, factors) => {
+            token_blocks!(fp4_int8::<true, _>, (lines, scales, factors), 0, x, out, 4: 1 2 3 4);
+        }
+        Panel::Int8(lines, scales) => token_blocks!(int8, (lines, scales), 0, x, out, 4: 1 2 3 4),
+        _ => out.fill(f32::NAN),
     }
 }
 
@@ -167,6 +184,32 @@ fn powers(scales: &[u8; PANEL], down: u8) -> Rows {
         .map(|bytes| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(bytes))))
 }
 
+/// `scale * factor * 2^exponent` per row of half a block of NVFP4.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn half_scale(scales: &[u8; PANEL], factors: &[f32; PANEL], exponent: i32) -> Rows {
+    // SAFETY: 16 bytes are read from an array of 16.
+    let bytes = unsafe { _mm_loadu_si128(scales.as_ptr().cast()) };
+    let power = _mm256_set1_ps(exp2(E4M3_EXPONENT + exponent));
+    let value = |bytes, factors| {
+        let bytes = _mm256_cvtepu8_epi32(bytes);
+        let magnitude = _mm256_slli_epi32::<20>(_mm256_and_si256(bytes, _mm256_set1_epi32(0x7f)));
+        let sign = _mm256_slli_epi32::<24>(_mm256_and_si256(bytes, _mm256_set1_epi32(0x80)));
+        let scale = _mm256_castsi256_ps(_mm256_or_si256(magnitude, sign));
+        _mm256_mul_ps(_mm256_mul_ps(scale, power), factors)
+    };
+    let factors = floats(factors);
+    [value(bytes, factors[0]), value(_mm_srli_si128::<8>(bytes), factors[1])]
+}
+
+/// A float per row.
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn floats(values: &[f32; PANEL]) -> Rows {
+    // SAFETY: 32 bytes are read twice from an array of 16 floats.
+    unsafe { [_mm256_loadu_ps(values.as_ptr()), _mm256_loadu_ps(values.as_ptr().add(8))] }
+}
+
 #[target_feature(enable = "avx2,fma")]
 #[inline]
 fn table(values: &[i8; 16]) -> __m256i {
@@ -198,17 +241,25 @@ fn byte_to_float<const LEFT: i32>(bytes: [__m256i; 2], scale: Rows) -> Rows {
 /// Doubled codes are read from the top byte of a dword: one halving and 24 doublings too many.
 const DOWN: u8 = 25;
 
+/// The scales of part `at`, for doubled codes in the top byte.
 #[target_feature(enable = "avx2,fma")]
-fn mxfp4<const G: usize, const T: usize>(
+#[inline]
+fn scale<const NVFP4: bool>((_, scales, factors): Fp4<'_>, at: usize) -> Rows {
+    if NVFP4 { half_scale(&scales[at], factors, -i32::from(DOWN)) } else { powers(&scales[at], DOWN) }
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn fp4<const NVFP4: bool, const G: usize, const T: usize>(
     panels: [Fp4<'_>; G],
     x: [&[f32]; T],
     mut sums: [[Rows; T]; G],
 ) -> [[Rows; T]; G] {
     let blocks = check(panels.map(|p| p.0.len()), BLOCK / 8, x.iter().map(|x| x.len()));
     let table = table(&DOUBLED);
-    for block in 0..blocks {
-        let scales: [Rows; G] = std::array::from_fn(|g| powers(&panels[g].1[block], DOWN));
-        for line in block * (BLOCK / 8)..(block + 1) * (BLOCK / 8) {
+    let lines = BLOCK / 8 / parts(NVFP4);
+    for at in 0..blocks * parts(NVFP4) {
+        let scales: [Rows; G] = std::array::from_fn(|g| scale::<NVFP4>(panels[g], at));
+        for line in at * lines..(at + 1) * lines {
             let k = 8 * line;
             for g in 0..G {
                 let [a, b] = load(&panels[g].0[line]).map(|codes| nibbles(table, codes));
@@ -227,13 +278,88 @@ fn mxfp4<const G: usize, const T: usize>(
     sums
 }
 
-/// An MXFP4 panel as f32 lines: the products of [`mxfp4`]'s `byte_to_float`, bit for bit.
+/// Weights of the next `32 / BITS` inputs of affine rows, lowest bits first, given to `each`.
+macro_rules! affine_line {
+    ($line:expr, $group:expr, |$k:ident, $w:ident| $each:expr) => {{
+        let (scale, offset) = $group;
+        let mask = _mm256_set1_epi32((1 << BITS) - 1);
+        let mut codes = load($line);
+        for $k in 0..(32 / BITS) as usize {
+            let value = |at: usize| {
+                let code = _mm256_cvtepi32_ps(_mm256_and_si256(codes[at], mask));
+                _mm256_fmadd_ps(code, scale[at], offset[at])
+            };
+            let $w = [value(0), value(1)];
+            $each;
+            codes = codes.map(|codes| _mm256_srli_epi32::<BITS>(codes));
+        }
+    }};
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn affine<const BITS: i32, const G: usize, const T: usize>(
+    panels: [Affine<'_>; G],
+    x: [&[f32]; T],
+    mut sums: [[Rows; T]; G],
+) -> [[Rows; T]; G] {
+    let lines = BLOCK * BITS as usize / 32;
+    let blocks = check(panels.map(|p| p.lines.len()), lines, x.iter().map(|x| x.len()));
+    for block in 0..blocks {
+        let groups = panels.map(|panel| {
+            let group = panel.group(block);
+            (floats(&group.scales), floats(&group.offsets))
+        });
+        for line in block * lines..(block + 1) * lines {
+            for g in 0..G {
+                affine_line!(&panels[g].lines[line], groups[g], |k, w| {
+                    add(&mut sums[g], w, &x, line * (32 / BITS) as usize + k);
+                });
+            }
+        }
+    }
+    sums
+}
+
+/// A panel of codes as f32 lines: what [`fp4`] and [`affine`] multiply by, bit for bit.
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn decode(panel: Panel<'_>, out: &mut [Line]) {
-    let Panel::Mxfp4(lines, scales) = panel else { return };
+    match panel {
+        Panel::Mxfp4(lines, scales) => decode_fp4::<false>((lines, scales, NO_FACTORS), out),
+        Panel::Nvfp4(lines, scales, factors) => decode_fp4::<true>((lines, scales, factors), out),
+        Panel::Affine4(all) => decode_affine::<4>(all, out),
+        Panel::Affine8(all) => decode_affine::<8>(all, out),
+        Panel::F32(_) | Panel::Bf16(_) | Panel::Int8(..) => {}
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn decode_affine<const BITS: i32>(panel: Affine<'_>, out: &mut [Line]) {
+    let per_line = (32 / BITS) as usize;
+    for (index, (line, out)) in panel.lines.iter().zip(out.chunks_exact_mut(per_line)).enumerate() {
+        let group = panel.group(index * per_line / BLOCK);
+        affine_line!(line, (floats(&group.scales), floats(&group.offsets)), |k, w| store_line(
+            w,
+            &mut out[k]
+        ));
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn store_line(values: Rows, out: &mut Line) {
+    let at = out.0.as_mut_ptr().cast::<f32>();
+    // SAFETY: a line has room for 16 floats and is aligned to 64 bytes.
+    unsafe {
+        _mm256_store_ps(at, values[0]);
+        _mm256_store_ps(at.add(8), values[1]);
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn decode_fp4<const NVFP4: bool>(panel: Fp4<'_>, out: &mut [Line]) {
     let table = table(&DOUBLED);
-    for (index, (line, out)) in lines.iter().zip(out.chunks_exact_mut(8)).enumerate() {
-        let scale = powers(&scales[index / (BLOCK / 8)], DOWN);
+    for (index, (line, out)) in panel.0.iter().zip(out.chunks_exact_mut(8)).enumerate() {
+        let scale = scale::<NVFP4>(panel, index / (BLOCK / 8 / parts(NVFP4)));
         let [a, b] = load(line).map(|codes| nibbles(table, codes));
         let (low, high) = ([a[0], b[0]], [a[1], b[1]]);
         let values = [
@@ -247,12 +373,7 @@ pub(super) fn decode(panel: Panel<'_>, out: &mut [Line]) {
             byte_to_float::<0>(high, scale),
         ];
         for (out, value) in out.iter_mut().zip(values) {
-            let at = out.0.as_mut_ptr().cast::<f32>();
-            // SAFETY: a line has room for 16 floats and is aligned to 64 bytes.
-            unsafe {
-                _mm256_store_ps(at, value[0]);
-                _mm256_store_ps(at.add(8), value[1]);
-            }
+            store_line(value, out);
         }
     }
 }
@@ -277,19 +398,22 @@ fn scale_add(sum: &mut Rows, dots: [__m256i; 2], rows: Rows, token: f32) {
 }
 
 #[target_feature(enable = "avx2,fma")]
-fn mxfp4_int8<const T: usize>(
-    [(lines, scales)]: [Fp4<'_>; 1],
+fn fp4_int8<const NVFP4: bool, const T: usize>(
+    [(lines, scales, factors)]: [Fp4<'_>; 1],
     x: [QuantRow<'_>; T],
     [mut sums]: [[Rows; T]; 1],
 ) -> [[Rows; T]; 1] {
     let blocks = check([lines.len()], BLOCK / 8, x.iter().map(|x| x.codes.len()));
     let (table, ones) = (table(&SHIFTED), _mm256_set1_epi16(1));
-    for block in 0..blocks {
-        let mut dots: [[__m256i; 2]; T] =
-            std::array::from_fn(|t| [_mm256_set1_epi32(-OFFSET * x[t].sums[block]); 2]);
-        // 16 inputs at a time: 4 products of at most 2 * 24 * 127 fit an i16.
-        for pair in 0..2 {
-            let at = block * (BLOCK / 8) + 2 * pair;
+    let halves = HALVES / parts(NVFP4);
+    for part in 0..blocks * parts(NVFP4) {
+        let inputs = part * halves..(part + 1) * halves;
+        let mut dots: [[__m256i; 2]; T] = std::array::from_fn(|t| {
+            let sum: i32 = x[t].sums[inputs.clone()].iter().sum();
+            [_mm256_set1_epi32(-OFFSET * sum); 2]
+        });
+        // Half a block at a time: 4 products of at most 2 * 24 * 127 fit an i16.
+        for at in inputs.map(|half| 2 * half) {
             for half in 0..2 {
                 let [a, b] = nibbles(table, load(&lines[at])[half]);
                 let [c, d] = nibbles(table, load(&lines[at + 1])[half]);
@@ -308,9 +432,9 @@ fn mxfp4_int8<const T: usize>(
             }
         }
         // Doubled codes: the scale is halved.
-        let rows = powers(&scales[block], 1);
+        let rows = if NVFP4 { half_scale(&scales[part], factors, -1) } else { powers(&scales[part], 1) };
         for ((sum, dots), x) in sums.iter_mut().zip(dots).zip(&x) {
-            scale_add(sum, dots, rows, x.scales[block]);
+            scale_add(sum, dots, rows, x.scales[part / parts(NVFP4)]);
         }
     }
     [sums]

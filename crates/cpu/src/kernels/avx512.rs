@@ -6,12 +6,9 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::Row;
-use crate::packed::{BLOCK, Line, PANEL, Panel};
+use super::{E4M3_EXPONENT, Fp4, NO_FACTORS, Row, exp2, parts};
+use crate::packed::{Affine, BLOCK, HALVES, Line, PANEL, Panel};
 use crate::quantised::QuantRow;
-
-/// Lines and E8M0 scales of a panel.
-type Fp4<'a> = (&'a [Line], &'a [[u8; PANEL]]);
 
 /// E2M1 values times `2^25`, the factor that [`DOWN`] takes away: the same products as on AVX2.
 const SCALED: [f32; 16] = {
@@ -35,7 +32,7 @@ const OFFSET: i32 = 12;
 /// Adds `$kernel`'s products to `$out` over register blocks of at most `$most` tokens, all about as large: a lone
 /// token at the end would cost as much as a full block.
 macro_rules! token_blocks {
-    ($kernel:ident($panel:expr), $from:expr, $x:expr, $out:expr, $most:literal: $($n:literal)+) => {{
+    ($kernel:path, $panel:expr, $from:expr, $x:expr, $out:expr, $most:literal: $($n:literal)+) => {{
         let size = $x.len().div_ceil($x.len().div_ceil($most).max(1)).max(1);
         for (x, out) in $x.chunks(size).zip($out.chunks_mut(size * PANEL)) {
             match x.len() {
@@ -53,10 +50,19 @@ macro_rules! token_blocks {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
 pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], from: usize, out: &mut [f32]) {
     match panel {
-        Panel::F32(lines) => token_blocks!(float(lines), from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12),
-        Panel::Bf16(lines) => token_blocks!(half_float(lines), from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12),
+        Panel::F32(lines) => token_blocks!(float, lines, from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12),
+        Panel::Bf16(lines) => token_blocks!(half_float, lines, from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12),
         Panel::Mxfp4(lines, scales) => {
-            token_blocks!(mxfp4((lines, scales)), from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12);
+            token_blocks!(fp4::<false, _, _>, (lines, scales, NO_FACTORS), from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12);
+        }
+        Panel::Nvfp4(lines, scales, factors) => {
+            token_blocks!(fp4::<true, _, _>, (lines, scales, factors), from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12);
+        }
+        Panel::Affine4(all) => {
+            token_blocks!(affine::<4, _, _>, all, from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12);
+        }
+        Panel::Affine8(all) => {
+            token_blocks!(affine::<8, _, _>, all, from, x, out, 12: 1 2 3 4 5 6 7 8 9 10 11 12);
         }
         Panel::Int8(..) => out.fill(f32::NAN),
     }
@@ -68,7 +74,14 @@ pub(super) fn f32_pair(panels: [Panel<'_>; 2], x: &[f32], out: &mut [f32]) {
     match panels {
         [Panel::F32(a), Panel::F32(b)] => store(&float([a, b], [x], restore(out)), out),
         [Panel::Bf16(a), Panel::Bf16(b)] => store(&half_float([a, b], [x], restore(out)), out),
-        [Panel::Mxfp4(a, s), Panel::Mxfp4(b, r)] => store(&mxfp4([(a, s), (b, r)], [x], restore(out)), out),
+        [Panel::Mxfp4(a, s), Panel::Mxfp4(b, r)] => {
+            store(&fp4::<false, _, _>([(a, s, NO_FACTORS), (b, r, NO_FACTORS)], [x], restore(out)), out);
+        }
+        [Panel::Nvfp4(a, s, f), Panel::Nvfp4(b, r, g)] => {
+            store(&fp4::<true, _, _>([(a, s, f), (b, r, g)], [x], restore(out)), out);
+        }
+        [Panel::Affine4(a), Panel::Affine4(b)] => store(&affine::<4, _, _>([a, b], [x], restore(out)), out),
+        [Panel::Affine8(a), Panel::Affine8(b)] => store(&affine::<8, _, _>([a, b], [x], restore(out)), out),
         _ => out.fill(f32::NAN),
     }
 }
@@ -78,10 +91,13 @@ pub(super) fn f32_pair(panels: [Panel<'_>; 2], x: &[f32], out: &mut [f32]) {
 pub(super) fn int8_panel(panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) {
     match panel {
         Panel::Mxfp4(lines, scales) => {
-            token_blocks!(mxfp4_int8((lines, scales)), 0, x, out, 8: 1 2 3 4 5 6 7 8);
+            token_blocks!(fp4_int8::<false, _>, (lines, scales, NO_FACTORS), 0, x, out, 8: 1 2 3 4 5 6 7 8);
         }
-        Panel::Int8(lines, scales) => token_blocks!(int8((lines, scales)), 0, x, out, 8: 1 2 3 4 5 6 7 8),
-        Panel::F32(_) | Panel::Bf16(_) => out.fill(f32::NAN),
+        Panel::Nvfp4(lines, scales, factors) => {
+            token_blocks!(fp4_int8::<true, _>, (lines, scales, factors), 0, x, out, 8: 1 2 3 4 5 6 7 8);
+        }
+        Panel::Int8(lines, scales) => token_blocks!(int8, (lines, scales), 0, x, out, 8: 1 2 3 4 5 6 7 8),
+        _ => out.fill(f32::NAN),
     }
 }
 
@@ -173,8 +189,36 @@ fn powers(scales: &[u8; PANEL], down: u8) -> __m512 {
     _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(bytes)))
 }
 
+/// `scale * factor * 2^exponent` per row of half a block of NVFP4.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-fn mxfp4<const G: usize, const T: usize>(
+#[inline]
+fn half_scale(scales: &[u8; PANEL], factors: &[f32; PANEL], exponent: i32) -> __m512 {
+    // SAFETY: 16 bytes are read from an array of 16.
+    let bytes = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(scales.as_ptr().cast()) });
+    let magnitude = _mm512_slli_epi32::<20>(_mm512_and_si512(bytes, _mm512_set1_epi32(0x7f)));
+    let sign = _mm512_slli_epi32::<24>(_mm512_and_si512(bytes, _mm512_set1_epi32(0x80)));
+    let scale = _mm512_castsi512_ps(_mm512_or_si512(magnitude, sign));
+    let power = _mm512_set1_ps(exp2(E4M3_EXPONENT + exponent));
+    _mm512_mul_ps(_mm512_mul_ps(scale, power), floats(factors))
+}
+
+/// A float per row.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+#[inline]
+fn floats(values: &[f32; PANEL]) -> __m512 {
+    // SAFETY: 64 bytes are read from an array of 16 floats.
+    unsafe { _mm512_loadu_ps(values.as_ptr()) }
+}
+
+/// The scales of part `at`, `2^`[`DOWN`] times too small.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+#[inline]
+fn scale<const NVFP4: bool>((_, scales, factors): Fp4<'_>, at: usize) -> __m512 {
+    if NVFP4 { half_scale(&scales[at], factors, -i32::from(DOWN)) } else { powers(&scales[at], DOWN) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+fn fp4<const NVFP4: bool, const G: usize, const T: usize>(
     panels: [Fp4<'_>; G],
     x: [&[f32]; T],
     mut sums: [[__m512; T]; G],
@@ -182,9 +226,10 @@ fn mxfp4<const G: usize, const T: usize>(
     let blocks = check(panels.map(|p| p.0.len()), BLOCK / 8, x.iter().map(|x| x.len()));
     // SAFETY: 64 bytes are read from an array of 16 floats.
     let table = unsafe { _mm512_loadu_ps(SCALED.as_ptr()) };
-    for block in 0..blocks {
-        let scales: [__m512; G] = std::array::from_fn(|g| powers(&panels[g].1[block], DOWN));
-        for line in block * (BLOCK / 8)..(block + 1) * (BLOCK / 8) {
+    let lines = BLOCK / 8 / parts(NVFP4);
+    for at in 0..blocks * parts(NVFP4) {
+        let scales: [__m512; G] = std::array::from_fn(|g| scale::<NVFP4>(panels[g], at));
+        for line in at * lines..(at + 1) * lines {
             for g in 0..G {
                 let mut codes = load(&panels[g].0[line]);
                 for k in 8 * line..8 * line + 8 {
@@ -192,6 +237,35 @@ fn mxfp4<const G: usize, const T: usize>(
                     let w = _mm512_mul_ps(_mm512_permutexvar_ps(codes, table), scales[g]);
                     add(&mut sums[g], w, &x, k);
                     codes = _mm512_srli_epi32::<4>(codes);
+                }
+            }
+        }
+    }
+    sums
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+fn affine<const BITS: u32, const G: usize, const T: usize>(
+    panels: [Affine<'_>; G],
+    x: [&[f32]; T],
+    mut sums: [[__m512; T]; G],
+) -> [[__m512; T]; G] {
+    let lines = BLOCK * BITS as usize / 32;
+    let blocks = check(panels.map(|p| p.lines.len()), lines, x.iter().map(|x| x.len()));
+    let (mask, per_line) = (_mm512_set1_epi32((1 << BITS) - 1), (32 / BITS) as usize);
+    for block in 0..blocks {
+        let groups = panels.map(|panel| {
+            let group = panel.group(block);
+            (floats(&group.scales), floats(&group.offsets))
+        });
+        for line in block * lines..(block + 1) * lines {
+            for g in 0..G {
+                let (scale, offset) = groups[g];
+                let mut codes = load(&panels[g].lines[line]);
+                for k in line * per_line..(line + 1) * per_line {
+                    let code = _mm512_cvtepi32_ps(_mm512_and_si512(codes, mask));
+                    add(&mut sums[g], _mm512_fmadd_ps(code, scale, offset), &x, k);
+                    codes = _mm512_srli_epi32::<BITS>(codes);
                 }
             }
         }
@@ -216,8 +290,8 @@ fn scale_add(sum: &mut __m512, dots: __m512i, rows: __m512, token: f32) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
-fn mxfp4_int8<const T: usize>(
-    [(lines, scales)]: [Fp4<'_>; 1],
+fn fp4_int8<const NVFP4: bool, const T: usize>(
+    [(lines, scales, factors)]: [Fp4<'_>; 1],
     x: [QuantRow<'_>; T],
     [mut sums]: [[__m512; T]; 1],
 ) -> [[__m512; T]; 1] {
@@ -225,9 +299,13 @@ fn mxfp4_int8<const T: usize>(
     // SAFETY: 16 bytes are read from an array of 16.
     let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(SHIFTED.as_ptr().cast()) });
     let mask = _mm512_set1_epi8(15);
-    for block in 0..blocks {
-        let mut dots: [__m512i; T] = std::array::from_fn(|t| _mm512_set1_epi32(-OFFSET * x[t].sums[block]));
-        for line in block * (BLOCK / 8)..(block + 1) * (BLOCK / 8) {
+    let (halves, per_part) = (HALVES / parts(NVFP4), BLOCK / 8 / parts(NVFP4));
+    for part in 0..blocks * parts(NVFP4) {
+        let mut dots: [__m512i; T] = std::array::from_fn(|t| {
+            let sum: i32 = x[t].sums[part * halves..(part + 1) * halves].iter().sum();
+            _mm512_set1_epi32(-OFFSET * sum)
+        });
+        for line in part * per_part..(part + 1) * per_part {
             let codes = load(&lines[line]);
             let low = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, mask));
             let high = _mm512_and_si512(_mm512_srli_epi16::<4>(codes), mask);
@@ -238,9 +316,9 @@ fn mxfp4_int8<const T: usize>(
             }
         }
         // Doubled codes: the scale is halved.
-        let rows = powers(&scales[block], 1);
+        let rows = if NVFP4 { half_scale(&scales[part], factors, -1) } else { powers(&scales[part], 1) };
         for ((sum, dots), x) in sums.iter_mut().zip(dots).zip(&x) {
-            scale_add(sum, dots, rows, x.scales[block]);
+            scale_add(sum, dots, rows, x.scales[part / parts(NVFP4)]);
         }
     }
     [sums]
@@ -256,7 +334,7 @@ fn int8<const T: usize>(
     let sign = _mm512_set1_epi8(i8::MIN);
     for block in 0..blocks {
         // Flipping the sign bit adds 128 to a weight.
-        let mut dots: [__m512i; T] = std::array::from_fn(|t| _mm512_set1_epi32(-128 * x[t].sums[block]));
+        let mut dots: [__m512i; T] = std::array::from_fn(|t| _mm512_set1_epi32(-128 * x[t].sum(block)));
         for line in block * (BLOCK / 4)..(block + 1) * (BLOCK / 4) {
             let w = _mm512_xor_si512(load(&lines[line]), sign);
             for (dots, x) in dots.iter_mut().zip(&x) {

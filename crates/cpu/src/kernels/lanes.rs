@@ -1,4 +1,4 @@
-//! Loops that the compiler vectorises, compiled once per instruction set: attention over a page, softmax, SwiGLU.
+//! Loops that the compiler vectorises, compiled once per instruction set: attention over a page, softmax, both kinds of SwiGLU.
 
 use half::bf16;
 
@@ -57,6 +57,11 @@ per_isa! {
 per_isa! {
     /// Clamped SwiGLU of interleaved pairs: `gated[2i]` is the gate, `gated[2i + 1]` the up value.
     pub(crate) fn swiglu = swiglu_body(gated: &[f32], bias: &[f32], alpha: f32, limit: f32, out: &mut [f32])
+}
+
+per_isa! {
+    /// SwiGLU of gates and up values.
+    pub(crate) fn silu = silu_body(gate: &[f32], up: &[f32], out: &mut [f32])
 }
 
 #[inline(always)]
@@ -198,6 +203,13 @@ fn swiglu_body<const FMA: bool>(gated: &[f32], bias: &[f32], alpha: f32, limit: 
         let up = if up > limit { limit } else { up };
         let up = if up < -limit { -limit } else { up };
         *out = gate / (1.0 + exp::<FMA>(-alpha * gate)) * (up + 1.0);
+    }
+}
+
+#[inline(always)]
+fn silu_body<const FMA: bool>(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((&gate, &up), out) in gate.iter().zip(up).zip(out) {
+        *out = gate / (1.0 + exp::<FMA>(-gate)) * up;
     }
 }
 

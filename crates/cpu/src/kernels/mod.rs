@@ -12,10 +12,10 @@ mod lanes;
 mod neon;
 mod portable;
 
-pub(crate) use lanes::{PageShape, add_values, page_scores, softmax, swiglu};
+pub(crate) use lanes::{PageShape, add_values, page_scores, silu, softmax, swiglu};
 
 use crate::isa::Isa;
-use crate::packed::{BLOCK, Line, PANEL, Packed, Panel};
+use crate::packed::{BLOCK, HALVES, Line, PANEL, Packed, Panel};
 use crate::quantised::QuantRow;
 
 /// The tokens of a product: exact, or quantised.
@@ -36,6 +36,29 @@ impl Tokens<'_> {
     }
 }
 
+/// FP4 codes: lines, scales (E8M0 of blocks in MXFP4, E4M3 of half blocks in NVFP4), and the factors of NVFP4 rows.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+type Fp4<'a> = (&'a [Line], &'a [[u8; PANEL]], &'a [f32; PANEL]);
+/// For MXFP4, which has no factors.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+const NO_FACTORS: &[f32; PANEL] = &[1.0; PANEL];
+
+/// Parts of a block of FP4 that have a scale of their own.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+const fn parts(nvfp4: bool) -> usize {
+    if nvfp4 { HALVES } else { 1 }
+}
+
+/// `2^exponent`.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+const fn exp2(exponent: i32) -> f32 {
+    f32::from_bits(((127 + exponent) as u32) << 23)
+}
+
+/// What E4M3's exponent and mantissa are short of when they are read as f32's: the difference of the biases.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+const E4M3_EXPONENT: i32 = 127 - 7;
+
 /// The inputs of one token.
 trait Row: Copy {
     /// All but the first `from`, whole blocks.
@@ -51,7 +74,8 @@ impl Row for &[f32] {
 impl Row for QuantRow<'_> {
     fn skip(self, from: usize) -> Self {
         let block = from / BLOCK;
-        Self { codes: &self.codes[block * BLOCK..], scales: &self.scales[block..], sums: &self.sums[block..] }
+        let sums = &self.sums[HALVES * block..];
+        Self { codes: &self.codes[block * BLOCK..], scales: &self.scales[block..], sums }
     }
 }
 
@@ -92,7 +116,7 @@ pub(crate) fn panels(
                 }
                 for block in (0..weights.blocks()).step_by(PART) {
                     let mut part = panel.part(block..(block + PART).min(weights.blocks()));
-                    if isa != Isa::Neon && matches!(part, Panel::Mxfp4(..)) {
+                    if isa != Isa::Neon && part.is_coded() {
                         scratch.resize(part.blocks() * BLOCK, Line([0; PANEL]));
                         decode(isa, part, scratch);
                         part = Panel::F32(scratch);
@@ -158,7 +182,7 @@ fn int8_panel(isa: Isa, panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) {
     }
 }
 
-/// An MXFP4 panel as f32 lines, the very values that the direct kernel multiplies by.
+/// A panel of codes as f32 lines, the very values that the direct kernel multiplies by.
 fn decode(isa: Isa, panel: Panel<'_>, out: &mut [Line]) {
     match isa {
         // SAFETY: `Isa` is only made by detection of these features.

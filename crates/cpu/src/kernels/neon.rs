@@ -6,21 +6,19 @@ use std::array::from_fn;
 
 use half::bf16;
 
-use super::Row;
-use crate::packed::{BLOCK, Line, PANEL, Panel};
+use super::{E4M3_EXPONENT, Fp4, NO_FACTORS, Row, exp2, parts};
+use crate::packed::{Affine, BLOCK, Line, PANEL, Panel};
 use crate::quantised::QuantRow;
 
 /// The 16 rows of a panel.
 type Rows = [float32x4_t; 4];
-/// Lines and E8M0 scales of a panel.
-type Fp4<'a> = (&'a [Line], &'a [[u8; PANEL]]);
 
 /// E2M1 codes doubled.
 const DOUBLED: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 /// Adds `$kernel`'s products to `$out` over register blocks of at most four tokens.
 macro_rules! token_blocks {
-    ($kernel:ident($panel:expr), $from:expr, $x:expr, $out:expr) => {
+    ($kernel:path, $panel:expr, $from:expr, $x:expr, $out:expr) => {
         for (x, out) in $x.chunks(4).zip($out.chunks_mut(4 * PANEL)) {
             match *x {
                 [a] => store(&$kernel($panel, [a].map(|x| x.skip($from)), restore(out)), out),
@@ -39,9 +37,16 @@ macro_rules! token_blocks {
 #[target_feature(enable = "neon")]
 pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], from: usize, out: &mut [f32]) {
     match panel {
-        Panel::F32(lines) => token_blocks!(float(lines), from, x, out),
-        Panel::Bf16(lines) => token_blocks!(half_float(lines), from, x, out),
-        Panel::Mxfp4(lines, scales) => token_blocks!(mxfp4((lines, scales)), from, x, out),
+        Panel::F32(lines) => token_blocks!(float, lines, from, x, out),
+        Panel::Bf16(lines) => token_blocks!(half_float, lines, from, x, out),
+        Panel::Mxfp4(lines, scales) => {
+            token_blocks!(fp4::<false, _>, (lines, scales, NO_FACTORS), from, x, out)
+        }
+        Panel::Nvfp4(lines, scales, factors) => {
+            token_blocks!(fp4::<true, _>, (lines, scales, factors), from, x, out)
+        }
+        Panel::Affine4(all) => token_blocks!(affine::<4, _>, all, from, x, out),
+        Panel::Affine8(all) => token_blocks!(affine::<8, _>, all, from, x, out),
         Panel::Int8(..) => out.fill(f32::NAN),
     }
 }
@@ -51,10 +56,13 @@ pub(super) fn f32_panel(panel: Panel<'_>, x: &[&[f32]], from: usize, out: &mut [
 pub(super) fn int8_panel(panel: Panel<'_>, x: &[QuantRow<'_>], out: &mut [f32]) {
     match panel {
         Panel::Mxfp4(lines, scales) => {
-            token_blocks!(mxfp4_int8((lines, scales)), 0, x, out)
+            token_blocks!(fp4_int8::<false, _>, (lines, scales, NO_FACTORS), 0, x, out)
         }
-        Panel::Int8(lines, scales) => token_blocks!(int8((lines, scales)), 0, x, out),
-        Panel::F32(_) | Panel::Bf16(_) => out.fill(f32::NAN),
+        Panel::Nvfp4(lines, scales, factors) => {
+            token_blocks!(fp4_int8::<true, _>, (lines, scales, factors), 0, x, out)
+        }
+        Panel::Int8(lines, scales) => token_blocks!(int8, (lines, scales), 0, x, out),
+        _ => out.fill(f32::NAN),
     }
 }
 
@@ -121,6 +129,29 @@ fn powers(scales: &[u8; PANEL], down: u8) -> Rows {
     })
 }
 
+/// `scale * factor * 2^exponent` per row of half a block of NVFP4.
+#[target_feature(enable = "neon")]
+fn half_scale(scales: &[u8; PANEL], factors: &[f32; PANEL], exponent: i32) -> Rows {
+    let (power, factors) = (exp2(E4M3_EXPONENT + exponent), floats(factors));
+    from_fn(|part| {
+        let of = |lane: usize| {
+            let byte = u32::from(scales[4 * part + lane]);
+            (byte & 0x7f) << 20 | (byte & 0x80) << 24
+        };
+        let bits: [u32; 4] = from_fn(of);
+        // SAFETY: 16 bytes are read from an array of 4 dwords.
+        let scale = vreinterpretq_f32_u32(unsafe { vld1q_u32(bits.as_ptr()) });
+        vmulq_f32(vmulq_n_f32(scale, power), factors[part])
+    })
+}
+
+/// A float per row.
+#[target_feature(enable = "neon")]
+fn floats(values: &[f32; PANEL]) -> Rows {
+    // SAFETY: an array of 16 floats, read four at a time.
+    from_fn(|part| unsafe { vld1q_f32(values.as_ptr().add(4 * part)) })
+}
+
 #[target_feature(enable = "neon")]
 fn table() -> int8x16_t {
     // SAFETY: 16 bytes are read from an array of 16.
@@ -138,21 +169,55 @@ fn nibbles(table: int8x16_t, codes: uint32x4_t) -> [int8x16_t; 2] {
 const DOWN: u8 = 25;
 
 #[target_feature(enable = "neon")]
-fn mxfp4<const T: usize>((lines, scales): Fp4<'_>, x: [&[f32]; T], mut sums: [Rows; T]) -> [Rows; T] {
+fn fp4<const NVFP4: bool, const T: usize>(
+    (lines, scales, factors): Fp4<'_>,
+    x: [&[f32]; T],
+    mut sums: [Rows; T],
+) -> [Rows; T] {
     let table = table();
     let top = vdupq_n_s32(0xff00_0000_u32.cast_signed());
-    for (block, lines) in lines.chunks_exact(BLOCK / 8).enumerate() {
-        let scale = powers(&scales[block], DOWN);
+    for (part, lines) in lines.chunks_exact(BLOCK / 8 / parts(NVFP4)).enumerate() {
+        let scale = if NVFP4 {
+            half_scale(&scales[part], factors, -i32::from(DOWN))
+        } else {
+            powers(&scales[part], DOWN)
+        };
+        let first = part * (BLOCK / parts(NVFP4));
         for (at, line) in lines.iter().enumerate() {
             let codes = load(line).map(|codes| nibbles(table, codes));
             for k in 0..8 {
                 // Byte `k / 2` of each dword, of the low or the high nibbles, moved to the top.
                 let shift = vdupq_n_s32(24 - 8 * (k as i32 / 2));
-                let w = from_fn(|part| {
-                    let bytes = vshlq_s32(vreinterpretq_s32_s8(codes[part][k % 2]), shift);
-                    vmulq_f32(vcvtq_f32_s32(vandq_s32(bytes, top)), scale[part])
+                let w = from_fn(|rows| {
+                    let bytes = vshlq_s32(vreinterpretq_s32_s8(codes[rows][k % 2]), shift);
+                    vmulq_f32(vcvtq_f32_s32(vandq_s32(bytes, top)), scale[rows])
                 });
-                add(&mut sums, w, &x, block * BLOCK + 8 * at + k);
+                add(&mut sums, w, &x, first + 8 * at + k);
+            }
+        }
+    }
+    sums
+}
+
+#[target_feature(enable = "neon")]
+fn affine<const BITS: i32, const T: usize>(
+    panel: Affine<'_>,
+    x: [&[f32]; T],
+    mut sums: [Rows; T],
+) -> [Rows; T] {
+    let (mask, per_line) = (vdupq_n_u32((1 << BITS) - 1), (32 / BITS) as usize);
+    for (block, lines) in panel.lines.chunks_exact(BLOCK / per_line).enumerate() {
+        let group = panel.group(block);
+        let (scale, offset) = (floats(&group.scales), floats(&group.offsets));
+        for (at, line) in lines.iter().enumerate() {
+            let mut codes = load(line);
+            for k in 0..per_line {
+                let w = from_fn(|rows| {
+                    let code = vcvtq_f32_u32(vandq_u32(codes[rows], mask));
+                    vfmaq_f32(offset[rows], code, scale[rows])
+                });
+                add(&mut sums, w, &x, block * BLOCK + at * per_line + k);
+                codes = codes.map(|codes| vshrq_n_u32::<BITS>(codes));
             }
         }
     }
@@ -177,13 +242,14 @@ fn scale_add(sum: &mut Rows, dots: [int32x4_t; 4], rows: Rows, token: f32) {
 }
 
 #[target_feature(enable = "neon")]
-fn mxfp4_int8<const T: usize>(
-    (lines, scales): Fp4<'_>,
+fn fp4_int8<const NVFP4: bool, const T: usize>(
+    (lines, scales, factors): Fp4<'_>,
     x: [QuantRow<'_>; T],
     mut sums: [Rows; T],
 ) -> [Rows; T] {
     let table = table();
-    for (block, lines) in lines.chunks_exact(BLOCK / 8).enumerate() {
+    let per_part = BLOCK / 8 / parts(NVFP4);
+    for (at_part, lines) in lines.chunks_exact(per_part).enumerate() {
         let mut dots = [[vdupq_n_s32(0); 4]; T];
         for part in 0..4 {
             // Rows 0 and 1, rows 2 and 3 of the part; eight products of at most 12 * 127 fit an i16.
@@ -191,7 +257,7 @@ fn mxfp4_int8<const T: usize>(
             for (at, line) in lines.iter().enumerate() {
                 for (parity, w) in nibbles(table, load(line)[part]).into_iter().enumerate() {
                     for (wide, x) in wide.iter_mut().zip(&x) {
-                        let x = four(x, block * (BLOCK / 4) + 2 * at + parity);
+                        let x = four(x, 2 * (at_part * per_part + at) + parity);
                         wide[0] = vmlal_s8(wide[0], vget_low_s8(w), x);
                         wide[1] = vmlal_s8(wide[1], vget_high_s8(w), x);
                     }
@@ -202,9 +268,10 @@ fn mxfp4_int8<const T: usize>(
             }
         }
         // Doubled codes: the scale is halved.
-        let rows = powers(&scales[block], 1);
+        let rows =
+            if NVFP4 { half_scale(&scales[at_part], factors, -1) } else { powers(&scales[at_part], 1) };
         for ((sum, dots), x) in sums.iter_mut().zip(dots).zip(&x) {
-            scale_add(sum, dots, rows, x.scales[block]);
+            scale_add(sum, dots, rows, x.scales[at_part / parts(NVFP4)]);
         }
     }
     sums

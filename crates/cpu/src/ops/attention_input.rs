@@ -1,11 +1,11 @@
-//! Norm, QKV, rotary embedding, KV write.
+//! Norm, QKV, norms of heads, rotary embedding, KV write.
 
 use ctxserve_backend::{AttentionInput, AttentionSpec, Batch, DeviceError, RopeTable};
 
 use crate::backend::CpuBackend;
 use crate::kv::CpuKv;
 use crate::linear::linear;
-use crate::ops::rms_norm;
+use crate::ops::{rms_norm, rms_norm_in_place};
 use crate::rows::Rows;
 
 const OP: &str = "attention_input";
@@ -30,6 +30,11 @@ pub(crate) fn attention_input(
     let mut qkv = linear(OP, backend.fast.as_ref(), &weights.qkv, &normed)?;
     qkv.expect(OP, x.rows(), q_width + 2 * kv_width)?;
 
+    if let Some(norms) = &weights.head_norms
+        && (norms.q.len() != dim || norms.k.len() != dim)
+    {
+        return Err(DeviceError::new(OP, "a norm of heads is not as long as a head"));
+    }
     let page_size = kv.plan().spec.page_size;
     let mut queries = Rows::zeros(x.rows(), q_width);
     let mut angles = vec![(0.0, 0.0); dim / 2];
@@ -38,6 +43,13 @@ pub(crate) fn attention_input(
             rotation(rope, position, &mut angles);
             let (q, rest) = qkv.row_mut(row).split_at_mut(q_width);
             let (keys, values) = rest.split_at_mut(kv_width);
+            if let Some(norms) = &weights.head_norms {
+                let norm = |heads: &mut [f32], weight: &[f32]| {
+                    heads.chunks_exact_mut(dim).for_each(|h| rms_norm_in_place(h, weight, spec.norm_eps));
+                };
+                norm(q, &norms.q);
+                norm(keys, &norms.k);
+            }
             q.chunks_exact_mut(dim).chain(keys.chunks_exact_mut(dim)).for_each(|h| rotate(h, &angles));
             queries.row_mut(row).copy_from_slice(q);
             let table = slice.tables.get(place.0);

@@ -6,6 +6,7 @@ mod attention_output;
 mod embed;
 mod experts;
 mod logits;
+mod mlp;
 mod norm;
 mod sample;
 
@@ -16,6 +17,7 @@ pub(crate) use embed::embed;
 pub use experts::CpuExperts;
 pub(crate) use experts::experts;
 pub(crate) use logits::logits;
-pub(crate) use norm::rms_norm;
+pub(crate) use mlp::mlp;
+pub(crate) use norm::{rms_norm, rms_norm_in_place};
 pub(crate) use sample::sample;
 pub use sample::{sample_row, uniform};

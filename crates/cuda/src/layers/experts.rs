@@ -6,7 +6,7 @@ use super::missing;
 use crate::backend::{CudaBackend, NormKey};
 use crate::driver::Buffer;
 use crate::ops::moe_gemm::{self, height};
-use crate::ops::{moe_combine, moe_down, moe_gate_up, moe_scatter, moe_sort, route};
+use crate::ops::{moe_combine, moe_down, moe_gate_up, moe_pair, moe_scatter, moe_sort, route};
 use crate::workspace::EXPERT_ROWS;
 
 impl CudaBackend {
@@ -76,6 +76,9 @@ impl CudaBackend {
                 rows,
                 shape,
             };
+            if moe_pair::plan(rows, &shape, device.facts()).is_some() {
+                return kernels.pair.issue(device, &moe_pair::Call { gate_up: &gate_up, down: &down });
+            }
             kernels.gate_up.issue(device, &gate_up)?;
             return kernels.down.issue(device, &down);
         }

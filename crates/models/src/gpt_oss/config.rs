@@ -3,20 +3,10 @@
 use ctxserve_backend::{AttentionSpec, ExpertSpec, KvDtype, KvGroup, KvSpec};
 use serde_json::Value;
 
-use super::rope::{self, Rope};
+use crate::decoder::{Frame, Heads};
 use crate::fields::Fields;
-use crate::{ConfigError, LoadOptions};
-
-/// Ceilings far above any known model, low enough that sizes computed from them cannot overflow.
-mod most {
-    pub(super) const LAYERS: usize = 1024;
-    pub(super) const WIDTH: usize = 1 << 17;
-    pub(super) const HEADS: usize = 4096;
-    pub(super) const HEAD_DIM: usize = 1024;
-    pub(super) const EXPERTS: usize = 4096;
-    pub(super) const VOCAB: usize = 1 << 24;
-    pub(super) const POSITIONS: usize = 1 << 27;
-}
+use crate::rotary::{self, Unsaid};
+use crate::{ConfigError, LoadOptions, Rope, limits as most};
 
 /// What a gpt-oss model is.
 #[derive(Clone, Debug, PartialEq)]
@@ -55,6 +45,9 @@ pub struct Config {
     pub max_context: usize,
 }
 
+/// Some implementations round YaRN's bounds when the file is silent; these models were trained without.
+const UNSAID: Unsaid = Unsaid { theta: Some(150_000.0), yarn: true, truncate: false };
+
 impl Config {
     /// Reads and checks.
     ///
@@ -65,16 +58,7 @@ impl Config {
         let layers = fields.need_int("num_hidden_layers", 1..=most::LAYERS)?;
         let width = |name| fields.need_int(name, 1..=most::WIDTH);
         let (hidden, inner) = (width("hidden_size")?, width("intermediate_size")?);
-        let heads = fields.need_int("num_attention_heads", 1..=most::HEADS)?;
-        let kv_heads = fields.need_int("num_key_value_heads", 1..=most::HEADS)?;
-        if !heads.is_multiple_of(kv_heads) {
-            let what = format!("must divide num_attention_heads: {kv_heads} against {heads}");
-            return Err(fields.error("num_key_value_heads", what));
-        }
-        let head_dim = fields.int("head_dim", 2..=most::HEAD_DIM)?.unwrap_or(64);
-        if !head_dim.is_multiple_of(2) {
-            return Err(fields.error("head_dim", format!("must be even, got {head_dim}")));
-        }
+        let heads = Heads::read(&fields, 64)?;
         let experts = fields.need_int_alias(["num_local_experts", "num_experts"], 1..=most::EXPERTS)?;
         let top_k = fields.need_int_alias(["num_experts_per_tok", "experts_per_token"], 1..=most::EXPERTS)?;
         if top_k > experts {
@@ -85,14 +69,14 @@ impl Config {
         if fields.text("hidden_act")?.is_some_and(|name| name != "silu" && name != "swiglu") {
             return Err(fields.error("hidden_act", "must be silu"));
         }
-        let rope = rope::read(&fields)?;
+        let rope = rotary::read(&fields, UNSAID)?;
         Ok(Self {
             hidden,
             inner,
             vocab: fields.need_int("vocab_size", 1..=most::VOCAB)?,
-            heads,
-            kv_heads,
-            head_dim,
+            heads: heads.query,
+            kv_heads: heads.kv,
+            head_dim: heads.dim,
             windows: windows(&fields, layers)?,
             experts,
             top_k,
@@ -111,14 +95,16 @@ impl Config {
         self.windows.len()
     }
 
-    /// Width of all query heads together.
-    pub fn q_width(&self) -> usize {
-        self.heads * self.head_dim
-    }
-
-    /// Width of all key (or value) heads together.
-    pub fn kv_width(&self) -> usize {
-        self.kv_heads * self.head_dim
+    pub(super) fn frame(&self) -> Frame {
+        Frame {
+            layers: self.layers(),
+            hidden: self.hidden,
+            vocab: self.vocab,
+            heads: Heads { query: self.heads, kv: self.kv_heads, dim: self.head_dim },
+            head_norms: false,
+            biased: self.attention_bias,
+            tied: self.tied,
+        }
     }
 
     /// How a layer attends.

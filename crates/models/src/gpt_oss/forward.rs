@@ -25,12 +25,14 @@ impl<B: Backend> Model<B> for GptOss<B> {
         backend.begin(batch, kv, self.info.vocab_size)?;
         let mut x = backend.embed(&weights.embedding, batch)?;
         for (layer, (block, spec)) in weights.blocks.iter().zip(&self.attention).enumerate() {
-            let q = backend.attention_input(layer, &block.input, spec, &self.rope, &x, kv, batch)?;
+            let q =
+                backend.attention_input(layer, &block.attention.input, spec, &self.rope, &x, kv, batch)?;
             let heads = backend.attention(layer, spec, Some(&block.sinks), &q, kv, batch)?;
-            backend.attention_output(&block.output, &heads, &mut x)?;
+            backend.attention_output(&block.attention.output, &heads, &mut x)?;
             match weights.blocks.get(layer + 1).zip(self.attention.get(layer + 1)) {
                 Some((next, spec)) => {
-                    backend.experts_before(&block.moe, &mut x, (&next.input.norm, spec.norm_eps))?;
+                    let norm = &next.attention.input.norm;
+                    backend.experts_before(&block.moe, &mut x, (norm, spec.norm_eps))?;
                 }
                 None => backend.experts(&block.moe, &mut x)?,
             }

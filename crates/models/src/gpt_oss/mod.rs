@@ -10,7 +10,6 @@
 
 mod config;
 mod forward;
-mod rope;
 mod weights;
 
 use ctxserve_backend::Backend;
@@ -21,7 +20,6 @@ use crate::registry::Family;
 use crate::{LoadError, LoadOptions, LoadProgress, Model, ModelInfo, rope_table};
 
 pub use config::Config;
-pub use rope::Rope;
 
 pub(crate) const FAMILY: Family =
     Family { architectures: &["GptOssForCausalLM"], model_types: &["gpt_oss"], inspect, wants };

@@ -57,7 +57,6 @@ fn the_twenty_billion_reads_as_published() {
     let config = read(&four());
     assert_eq!((config.hidden, config.inner, config.vocab, config.layers()), (2880, 2880, 201_088, 24));
     assert_eq!((config.heads, config.kv_heads, config.head_dim), (64, 8, 64));
-    assert_eq!((config.q_width(), config.kv_width()), (4096, 512));
     assert_eq!((config.experts, config.top_k, config.alpha, config.limit), (32, 4, 1.702, 7.0));
     assert_eq!((config.norm_eps, config.attention_bias, config.tied), (1e-5, true, false));
     assert_eq!((config.max_context, config.rope.theta, config.rope.yarn), (131_072, 150_000.0, Some(yarn())));

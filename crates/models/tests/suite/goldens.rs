@@ -129,4 +129,16 @@ goldens! {
     served_plain: "served" as "served", CpuBackend::plain(), &[64];
     long_exact: "long" as "long", exact(), &[129, 1000];
     long_plain: "long" as "long", CpuBackend::plain(), &[];
+    mlx_exact: "mlx" as "mlx", exact(), &CHUNKS;
+    mlx_plain: "mlx" as "mlx", CpuBackend::plain(), &[64];
+    mlx_mxfp4_exact: "mlx_mxfp4" as "mlx_mxfp4", exact(), &CHUNKS;
+    mlx_mxfp4_plain: "mlx_mxfp4" as "mlx_mxfp4", CpuBackend::plain(), &[64];
+    qwen3_exact: "qwen3" as "qwen3", exact(), &CHUNKS;
+    qwen3_plain: "qwen3" as "qwen3", CpuBackend::plain(), &[64];
+    qwen3_untied_exact: "qwen3_untied" as "qwen3_untied", exact(), &CHUNKS;
+    qwen3_untied_plain: "qwen3_untied" as "qwen3_untied", CpuBackend::plain(), &[7];
+    qwen3_nvfp4_exact: "qwen3_nvfp4" as "qwen3_nvfp4", exact(), &CHUNKS;
+    qwen3_nvfp4_plain: "qwen3_nvfp4" as "qwen3_nvfp4", CpuBackend::plain(), &[129];
+    qwen3_nvfp4_packed_exact: "qwen3_nvfp4_packed" as "qwen3_nvfp4_packed", exact(), &CHUNKS;
+    qwen3_nvfp4_packed_plain: "qwen3_nvfp4_packed" as "qwen3_nvfp4_packed", CpuBackend::plain(), &[64];
 }

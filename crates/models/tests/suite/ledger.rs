@@ -94,14 +94,15 @@ impl Backend for Ledger {
     fn attention_input(
         &mut self,
         layer: usize,
-        _: &AttentionInput<Self>,
+        weights: &AttentionInput<Self>,
         spec: &AttentionSpec,
         rope: &RopeTable,
         (): &(),
         (): &mut (),
         _: &Batch,
     ) -> Done {
-        self.op(format!("input {layer} {:?} {}", spec.window, rope.inv_freq.len()))
+        let norms = if weights.head_norms.is_some() { ", norms of heads" } else { "" };
+        self.op(format!("input {layer} {:?} {}{norms}", spec.window, rope.inv_freq.len()))
     }
 
     fn attention(

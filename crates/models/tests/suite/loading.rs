@@ -44,7 +44,7 @@ fn refuse(config: Value, tensors: Vec<MemoryTensor>) -> String {
 
 #[test]
 fn what_a_model_wants_is_all_that_is_stored() {
-    for name in ["long", "dense"] {
+    for name in ["long", "dense", "mlx", "qwen3", "qwen3_untied", "qwen3_nvfp4"] {
         let checkpoint = open(name);
         let wants = wants(&checkpoint).unwrap();
         assert_eq!(checkpoint.stored_bytes(&wants).unwrap(), checkpoint.total_bytes(), "{name}");
@@ -64,8 +64,8 @@ fn weights_arrive_in_the_order_of_the_model() {
         "Mxfp4 [512, 64] Mxfp4 [512, 32] biases (512, 512) top 4",
         "[64]",
         "Bf16 [256, 64] bias Some(256)",
-        "[2]",
         "Bf16 [64, 128] bias Some(64)",
+        "[2]",
         "[64]",
         "Bf16 [8, 64] bias Some(8)",
     ];
@@ -131,13 +131,14 @@ fn with(mut config: Value, name: &str, value: Value) -> Value {
 #[test]
 fn unknown_architectures_are_named_with_the_known_ones() {
     let (config, tensors) = parts("long");
-    assert_eq!(architectures().collect::<Vec<_>>(), ["GptOssForCausalLM"]);
+    assert_eq!(architectures().collect::<Vec<_>>(), ["GptOssForCausalLM", "Qwen3ForCausalLM"]);
     for (name, value, found) in [
         ("architectures", json!(["LlamaForCausalLM"]), "LlamaForCausalLM"),
         ("architectures", json!([7]), "(none named)"),
     ] {
         let error = refuse(with(config.clone(), name, value), tensors.clone());
-        let expected = format!("architecture {found} is not supported; known are GptOssForCausalLM");
+        let expected =
+            format!("architecture {found} is not supported; known are GptOssForCausalLM, Qwen3ForCausalLM");
         assert!(error.contains(&expected), "{error}");
     }
     let unnamed = with(with(config.clone(), "architectures", json!(null)), "model_type", json!("mamba"));

@@ -12,3 +12,5 @@ mod goldens;
 mod ledger;
 #[cfg(test)]
 mod loading;
+#[cfg(test)]
+mod qwen3;

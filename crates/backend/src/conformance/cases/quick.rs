@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use ctxserve_core::{Encoding, MXFP4_BLOCK, SamplingParams};
 
-use super::super::Like;
 use super::super::fixture::{Fixture, Loaded, Shape, Stage};
 use super::super::schedule::{Pages, Sequence, singles, step};
+use super::super::{Feature, Like};
 use super::{Case, Suite, shape};
 use crate::{Backend, DeviceError};
 
@@ -26,16 +26,20 @@ impl Suite<'_> {
         reference: &impl Fn() -> Result<R, DeviceError>,
     ) -> Result<(), DeviceError> {
         for (at, &kv) in self.claims.kv.iter().enumerate() {
-            let Like { head_dim, group, experts, top_k } = like;
+            let Like { head_dim, group, head_norms, dense, .. } = like;
+            let mlp = like.experts == 0 && self.claims.has(Feature::Mlp);
+            let (experts, top_k) = if like.experts == 0 { (8, 4) } else { (like.experts, like.top_k) };
             let (window, page_size, spare_pages) = (Some(20), 32, SEQUENCES);
-            let (dense, expert) = (Encoding::Bf16, Encoding::Mxfp4);
-            // FP4 comes in blocks along rows, which are as wide as the residual stream.
+            let expert = Encoding::Mxfp4;
+            // Codes come in blocks along rows, which are as wide as the residual stream.
             let width = group * head_dim;
             let extra = (width + 1).next_multiple_of(MXFP4_BLOCK) - width;
             let shape = Shape {
                 kv,
                 head_dim,
                 group,
+                head_norms,
+                mlp,
                 experts,
                 top_k,
                 window,
@@ -46,6 +50,9 @@ impl Suite<'_> {
                 extra,
                 ..shape()
             };
+            if !self.takes(dense, make)? {
+                continue;
+            }
             let fixture = Fixture::new(self.claims.fit(shape), &mut self.random)?;
             let (mut ours, mut theirs) = (fixture.load(make()?)?, fixture.load(reference()?)?);
             if at == 0 {
@@ -65,7 +72,7 @@ impl Suite<'_> {
         ours: &mut Loaded<B>,
         theirs: &mut Loaded<R>,
     ) -> Result<(), DeviceError> {
-        for stage in [Stage::Embed, Stage::Queries, Stage::Experts] {
+        for stage in [Stage::Embed, Stage::Queries, ours.shape.feed_forward()] {
             let all = theirs.run(&singles((0..TOKENS).collect(), 2), stage)?;
             for rows in ROWS {
                 let tokens: Vec<u32> = (0..rows).map(|_| self.random.below(all.len()) as u32).collect();

@@ -1,4 +1,4 @@
-//! The three spellings of gpt-oss's rotary parameters.
+//! The three spellings of rotary parameters.
 //!
 //! `rope_theta` + `rope_scaling` (transformers 4), `rope_parameters` (transformers 5) and OpenAI's flat
 //! `rope_scaling_factor`, `rope_ntk_alpha`, `rope_ntk_beta` may stand in one file; what they say must agree.
@@ -22,21 +22,33 @@ pub struct Rope {
     pub yarn: Option<Yarn>,
 }
 
-/// Reads whatever spelling the file uses. Without any, the family's own parameters hold: YaRN from 4,096 to 131,072.
-pub(super) fn read(root: &Fields<'_>) -> Result<Rope, ConfigError> {
+/// What a family means where its file is silent.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unsaid {
+    /// The base; `None` where it must be said.
+    pub(crate) theta: Option<f64>,
+    /// Whether a file that says nothing of scaling means YaRN from 4,096 to 131,072 positions.
+    pub(crate) yarn: bool,
+    /// [`Yarn::truncate`].
+    pub(crate) truncate: bool,
+}
+
+/// Reads whatever spelling the file uses.
+pub(crate) fn read(root: &Fields<'_>, unsaid: Unsaid) -> Result<Rope, ConfigError> {
     let nested: Vec<Fields<'_>> = ["rope_parameters", "rope_scaling"]
         .into_iter()
         .filter_map(|name| root.object(name).transpose())
         .collect::<Result<_, _>>()?;
-    let reader = Reader { nested: &nested, root };
-    let theta = reader.agreed("rope_theta", "rope_theta", THETA)?.unwrap_or(150_000.0);
+    let reader = Reader { nested: &nested, root, unsaid };
+    let theta = reader.agreed("rope_theta", "rope_theta", THETA)?.or(unsaid.theta);
+    let theta = theta.ok_or_else(|| root.error("rope_theta", "is missing"))?;
     if reader.agreed("partial_rotary_factor", "partial_rotary_factor", 0.0..=1.0)?.unwrap_or(1.0) != 1.0 {
         return Err(root.error("partial_rotary_factor", "must be 1: heads rotate whole"));
     }
     let flat = root.get("rope_scaling_factor").is_some();
     let plain = match reader.kind()? {
         Some(kind) => kind == Kind::Plain,
-        None => root.is_null("rope_scaling") && !flat,
+        None => !flat && (!unsaid.yarn || root.is_null("rope_scaling")),
     };
     if plain {
         return Ok(Rope { theta, yarn: None });
@@ -54,6 +66,7 @@ enum Kind {
 struct Reader<'a, 'f> {
     nested: &'a [Fields<'f>],
     root: &'a Fields<'f>,
+    unsaid: Unsaid,
 }
 
 impl Reader<'_, '_> {
@@ -130,8 +143,7 @@ impl Reader<'_, '_> {
             beta_fast,
             beta_slow,
             original_positions: original,
-            // Some implementations round when the file is silent; these models were trained without.
-            truncate: flag("truncate")?.unwrap_or(false),
+            truncate: flag("truncate")?.unwrap_or(self.unsaid.truncate),
             attention_factor: self.attention_factor(factor)?,
         })
     }
