@@ -6,7 +6,7 @@ use ctxserve_backend::{
     AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvPlan, Mlp, Moe,
     Role, RopeTable, SampleError, Sampled,
 };
-use ctxserve_core::{Encoding, Matrix};
+use ctxserve_core::{Elements, Encoding, Matrix, Nvfp4Run};
 use rayon::ThreadPool;
 
 use crate::isa::Isa;
@@ -27,6 +27,17 @@ pub enum Precision {
     Int8,
 }
 
+/// What activations of products with NVFP4 matrices are rounded to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ActivationQuant {
+    /// Nothing: weights alone are quantised.
+    #[default]
+    None,
+    /// NVFP4 with the checkpoint's input factors, as hardware with FP4 products computes. Slower than without: it is there to
+    /// tell what such hardware would answer.
+    Nvfp4,
+}
+
 /// How to build a [`CpuBackend`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CpuOptions {
@@ -34,6 +45,8 @@ pub struct CpuOptions {
     pub threads: Option<NonZeroUsize>,
     /// See [`Precision`].
     pub precision: Precision,
+    /// See [`ActivationQuant`].
+    pub activations: ActivationQuant,
     /// Instructions to use instead of the best ones; ignored where the machine lacks them.
     pub isa: Option<Isa>,
 }
@@ -42,6 +55,7 @@ pub struct CpuOptions {
 #[derive(Debug)]
 pub struct CpuBackend {
     pub(crate) fast: Option<Fast>,
+    activations: ActivationQuant,
 }
 
 /// What the kernels need: threads, instructions, precision.
@@ -60,8 +74,12 @@ impl CpuBackend {
     /// The serving backend.
     ///
     /// # Errors
-    /// The operating system gives no threads.
+    /// The operating system gives no threads, or options exclude one another.
     pub fn new(options: CpuOptions) -> Result<Self, DeviceError> {
+        let CpuOptions { precision, activations, .. } = options;
+        if precision == Precision::Int8 && activations == ActivationQuant::Nvfp4 {
+            return Err(DeviceError::new("cpu", "activations are either int8 or NVFP4"));
+        }
         let threads = options
             .threads
             .map_or_else(|| std::thread::available_parallelism().map_or(1, Into::into), Into::into);
@@ -72,12 +90,27 @@ impl CpuBackend {
             .map_err(|e| DeviceError::new("cpu", e.to_string()))?;
         let asked = options.isa.filter(|isa| Isa::available().contains(isa));
         let isa = asked.unwrap_or_else(Isa::detect);
-        Ok(Self { fast: Some(Fast { pool, threads, isa, int8: options.precision == Precision::Int8 }) })
+        let fast = Some(Fast { pool, threads, isa, int8: precision == Precision::Int8 });
+        Ok(Self { fast, activations })
     }
 
     /// The definitions: plain loops on one thread.
     pub fn plain() -> Self {
-        Self { fast: None }
+        Self { fast: None, activations: ActivationQuant::None }
+    }
+
+    /// The factors by which inputs of `matrix` are to be quantised, with the rows that each holds for; empty where they
+    /// are not.
+    pub(crate) fn input_factors(&self, matrix: &Matrix) -> Result<Vec<(usize, f32)>, DeviceError> {
+        let Elements::Nvfp4 { runs, .. } = matrix.elements() else { return Ok(Vec::new()) };
+        if self.activations == ActivationQuant::None {
+            return Ok(Vec::new());
+        }
+        let factor = |run: &Nvfp4Run| {
+            let what = "its inputs were not calibrated for NVFP4: the checkpoint has no factors for them";
+            Ok((run.rows, run.input.ok_or_else(|| DeviceError::new("load_matrix", what))?))
+        };
+        runs.iter().map(factor).collect()
     }
 
     /// Packs for the kernels, or keeps as it is for the plain loops.
@@ -103,7 +136,11 @@ impl Backend for CpuBackend {
         match &self.fast {
             None => "CPU, plain loops".to_owned(),
             Some(Fast { threads, isa, int8, .. }) => {
-                let precision = if *int8 { "int8 activations" } else { "exact" };
+                let precision = match self.activations {
+                    ActivationQuant::Nvfp4 => "NVFP4 activations",
+                    ActivationQuant::None if *int8 => "int8 activations",
+                    ActivationQuant::None => "exact",
+                };
                 format!("CPU, {isa}, {threads} threads, {precision}")
             }
         }
@@ -127,7 +164,8 @@ impl Backend for CpuBackend {
             ));
         }
         let int8 = self.fast.as_ref().is_some_and(|fast| fast.int8) && rows > EXACT_ROWS;
-        Ok(CpuMatrix { weights: self.keep(matrix, 1, int8)?, bias, rows, cols })
+        let input_factors = self.input_factors(&matrix)?;
+        Ok(CpuMatrix { weights: self.keep(matrix, 1, int8)?, bias, input_factors, rows, cols })
     }
 
     fn load_vector(&mut self, values: Vec<f32>) -> Result<Vec<f32>, DeviceError> {

@@ -4,6 +4,7 @@
 //! on packed weights with the best instructions of the machine, on a pool of threads. Both give every row the same
 //! bits whatever its neighbours in the batch and however a prompt is cut into chunks.
 
+mod activations;
 mod backend;
 mod decode;
 mod isa;
@@ -15,7 +16,7 @@ mod packed;
 mod quantised;
 mod rows;
 
-pub use backend::{CpuBackend, CpuOptions, Precision};
+pub use backend::{ActivationQuant, CpuBackend, CpuOptions, Precision};
 pub use isa::Isa;
 pub use kv::CpuKv;
 pub use linear::CpuMatrix;

@@ -6,6 +6,7 @@ use ctxserve_backend::DeviceError;
 use ctxserve_core::Matrix;
 use rayon::prelude::*;
 
+use crate::activations::round_to_nvfp4;
 use crate::backend::Fast;
 use crate::decode::decode_row;
 use crate::kernels::{self, Tokens};
@@ -27,6 +28,8 @@ pub(crate) enum Weights {
 pub struct CpuMatrix {
     pub(crate) weights: Weights,
     pub(crate) bias: Option<Vec<f32>>,
+    /// Rows, and the factor by which their inputs are rounded to NVFP4; empty where they are not.
+    pub(crate) input_factors: Vec<(usize, f32)>,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
 }
@@ -57,11 +60,61 @@ pub(crate) fn linear(
     x: &Rows,
 ) -> Result<Rows, DeviceError> {
     x.expect(op, x.rows(), matrix.cols)?;
-    let mut out = match (&matrix.weights, fast) {
+    let mut out = match matrix.input_factors.as_slice() {
+        [] => product(op, fast, &matrix.weights, x)?,
+        factors => rounded_product(op, fast, matrix, factors, x)?,
+    };
+    if let Some(bias) = &matrix.bias {
+        for row in out.data_mut().chunks_exact_mut(bias.len()) {
+            row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+        }
+    }
+    Ok(out)
+}
+
+/// Products of inputs that are rounded to NVFP4: once for each factor that rows have.
+fn rounded_product(
+    op: &'static str,
+    fast: Option<&Fast>,
+    matrix: &CpuMatrix,
+    factors: &[(usize, f32)],
+    x: &Rows,
+) -> Result<Rows, DeviceError> {
+    let mut out = Rows::zeros(x.rows(), matrix.rows);
+    let mut done: Vec<f32> = Vec::new();
+    for &(_, factor) in factors {
+        if done.contains(&factor) {
+            continue;
+        }
+        done.push(factor);
+        let mut rounded = x.clone();
+        let round = |row: &mut [f32]| round_to_nvfp4(row, factor);
+        match fast {
+            None => rounded.data_mut().chunks_exact_mut(matrix.cols).for_each(round),
+            Some(fast) => {
+                fast.pool.install(|| rounded.data_mut().par_chunks_exact_mut(matrix.cols).for_each(round));
+            }
+        }
+        let product = product(op, fast, &matrix.weights, &rounded)?;
+        let mut end = 0;
+        for &(rows, of_run) in factors {
+            let run = end..end + rows;
+            end = run.end;
+            for row in (0..x.rows()).filter(|_| of_run == factor) {
+                out.row_mut(row)[run.clone()].copy_from_slice(&product.row(row)[run.clone()]);
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// `x * weights^T`.
+fn product(op: &'static str, fast: Option<&Fast>, weights: &Weights, x: &Rows) -> Result<Rows, DeviceError> {
+    Ok(match (weights, fast) {
         (Weights::Plain(weights), _) => {
-            let mut out = Rows::zeros(x.rows(), matrix.rows);
-            let mut decoded = vec![0.0; matrix.cols];
-            for col in 0..matrix.rows {
+            let mut out = Rows::zeros(x.rows(), weights.rows());
+            let mut decoded = vec![0.0; weights.cols()];
+            for col in 0..weights.rows() {
                 decode_row(weights, col, &mut decoded);
                 for row in 0..x.rows() {
                     out.row_mut(row)[col] = dot(&decoded, x.row(row));
@@ -73,13 +126,7 @@ pub(crate) fn linear(
         (Weights::Packed(_), None) => {
             return Err(DeviceError::new(op, "packed weights on the plain backend"));
         }
-    };
-    if let Some(bias) = &matrix.bias {
-        for row in out.data_mut().chunks_exact_mut(bias.len()) {
-            row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
-        }
-    }
-    Ok(out)
+    })
 }
 
 /// Rows in the form that a product reads: padded to whole blocks, or quantised.

@@ -23,7 +23,8 @@ fn claims() -> Claims {
 
 fn check(precision: Precision, claims: &Claims) -> Result<(), DeviceError> {
     for &isa in Isa::available() {
-        let options = CpuOptions { threads: NonZeroUsize::new(3), precision, isa: Some(isa) };
+        let options =
+            CpuOptions { threads: NonZeroUsize::new(3), precision, isa: Some(isa), ..CpuOptions::default() };
         let make = || CpuBackend::new(options);
         let report = run(20_261_122, claims, make, || Ok(CpuBackend::plain()))?;
         eprintln!(

@@ -48,6 +48,12 @@ impl CpuExperts {
         {
             return Err(DeviceError::new("load_experts", "weights and spec differ in shape"));
         }
+        for weights in [&weights.gate_up, &weights.down] {
+            if !backend.input_factors(weights)?.is_empty() {
+                let what = "activations of experts are not quantised to NVFP4";
+                return Err(DeviceError::new("load_experts", what));
+            }
+        }
         let int8 = backend.fast.as_ref().is_some_and(|fast| fast.int8);
         Ok(Self {
             gate_up: backend.keep(weights.gate_up, experts, int8)?,
