@@ -92,7 +92,8 @@ fn main() -> Result<()> {
         if args.precision == skipped {
             continue;
         }
-        let backend = CpuBackend::new(CpuOptions { threads, precision, isa: Some(isa) })?;
+        let backend =
+            CpuBackend::new(CpuOptions { threads, precision, isa: Some(isa), ..CpuOptions::default() })?;
         let description = backend.describe();
         let started = Instant::now();
         let mut model = Model::new(backend, args.layers, args.prompt + args.decode)?;

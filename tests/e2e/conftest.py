@@ -7,6 +7,7 @@ import pytest
 from server import BINARY, ROOT, Server
 
 GOLDEN = ROOT / "tests" / "golden" / "served"
+QWEN = ROOT / "tests" / "golden" / "qwen3_served"
 DEMO_TOKENIZER = ROOT / "crates" / "chat" / "assets" / "demo-tokenizer.json"
 
 
@@ -24,4 +25,15 @@ def demo():
 @pytest.fixture(scope="session")
 def golden():
     with Server(GOLDEN, "--tokenizer", DEMO_TOKENIZER, "--served-model-name", "golden") as server:
+        yield server
+
+
+def qwen_flags():
+    """Its tokenizer is not one of Qwen's, so it must be told to speak what the tokenizer knows."""
+    return [QWEN, "--tokenizer", DEMO_TOKENIZER, "--chat-format", "harmony", "--served-model-name", "golden"]
+
+
+@pytest.fixture(scope="session")
+def qwen():
+    with Server(*qwen_flags()) as server:
         yield server

@@ -5,10 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from conftest import DEMO_TOKENIZER, GOLDEN
-from server import Server
+from conftest import DEMO_TOKENIZER, GOLDEN, QWEN, qwen_flags
+from server import Server, run
 
-CASES = json.loads((GOLDEN / "expected.json").read_text())["cases"]
+
+def cases(golden):
+    return json.loads((golden / "expected.json").read_text())["cases"]
+
+
+CASES = cases(GOLDEN)
 
 
 def greedy(client, prompt, count, **more):
@@ -28,6 +33,11 @@ def test_greedy_ids_are_the_reference_s(golden, case):
     assert greedy(golden.client(), case["prompt"], len(case["greedy"])) == case["greedy"]
 
 
+@pytest.mark.parametrize("case", cases(QWEN), ids=lambda case: f"{len(case['prompt'])} tokens")
+def test_those_of_qwen3_in_nvfp4_too(qwen, case):
+    assert greedy(qwen.client(), case["prompt"], len(case["greedy"])) == case["greedy"]
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_whatever_the_prefill_chunk(chunk):
     with Server(
@@ -37,9 +47,11 @@ def test_whatever_the_prefill_chunk(chunk):
             assert greedy(server.client(), case["prompt"], 12) == case["greedy"][:12]
 
 
-def test_among_sixteen_strangers(golden):
-    client = golden.client()
-    vocabulary = json.loads((GOLDEN / "expected.json").read_text())["vocab"]
+@pytest.mark.parametrize("name", ["golden", "qwen"])
+def test_among_sixteen_strangers(name, request):
+    client = request.getfixturevalue(name).client()
+    path = {"golden": GOLDEN, "qwen": QWEN}[name]
+    vocabulary, known = json.loads((path / "expected.json").read_text())["vocab"], cases(path)
 
     def stranger(k):
         prompt = [(k * 131 + i * 17) % (vocabulary - 100) for i in range(20 + 11 * k)]
@@ -49,10 +61,10 @@ def test_among_sixteen_strangers(golden):
 
     with ThreadPoolExecutor(24) as pool:
         strangers = [pool.submit(stranger, k) for k in range(16)]
-        mine = [pool.submit(greedy, client, case["prompt"], 40) for case in CASES for _ in range(4)]
+        mine = [pool.submit(greedy, client, case["prompt"], 40) for case in known for _ in range(4)]
         got = [future.result() for future in mine]
         assert all(future.result().usage.completion_tokens == 60 for future in strangers)
-    assert got == [case["greedy"] for case in CASES for _ in range(4)]
+    assert got == [case["greedy"] for case in known for _ in range(4)]
 
 
 def test_its_files_name_the_end_of_a_turn(golden):
@@ -75,3 +87,17 @@ def test_int8_serves_too():
         GOLDEN, "--tokenizer", DEMO_TOKENIZER, "--served-model-name", "golden", "--cpu-precision", "int8"
     ) as server:
         assert len(greedy(server.client(), CASES[0]["prompt"], 10)) == 10
+
+
+def test_activations_are_quantised_on_request():
+    """Rounded inputs give other logits, and after a while other tokens."""
+    with Server(*qwen_flags(), "--activation-quant", "nvfp4") as server:
+        answers = [greedy(server.client(), case["prompt"], len(case["greedy"])) for case in cases(QWEN)]
+        assert "NVFP4 activations" in "".join(server.log)
+    assert all(len(answer) == len(case["greedy"]) for answer, case in zip(answers, cases(QWEN)))
+    assert answers != [case["greedy"] for case in cases(QWEN)]
+
+
+def test_activations_of_other_weights_are_not():
+    done = run("serve", GOLDEN, "--tokenizer", DEMO_TOKENIZER, "--port", 0, "--activation-quant", "nvfp4")
+    assert done.returncode != 0 and "stored as mxfp4" in done.stderr, done.stderr

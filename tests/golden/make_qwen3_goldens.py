@@ -41,6 +41,10 @@ GOLDENS = {
         config=base(hidden_size=64, intermediate_size=96, head_dim=64, num_attention_heads=2, num_key_value_heads=1,
                     tie_word_embeddings=False, vocab_size=256),
         seed=24, prompts=[9, 200], nvfp4="compressed-tensors"),
+    # As wide as the demo tokenizer's vocabulary, so that it can be served.
+    "qwen3_served": dict(
+        config=base(vocab_size=3072, head_dim=64, num_attention_heads=4, num_key_value_heads=2), seed=25, prompts=[30, 180],
+        nvfp4="modelopt", eos=[3058, 3057], every=6),
 }
 
 
@@ -161,7 +165,7 @@ def hf_config(config, spelling, tool):
     return out
 
 
-SPELLING = {"qwen3": "4", "qwen3_untied": "5", "qwen3_nvfp4": "4", "qwen3_nvfp4_packed": "5"}
+SPELLING = {"qwen3": "4", "qwen3_untied": "5", "qwen3_nvfp4": "4", "qwen3_nvfp4_packed": "5", "qwen3_served": "4"}
 
 
 def make(name):

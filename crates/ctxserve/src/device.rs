@@ -9,7 +9,7 @@ use ctxserve_backend::conformance::Like;
 use ctxserve_backend::{Backend, KvDtype};
 use ctxserve_checkpoint::Checkpoint;
 use ctxserve_core::Encoding;
-use ctxserve_cpu::{CpuBackend, CpuOptions, Precision};
+use ctxserve_cpu::{ActivationQuant, CpuBackend, CpuOptions, Precision};
 use ctxserve_cuda::driver::Device as Gpu;
 use ctxserve_cuda::{Capacity, CudaBackend, CudaOptions, Widths};
 use ctxserve_engine::{Bytes, ModelRunner, Runner};
@@ -116,6 +116,11 @@ fn gpu_plan(gpu: Gpu, options: &DeviceOptions, chunk: Option<usize>) -> anyhow::
         KvChoice::Fp8 => KvDtype::Fp8E4m3,
         KvChoice::F32 => bail!("--kv-cache-dtype float32: GPUs store keys and values as bfloat16 or fp8"),
     };
+    if options.nvfp4_activations {
+        bail!(
+            "--activation-quant nvfp4: GPUs multiply NVFP4 weights with bfloat16 activations; see --device cpu"
+        );
+    }
     let page_size = options.page_size.unwrap_or(64);
     if page_size < 16 {
         bail!("--block-size {page_size}: a GPU takes pages of 16 positions and more");
@@ -230,7 +235,15 @@ impl Target {
         match self {
             Self::Cpu => {
                 let precision = if options.int8 { Precision::Int8 } else { Precision::Exact };
-                let options = CpuOptions { threads: options.threads, precision, isa: None };
+                let stored = checkpoint.format_name();
+                let activations = match options.nvfp4_activations {
+                    true if stored != "nvfp4" => {
+                        bail!("--activation-quant nvfp4: the weights are stored as {stored}, not as nvfp4")
+                    }
+                    true => ActivationQuant::Nvfp4,
+                    false => ActivationQuant::None,
+                };
+                let options = CpuOptions { threads: options.threads, precision, activations, isa: None };
                 loaded(CpuBackend::new(options)?, checkpoint, load_options)
             }
             Self::Gpu(gpu) => {
@@ -358,6 +371,7 @@ mod tests {
         DeviceOptions {
             device,
             int8: false,
+            nvfp4_activations: false,
             threads: None,
             kv_bytes: None,
             kv_dtype,

@@ -64,6 +64,8 @@ pub struct DeviceOptions {
     pub device: Device,
     /// Whether the CPU may quantise activations to int8.
     pub int8: bool,
+    /// Whether inputs of NVFP4 products are rounded to NVFP4.
+    pub nvfp4_activations: bool,
     /// CPU threads; `None` is all cores.
     pub threads: Option<NonZeroUsize>,
     /// Size of the KV cache, bytes; `None` is chosen from free memory.
@@ -267,9 +269,12 @@ fn device(values: &Values) -> Result<DeviceOptions, OptionError> {
     let pages = ["8", "16", "32", "64", "128"].map(|size| (size, size));
     let page = values.read("block-size", |text| count(one_of(text, &pages)?))?;
     let precision = values.read("cpu-precision", |text| one_of(text, &[("exact", false), ("int8", true)]))?;
+    let activations =
+        values.read("activation-quant", |text| one_of(text, &[("none", false), ("nvfp4", true)]))?;
     Ok(DeviceOptions {
         device: values.read("device", |text| one_of(text, &devices))?.unwrap_or(Device::Auto),
         int8: precision.unwrap_or(false),
+        nvfp4_activations: activations.unwrap_or(false),
         threads: values.read("threads", count)?.and_then(NonZeroUsize::new),
         kv_bytes: values.read("kv-cache-memory-bytes", bytes)?,
         kv_dtype: values.read("kv-cache-dtype", |text| one_of(text, &kinds))?.unwrap_or(KvChoice::Auto),
@@ -331,6 +336,14 @@ mod tests {
         assert_eq!((options.engine.max_model_len, options.engine.strict_len), (None, false));
         assert!(options.http.auto_tools && options.http.api_keys.is_empty() && options.notes.is_empty());
         assert_eq!(options.model.revision, "main");
+        assert!(!options.device.int8 && !options.device.nvfp4_activations);
+    }
+
+    #[test]
+    fn activations_are_quantised_on_request() {
+        let quantised = |line| options(line).unwrap().device.nvfp4_activations;
+        assert!(quantised("--activation-quant nvfp4") && !quantised("--activation-quant none"));
+        assert!(options("--activation-quant fp8").unwrap_err().contains("--activation-quant"));
     }
 
     #[test]

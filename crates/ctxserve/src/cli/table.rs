@@ -123,6 +123,11 @@ pub const RUNNING: &[Flag] = &[
         Value("KIND"),
         "Weight products: exact (float32) or int8 (faster) [default: exact]",
     ),
+    honoured(
+        "activation-quant",
+        Value("KIND"),
+        "Inputs of NVFP4 products on the CPU: none, or nvfp4 as the checkpoint was calibrated for [default: none]",
+    ),
     honoured("threads", Value("N"), "Compute threads [default: all cores]"),
     no_op("attention-backend", Value("NAME"), "there is one attention implementation per device"),
     no_op("moe-backend", Value("NAME"), "there is one expert implementation per device"),

@@ -140,5 +140,6 @@ goldens! {
     qwen3_nvfp4_exact: "qwen3_nvfp4" as "qwen3_nvfp4", exact(), &CHUNKS;
     qwen3_nvfp4_plain: "qwen3_nvfp4" as "qwen3_nvfp4", CpuBackend::plain(), &[129];
     qwen3_nvfp4_packed_exact: "qwen3_nvfp4_packed" as "qwen3_nvfp4_packed", exact(), &CHUNKS;
+    qwen3_served_exact: "qwen3_served" as "qwen3_served", exact(), &CHUNKS;
     qwen3_nvfp4_packed_plain: "qwen3_nvfp4_packed" as "qwen3_nvfp4_packed", CpuBackend::plain(), &[64];
 }
