@@ -118,9 +118,11 @@ mod tests {
             std::fs::write(dir.path().join("config.json"), config).unwrap();
             check_architecture(dir.path()).map_err(|error| error.to_string())
         };
-        assert_eq!(check("{\"architectures\": [\"GptOssForCausalLM\"]}"), Ok(()));
-        let error = check("{\"architectures\": [\"Qwen3ForCausalLM\"]}").unwrap_err();
-        assert!(error.contains("Qwen3ForCausalLM") && error.contains("GptOssForCausalLM"), "{error}");
+        for known in ["GptOssForCausalLM", "Qwen3ForCausalLM"] {
+            assert_eq!(check(&format!("{{\"architectures\": [\"{known}\"]}}")), Ok(()));
+        }
+        let error = check("{\"architectures\": [\"LlamaForCausalLM\"]}").unwrap_err();
+        assert!(error.contains("LlamaForCausalLM") && error.contains("GptOssForCausalLM"), "{error}");
         assert!(check("{").is_err());
     }
 }
