@@ -3,7 +3,7 @@
 // On Hopper persistent blocks: one warp copies into a ring, two warpgroups multiply 64 weight rows each by up to MAX tokens. Elsewhere
 // eight warps copy and multiply 16 rows each by 64 tokens, with mma.sync.
 #include "common/panels.cuh"
-#include "common/wgmma.cuh"
+#include "common/wgmma_more.cuh"
 
 struct Params {
     const void* w;      // panels of [w_rows, cols], bf16
@@ -19,7 +19,6 @@ struct Params {
     int tokens;  // most that the grid is made for
     int group;   // token tiles that are swept together, for reuse in L2
     int height;  // tokens of a tile, a multiple of 64, where a kernel leaves it open
-    int stagger;  // nanoseconds by which the second warpgroup starts later: then one multiplies while the other stores
 };
 
 // What becomes of the sums.
@@ -171,10 +170,9 @@ template <int MAX, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
     const int live = min(*p.live, p.tokens), steps = p.cols / 64;
     const int row_tiles = (p.w_rows + ROWS - 1) / ROWS, token_tiles = (live + p.height - 1) / p.height;
     const int tiles = row_tiles * token_tiles;
-    if (p.stagger > 0 && threadIdx.x / 128 == 1) __nanosleep(p.stagger);
     if (threadIdx.x / 32 >= CONSUMERS) {
         registers_shrink<24>();
-        proxy_fence();
+        global_proxy_fence();
         for (int tile = blockIdx.x; threadIdx.x == CONSUMERS * 32 && tile < tiles; tile += gridDim.x) {
             const Place at = place(p, tile, row_tiles, token_tiles, p.height);
             const uint32_t a_bytes = min(ROWS, p.w_rows - at.row) * 128;
@@ -199,12 +197,15 @@ template <int MAX, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
             const int tokens = min(p.height, live - at.token), end = at.token + tokens;
             // A ragged tile multiplies as few columns as an instruction for it has.
             if constexpr (MAX == 256) {
-                if (tokens > 192) {
-                    consume<256, STAGE_BYTES, OUT>(p, ring, stages, at, end);
-                    continue;
-                }
                 if (tokens > 128) {
-                    consume<192, STAGE_BYTES, OUT>(p, ring, stages, at, end);
+                    if (tokens > 208)
+                        consume<256, STAGE_BYTES, OUT>(p, ring, stages, at, end);
+                    else if (tokens > 192)
+                        consume<208, STAGE_BYTES, OUT>(p, ring, stages, at, end);
+                    else if (tokens > 176)
+                        consume<192, STAGE_BYTES, OUT>(p, ring, stages, at, end);
+                    else
+                        consume<176, STAGE_BYTES, OUT>(p, ring, stages, at, end);
                     continue;
                 }
             }
@@ -218,121 +219,14 @@ template <int MAX, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
     }
 }
 
-// For few tokens, which make few tiles: the SPLIT blocks of a cluster share the k of a tile and then each adds up a share of its tokens,
-// in the order of the blocks.
-template <int MAX, int SPLIT, int STAGES, Output OUT> DEVICE void gemm_split(const Params& p) {
-    constexpr int STAGE_BYTES = (ROWS + MAX) * 128, LINE = ROWS + 4;  // of sums, padded against bank conflicts
-    static_assert(MAX * LINE * 4 <= STAGES * STAGE_BYTES, "the sums take the ring's place");
-    extern __shared__ __align__(1024) char shared[];
-    __shared__ __align__(8) uint64_t barriers[2 * STAGES];
-    const uint32_t stages = shared_address(shared);
-    Ring<STAGES, 2, CONSUMERS> ring(shared_address(barriers));
-    if (threadIdx.x == 0) ring.init();
-    __syncthreads();
-    const int rank = cluster_rank(), row_tiles = (p.w_rows + ROWS - 1) / ROWS, tile = blockIdx.x / SPLIT;
-    const int row = tile % row_tiles * ROWS, token = tile / row_tiles * MAX;
-    const int first = p.cols / 64 * rank / SPLIT, steps = p.cols / 64 * (rank + 1) / SPLIT - first;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const auto copy_w = [&](int step) {
-        const uint32_t bytes = min(ROWS, p.w_rows - row) * 128;
-        barrier_expect(ring.full(), bytes);
-        bulk_load(stages + ring.stage * STAGE_BYTES,
-                  static_cast<const char*>(p.w) + (static_cast<size_t>(first + step) * p.w_rows + row) * 128, bytes, ring.full());
-    };
-    if (threadIdx.x == CONSUMERS * 32) {
-        // The first weights do not wait for the kernel before.
-        for (int step = 0; step < min(STAGES, steps); ++step, ring.advance()) copy_w(step);
-    }
-    pdl_wait();
-    pdl_launch();
-    const int live = min(*p.live, p.tokens), tokens = min(MAX, live - token);
-    auto* sums = reinterpret_cast<float*>(shared);
-    if (threadIdx.x == CONSUMERS * 32) {
-        proxy_fence();
-        const uint32_t bytes = max(0, (tokens + 7) / 8 * 1024);
-        ring.stage = 0, ring.parity = 0;
-        for (int step = 0; step < steps; ++step, ring.advance()) {
-            if (step >= STAGES) {
-                ring.wait_empty();
-                copy_w(step);
-            }
-            barrier_expect(ring.full(), bytes);
-            if (bytes)
-                bulk_load(stages + ring.stage * STAGE_BYTES + ROWS * 128,
-                          static_cast<const char*>(p.x) + (static_cast<size_t>(first + step) * p.capacity + token) * 128, bytes,
-                          ring.full());
-        }
-    } else if (warp < CONSUMERS) {
-        const auto run = [&](auto& d) {
-            constexpr int N = sizeof(d) / 2;
-            multiply<N, STAGE_BYTES>(d, ring, stages, steps);
-            // Both warpgroups are done with the ring.
-            asm volatile("bar.sync 1, 256;" ::: "memory");
-#pragma unroll
-            for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-                for (int c = 0; c < 4; ++c)
-                    sums[(8 * j + lane % 4 * 2 + c % 2) * LINE + warp * 16 + lane / 4 + c / 2 * 8] = d[4 * j + c];
-        };
-        if (tokens > MAX / 2) {
-            float d[MAX / 2] = {};
-            run(d);
-        } else {
-            float d[MAX / 4] = {};
-            run(d);
-        }
-    }
-    __syncwarp();
-    cluster_sync();
-    const int out = row + lane * 4;
-    const bool vector = p.stride % 4 == 0 && out + 4 <= p.outs;
-    for (int i = rank * (MAX / SPLIT) + warp; warp < CONSUMERS && i < min(tokens, (rank + 1) * (MAX / SPLIT)); i += CONSUMERS) {
-        float v[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) v[e] = p.bias && out + e < p.outs ? p.bias[out + e] : 0.0f;
-        const uint32_t from = shared_address(sums + i * LINE + lane * 4);
-#pragma unroll
-        for (int block = 0; block < SPLIT; ++block) {
-            const float4 part = load_of_block(from, block);
-            v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
-        }
-        const size_t to = static_cast<size_t>(token + i) * p.stride + out;
-        if constexpr (OUT == STORE_BF16) {
-            auto* y = static_cast<__nv_bfloat16*>(p.y) + to;
-            if (vector)
-                *reinterpret_cast<uint2*>(y) = make_uint2(pack2<__nv_bfloat16>(v[0], v[1]), pack2<__nv_bfloat16>(v[2], v[3]));
-            else
-                for (int e = 0; e < 4 && out + e < p.outs; ++e) y[e] = __float2bfloat16_rn(v[e]);
-        } else {
-            float* y = static_cast<float*>(p.y) + to;
-            float4 old = make_float4(0, 0, 0, 0);
-            if (vector) {
-                if constexpr (OUT == ADD_F32) old = *reinterpret_cast<const float4*>(y);
-                *reinterpret_cast<float4*>(y) = make_float4(old.x + v[0], old.y + v[1], old.z + v[2], old.w + v[3]);
-            } else {
-                for (int e = 0; e < 4 && out + e < p.outs; ++e) y[e] = (OUT == ADD_F32 ? y[e] : 0.0f) + v[e];
-            }
-        }
-    }
-    // Nobody reads this block's sums any more once all have come here.
-    __syncwarp();
-    cluster_sync();
-}
-
 #define BODY(MAX, STAGES, OUT) gemm<MAX, STAGES, OUT>(p)
-#define BODY_SPLIT(MAX, SPLIT, STAGES, OUT) gemm_split<MAX, SPLIT, STAGES, OUT>(p)
-#define CLUSTER(BLOCKS) __cluster_dims__(BLOCKS, 1, 1)
 #else
 #define BODY(MAX, STAGES, OUT)
-#define BODY_SPLIT(MAX, SPLIT, STAGES, OUT)
-#define CLUSTER(BLOCKS)
 #endif
 
 #define DEFINE(NAME, OUT)                                                                                                          \
     KERNEL __launch_bounds__(384, 1) NAME##_128(const __grid_constant__ Params p) { BODY(128, 6, OUT); }                           \
     KERNEL __launch_bounds__(384, 1) NAME##_256(const __grid_constant__ Params p) { BODY(256, 4, OUT); }                           \
-    KERNEL CLUSTER(4) __launch_bounds__(288, 2) NAME##_split_64(const __grid_constant__ Params p) { BODY_SPLIT(64, 4, 4, OUT); }   \
-    KERNEL CLUSTER(4) __launch_bounds__(288, 2) NAME##_split_128(const __grid_constant__ Params p) { BODY_SPLIT(128, 4, 3, OUT); } \
     KERNEL __launch_bounds__(256) NAME##_portable(const __grid_constant__ Params p) { gemm_portable<OUT>(p); }
 DEFINE(gemm_f32, STORE_F32)
 DEFINE(gemm_bf16, STORE_BF16)

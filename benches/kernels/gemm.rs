@@ -7,14 +7,14 @@ use crate::harness::{Bench, Work};
 const ROTATION: usize = 256 << 20;
 
 pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
-    if !bench.wants("gemm") {
+    if !bench.wants("gemm dense") {
         return Ok(());
     }
     let device = &bench.device;
     let gemm = Gemm::load(device)?;
     let cases = [("qkv", 2880, 5120), ("o", 4096, 2880), ("head", 2880, 201_088)];
     for (name, cols, outs) in cases {
-        for tokens in [32, 64, 128, 256, 512, 2048, 8192] {
+        for tokens in [16, 32, 64, 128, 256, 1024, 8192] {
             if name == "head" && tokens > 512 {
                 continue;
             }
@@ -47,33 +47,21 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                     flops: 2.0 * (tokens * cols * outs) as f64,
                 };
                 let planned = plan(tokens, outs, cols, device.facts().multiprocessors as usize);
-                let others: &[(Spread, usize, usize)] = match tokens {
-                    0..=128 => {
-                        &[(Spread::Split64, 64, 8), (Spread::Split128, 128, 8), (Spread::Narrow, 128, 8)]
-                    }
-                    129..=512 => &[
-                        (Spread::Split128, 128, 8),
-                        (Spread::Narrow, 128, 8),
-                        (Spread::Wide, 128, 8),
-                        (Spread::Wide, 192, 8),
-                    ],
+                let others: &[(Spread, usize)] = match tokens {
+                    0..=64 => &[(Spread::Few64, 64), (Spread::Narrow, 128)],
+                    65..=256 => &[(Spread::Few128, 128), (Spread::Narrow, 128), (Spread::Wide, 192)],
                     _ => &[
-                        (Spread::Narrow, 128, 16),
-                        (Spread::Wide, 128, 16),
-                        (Spread::Wide, 192, 8),
-                        (Spread::Wide, 256, 4),
-                        (Spread::Wide, 256, 8),
-                        (Spread::Wide, 256, 16),
+                        (Spread::Narrow, 128),
+                        (Spread::Wide, 176),
+                        (Spread::Wide, 192),
+                        (Spread::Wide, 208),
+                        (Spread::Wide, 256),
                     ],
                 };
-                let others =
-                    others.iter().map(|&(spread, height, group)| Plan { height, group, ..Plan::of(spread) });
+                let others = others.iter().map(|&(spread, height)| Plan { height, ..Plan::of(spread) });
                 let plans = std::iter::once(planned).chain(others.filter(|&plan| plan != planned));
-                let staggers: &[u32] = if tokens > 512 { &[0, 1000, 2000, 3000] } else { &[0] };
-                let plans =
-                    plans.flat_map(|plan| staggers.iter().map(move |&stagger| Plan { stagger, ..plan }));
                 for plan in plans {
-                    // The head is large: only as planned, and in whole tiles.
+                    // The head is large: only as planned.
                     if name == "head" && plan != planned {
                         continue;
                     }

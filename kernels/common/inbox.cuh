@@ -13,12 +13,26 @@ DEVICE void inbox_open(uint32_t barrier, uint32_t bytes) {
 }
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-// Eight bytes to where block `rank` has `address`.
+// To where block `rank` has `address`; its barrier counts the bytes.
+DEVICE void send(uint32_t address, uint32_t barrier, int rank, float v) {
+    asm volatile(
+        "{ .reg .b32 to, done; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 done, %1, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %3, [done]; }" ::"r"(address),
+        "r"(barrier), "r"(rank), "f"(v)
+        : "memory");
+}
 DEVICE void send(uint32_t address, uint32_t barrier, int rank, float2 v) {
     asm volatile(
         "{ .reg .b32 to, done; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 done, %1, %2;\n"
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {%3, %4}, [done]; }" ::"r"(address),
         "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y)
+        : "memory");
+}
+DEVICE void send(uint32_t address, uint32_t barrier, int rank, float4 v) {
+    asm volatile(
+        "{ .reg .b32 to, done; mapa.shared::cluster.u32 to, %0, %2; mapa.shared::cluster.u32 done, %1, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%3, %4, %5, %6}, [done]; }" ::"r"(address),
+        "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
         : "memory");
 }
 DEVICE void inbox_wait(uint32_t barrier) {
@@ -34,7 +48,9 @@ DEVICE void inbox_wait(uint32_t barrier) {
 DEVICE void inbox_open(uint32_t, uint32_t) {}
 DEVICE void cluster_arrive() {}
 DEVICE void cluster_wait() {}
+DEVICE void send(uint32_t, uint32_t, int, float) {}
 DEVICE void send(uint32_t, uint32_t, int, float2) {}
+DEVICE void send(uint32_t, uint32_t, int, float4) {}
 DEVICE void inbox_wait(uint32_t) {}
 #endif
 

@@ -7,9 +7,12 @@ use ctxserve_backend::DeviceError;
 use crate::driver::{Buffer, Device, Kernel, Launch, Params};
 
 const OP: &str = "gemm";
-/// Weight rows of a tile.
+/// The file of the kernels for few tokens.
+const FEW: &str = "gemm_few";
+/// Weight rows of a tile, and of one of few tokens.
 const ROWS: usize = 128;
-/// Blocks that share the sum of a tile.
+const FEW_ROWS: usize = 96;
+/// Blocks that share the sum of a tile of few tokens.
 const SPLIT: usize = 4;
 /// Token tiles that are swept together.
 const GROUP: usize = 8;
@@ -19,11 +22,12 @@ const L2_BYTES_A_CYCLE: usize = 58;
 const LINE: usize = 128;
 /// By output, then by the order of [`Spread::ALL`].
 const KERNELS: [[&str; 5]; 3] = [
-    ["gemm_f32_split_64", "gemm_f32_split_128", "gemm_f32_128", "gemm_f32_256", "gemm_f32_portable"],
-    ["gemm_bf16_split_64", "gemm_bf16_split_128", "gemm_bf16_128", "gemm_bf16_256", "gemm_bf16_portable"],
-    ["gemm_add_split_64", "gemm_add_split_128", "gemm_add_128", "gemm_add_256", "gemm_add_portable"],
+    ["gemm_few_f32_64", "gemm_few_f32_128", "gemm_f32_128", "gemm_f32_256", "gemm_f32_portable"],
+    ["gemm_few_bf16_64", "gemm_few_bf16_128", "gemm_bf16_128", "gemm_bf16_256", "gemm_bf16_portable"],
+    ["gemm_few_add_64", "gemm_few_add_128", "gemm_add_128", "gemm_add_256", "gemm_add_portable"],
 ];
 
+/// What both files' parameters begin with.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct Arguments {
@@ -38,13 +42,28 @@ struct Arguments {
     capacity: i32,
     stride: i32,
     tokens: i32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct WalkArguments {
+    common: Arguments,
     group: i32,
     height: i32,
-    stagger: i32,
 }
 
 // SAFETY: mirrors `Params` of kernels/gemm.cu.
-unsafe impl Params for Arguments {}
+unsafe impl Params for WalkArguments {}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct FewArguments {
+    common: Arguments,
+    launch: i32,
+}
+
+// SAFETY: mirrors `Params` of kernels/gemm_few.cu.
+unsafe impl Params for FewArguments {}
 
 /// Where the sums go: row-major `[tokens, stride]`.
 #[derive(Clone, Copy, Debug)]
@@ -60,10 +79,10 @@ pub enum Output<'a> {
 /// How a product is spread over the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spread {
-    /// Tiles of 128 weight rows by 64 tokens, each the work of four blocks that share its sum.
-    Split64,
+    /// Tiles of 96 weight rows by 64 tokens, each the work of four blocks that share its sum.
+    Few64,
     /// The same by 128 tokens.
-    Split128,
+    Few128,
     /// Blocks walk through tiles of 128 by 128.
     Narrow,
     /// By 256.
@@ -77,44 +96,49 @@ pub enum Spread {
 pub struct Plan {
     /// The kernel.
     pub spread: Spread,
-    /// Tokens of a tile: 64, 128, 192 or 256, at most the kernel's, which those whose blocks walk through tiles leave open.
+    /// Tokens of a tile: one of `HEIGHTS`, at most the kernel's, which those whose blocks walk through tiles leave open.
     pub height: usize,
-    /// Token tiles that are swept together.
+    /// Token tiles that are swept together, where blocks walk.
     pub group: usize,
-    /// Nanoseconds by which the second half of a block starts later, so that one half multiplies while the other stores.
-    pub stagger: u32,
+    /// Of few tokens, the next kernel may start when this many steps of weights have not been asked for.
+    pub launch: usize,
 }
+
+/// Tokens that tiles may have.
+const HEIGHTS: [usize; 6] = [64, 128, 176, 192, 208, 256];
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} {}, groups of {}, {} ns", self.spread, self.height, self.group, self.stagger)
+        write!(f, "{:?} {}, groups of {}, launch at {}", self.spread, self.height, self.group, self.launch)
     }
 }
 
 impl Spread {
-    const ALL: [Self; 5] = [Self::Split64, Self::Split128, Self::Narrow, Self::Wide, Self::Portable];
+    const ALL: [Self; 5] = [Self::Few64, Self::Few128, Self::Narrow, Self::Wide, Self::Portable];
 
-    /// Tokens of a tile.
-    fn tokens(self) -> usize {
+    /// Tokens of a tile, weight rows, stages.
+    fn tile(self) -> (usize, usize, usize) {
         match self {
-            Self::Split64 | Self::Portable => 64,
-            Self::Split128 | Self::Narrow => 128,
-            Self::Wide => 256,
+            Self::Few64 => (64, FEW_ROWS, 5),
+            Self::Few128 => (128, FEW_ROWS, 4),
+            Self::Narrow => (128, ROWS, 6),
+            Self::Wide => (256, ROWS, 4),
+            Self::Portable => (64, ROWS, 3),
         }
     }
 
+    fn is_few(self) -> bool {
+        matches!(self, Self::Few64 | Self::Few128)
+    }
+
     fn shared(self) -> usize {
-        let stages = match self {
-            Self::Split64 | Self::Wide => 4,
-            Self::Split128 | Self::Portable => 3,
-            Self::Narrow => 6,
-        };
-        stages * (ROWS + self.tokens()) * LINE
+        let (tokens, rows, stages) = self.tile();
+        stages * (rows + tokens) * LINE
     }
 
     fn threads(self) -> u32 {
         match self {
-            Self::Split64 | Self::Split128 => 288,
+            Self::Few64 | Self::Few128 => 288,
             Self::Narrow | Self::Wide => 384,
             Self::Portable => 256,
         }
@@ -122,22 +146,25 @@ impl Spread {
 
     /// Whether its tiles may be lower than it has room for.
     fn takes(self, height: usize) -> bool {
+        let (tokens, ..) = self.tile();
         let walks = matches!(self, Self::Narrow | Self::Wide);
-        height == self.tokens() || (walks && height < self.tokens() && matches!(height, 64 | 128 | 192))
+        height == tokens || (walks && height < tokens && HEIGHTS.contains(&height))
     }
 }
 
 impl Plan {
     /// With the tallest tiles.
     pub fn of(spread: Spread) -> Self {
-        Self { spread, height: spread.tokens(), group: GROUP, stagger: 0 }
+        let (height, ..) = spread.tile();
+        Self { spread, height, group: GROUP, launch: 0 }
     }
 
     /// Blocks for a product.
     fn blocks(&self, tokens: usize, w_rows: usize, multiprocessors: usize) -> usize {
-        let tiles = w_rows.div_ceil(ROWS) * tokens.div_ceil(self.height);
+        let (_, rows, _) = self.spread.tile();
+        let tiles = w_rows.div_ceil(rows) * tokens.div_ceil(self.height);
         match self.spread {
-            Spread::Split64 | Spread::Split128 => SPLIT * tiles,
+            Spread::Few64 | Spread::Few128 => SPLIT * tiles,
             Spread::Narrow | Spread::Wide => tiles.min(multiprocessors),
             Spread::Portable => tiles.min(2 * multiprocessors),
         }
@@ -154,18 +181,24 @@ impl Plan {
 
 /// The launch for a product on a Hopper device.
 pub fn plan(tokens: usize, w_rows: usize, cols: usize, multiprocessors: usize) -> Plan {
-    // Sharing sums is worth it as long as all blocks run at once, two to a multiprocessor.
-    let split = Plan::of(if tokens <= 64 { Spread::Split64 } else { Spread::Split128 });
-    if tokens <= 256 && split.blocks(tokens, w_rows, multiprocessors) <= 2 * multiprocessors {
-        return split;
+    // Sharing sums is worth it as long as all blocks run at once, two to a multiprocessor. With one to each, those of the next kernel
+    // find room beside them and may come sooner.
+    let few = Plan::of(if tokens <= 64 { Spread::Few64 } else { Spread::Few128 });
+    let blocks = few.blocks(tokens, w_rows, multiprocessors);
+    if tokens <= 256 && blocks <= 2 * multiprocessors {
+        let launch = if tokens <= 64 && blocks <= multiprocessors { 3 } else { 0 };
+        return Plan { launch, ..few };
     }
     let narrow = Plan::of(Spread::Narrow);
     if tokens <= narrow.height {
         return narrow;
     }
     let wide = Plan::of(Spread::Wide);
-    let ways = [wide, Plan { height: 192, ..wide }, narrow];
-    ways.into_iter().min_by_key(|way| way.cycles(tokens, w_rows, cols, multiprocessors)).unwrap_or(wide)
+    let lower = |height| Plan { height, ..wide };
+    // Of many tokens the lowest tiles took longer than their rounds say.
+    let ways = [wide, lower(192), narrow, lower(208), lower(176)];
+    let ways = &ways[..if tokens <= 2048 { 5 } else { 3 }];
+    ways.iter().copied().min_by_key(|way| way.cycles(tokens, w_rows, cols, multiprocessors)).unwrap_or(wide)
 }
 
 /// The loaded kernels.
@@ -225,7 +258,8 @@ impl Gemm {
         for (kernels, names) in kernels.iter_mut().zip(KERNELS) {
             for ((kernel, name), spread) in kernels.iter_mut().zip(names).zip(Spread::ALL) {
                 if !portable || spread == Spread::Portable {
-                    *kernel = Some(device.kernel(OP, name, spread.shared())?);
+                    let file = if spread.is_few() { FEW } else { OP };
+                    *kernel = Some(device.kernel(file, name, spread.shared())?);
                 }
             }
         }
@@ -277,12 +311,12 @@ impl Gemm {
         if tokens == 0 {
             return Ok(());
         }
-        let Plan { spread, height, group, stagger } = plan;
+        let Plan { spread, height, group, launch } = plan;
         let Some(kernel) = &self.kernels[output][spread as usize] else {
             return Err(DeviceError::new(OP, format!("the kernels for {plan} are not loaded")));
         };
         let blocks = plan.blocks(tokens, w_rows, device.facts().multiprocessors as usize);
-        let arguments = Arguments {
+        let common = Arguments {
             w: call.w.address(),
             x: call.x.address(),
             bias: call.bias.map_or(0, Buffer::address),
@@ -294,18 +328,21 @@ impl Gemm {
             capacity: capacity as i32,
             stride: stride as i32,
             tokens: tokens as i32,
-            group: group.max(1) as i32,
-            height: height as i32,
-            stagger: stagger as i32,
         };
-        let launch = Launch {
+        let shape = Launch {
             grid: [blocks as u32, 1, 1],
             block: spread.threads(),
             shared: spread.shared() as u32,
             overlap: true,
         };
+        if spread.is_few() {
+            let arguments = FewArguments { common, launch: launch as i32 };
+            // SAFETY: every buffer was checked to be large enough for the shapes.
+            return unsafe { device.launch(kernel, &shape, &arguments) };
+        }
+        let arguments = WalkArguments { common, group: group.max(1) as i32, height: height as i32 };
         // SAFETY: every buffer was checked to be large enough for the shapes.
-        unsafe { device.launch(kernel, &launch, &arguments) }
+        unsafe { device.launch(kernel, &shape, &arguments) }
     }
 }
 
@@ -316,14 +353,17 @@ mod tests {
     #[test]
     fn few_tokens_share_sums_and_many_take_whole_tiles() {
         let plan = |tokens, w_rows, cols| super::plan(tokens, w_rows, cols, 132);
-        assert_eq!(plan(17, 5120, 2880), Plan::of(Spread::Split64));
-        assert_eq!(plan(65, 5120, 2880), Plan::of(Spread::Split128));
+        assert_eq!(plan(17, 5120, 2880), Plan::of(Spread::Few64));
+        assert_eq!(plan(64, 2880, 4096), Plan { launch: 3, ..Plan::of(Spread::Few64) });
+        assert_eq!(plan(65, 5120, 2880), Plan::of(Spread::Few128));
         assert_eq!(plan(64, 201_088, 2880), Plan::of(Spread::Narrow));
         assert_eq!(plan(8192, 5120, 2880), Plan::of(Spread::Wide));
         assert_eq!(plan(256, 5120, 2880).spread, Spread::Narrow);
+        // 92 tiles of 256 tokens leave multiprocessors idle; 115 lower ones take one round as well.
+        assert_eq!(plan(1024, 2880, 4096).height, 208);
         // 184 tiles of 256 tokens would take two rounds of 132; so do 253 lower ones.
         assert_eq!(plan(2048, 2880, 4096).height, 192);
-        assert_eq!(Plan::of(Spread::Split64).blocks(17, 2880, 132), 92);
+        assert_eq!(Plan::of(Spread::Few64).blocks(17, 2880, 132), 120);
     }
 
     #[test]

@@ -296,19 +296,24 @@ fn gemm_passes_the_same_in_every_way() {
         return;
     }
     for (spread, height, group) in [
-        (Spread::Split64, 64, 8),
-        (Spread::Split128, 128, 8),
+        (Spread::Few64, 64, 8),
+        (Spread::Few128, 128, 8),
         (Spread::Narrow, 128, 1),
         (Spread::Narrow, 64, 2),
         (Spread::Wide, 256, 3),
+        (Spread::Wide, 208, 8),
         (Spread::Wide, 192, 8),
+        (Spread::Wide, 176, 2),
         (Spread::Wide, 64, 2),
     ] {
-        let plan = Plan { spread, height, group, stagger: 700 };
+        let plan = Plan { spread, height, group, launch: 2 };
         println!("{plan}");
         let path = Path::of(&device, plan);
         check_puts_every_element_in_its_place(&device, &path);
         check_equals_its_definition(&device, &path);
         check_rows_do_not_depend_on_neighbours(&device, &path);
+        if matches!(spread, Spread::Few64 | Spread::Few128) {
+            check_of_real_shapes(&device, &path);
+        }
     }
 }
