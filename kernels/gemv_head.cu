@@ -35,13 +35,11 @@ template <int TILES, int STAGES, int ROWS> DEVICE void gemv_head(const Params& p
 }
 
 #define KERNEL_OF(TILES, STAGES, ROWS)                                                                                         \
-    KERNEL __launch_bounds__(512, 1) gemv_head_##TILES##x##STAGES##_##ROWS(const __grid_constant__ Params p) {                 \
+    KERNEL __launch_bounds__(512, 1) gemv_head_##TILES##x##STAGES##_##ROWS(const __grid_constant__ Params p) { \
         gemv_head<TILES, STAGES, ROWS>(p);                                                                                      \
     }
 #define VARIANT(TILES, STAGES)  \
     KERNEL_OF(TILES, STAGES, 1) \
-    KERNEL_OF(TILES, STAGES, 4) \
-    KERNEL_OF(TILES, STAGES, 8) \
     KERNEL_OF(TILES, STAGES, 16)
 VARIANT(5, 3)
 VARIANT(5, 2)

@@ -1,5 +1,5 @@
 // The output projection of at most 16 token rows: x += W heads + bias, x float32. A block owns its columns of x: no atomics.
-#include "common/gemv.cuh"
+#include "common/gemv_split.cuh"
 
 struct Params {
     gemv::Product m;   // outputs = cols of x, cols = q_width
@@ -37,9 +37,23 @@ template <int TILES, int STAGES, int ROWS> DEVICE void gemv_out(const Params& p)
     }
 #define VARIANT(TILES, STAGES)  \
     KERNEL_OF(TILES, STAGES, 1) \
-    KERNEL_OF(TILES, STAGES, 4) \
-    KERNEL_OF(TILES, STAGES, 8) \
     KERNEL_OF(TILES, STAGES, 16)
 VARIANT(3, 4)
 VARIANT(3, 2)
 VARIANT(1, 2)
+
+#ifdef HOPPER
+#define SPLIT_BODY(TILES, STAGES, ROWS)                                                  \
+    const gemv::PlainRows rows{p.heads, p.m.panels * 64};                                \
+    gemv::run_split<TILES, STAGES, ROWS>(p.m, rows, Residual{p}, 1, 0)
+#define CLUSTER __cluster_dims__(8, 1, 1)
+#else
+#define SPLIT_BODY(TILES, STAGES, ROWS)
+#define CLUSTER
+#endif
+#define SPLIT_KERNEL(TILES, STAGES, ROWS)                                                                                      \
+    KERNEL CLUSTER __launch_bounds__(256, 2) gemv_out_split_##TILES##x##STAGES##_##ROWS(const __grid_constant__ Params p) { \
+        SPLIT_BODY(TILES, STAGES, ROWS);                                                                                       \
+    }
+SPLIT_KERNEL(3, 3, 8)
+SPLIT_KERNEL(3, 3, 16)

@@ -1,7 +1,7 @@
 // RMSNorm, the fused QKV product, bias and rotary embedding of at most 16 token rows: queries as bf16 [rows, q_width], keys and
 // values as float32 [rows, 2 * kv_width]. Rows of the matrix are permuted (README.md, QKV rows), so that the two dimensions that
 // rotate against each other are one pair of a lane's sums. Heads have 64 dimensions.
-#include "common/gemv.cuh"
+#include "common/gemv_split.cuh"
 
 struct Params {
     gemv::Product m;       // outputs = q_width + 2 * kv_width
@@ -40,7 +40,7 @@ struct Rotated {
 
     // The angle is rounded to float32 as in the reference; it reaches 131072 radians, so it is reduced in float64.
     METHOD void refine(Early& e) const {
-        const double turns = static_cast<double>(__fmul_rn(static_cast<float>(e.position), e.sine)) * 0.15915494309189533577;
+        const double turns = __dmul_rn(__fmul_rn(static_cast<float>(e.position), e.sine), 0.15915494309189533577);
         sincospif(static_cast<float>(2 * (turns - rint(turns))), &e.sine, &e.cosine);
         e.cosine *= p.mscale;
         e.sine *= p.mscale;
@@ -53,7 +53,8 @@ struct Rotated {
             *reinterpret_cast<float2*>(kv + column - p.q_width) = make_float2(a, b);
             return;
         }
-        const float low = a * e.cosine - b * e.sine, high = b * e.cosine + a * e.sine;
+        // As one instruction or two, but the same in every kernel: a row's bits do not depend on how many there are.
+        const float low = fmaf(a, e.cosine, -__fmul_rn(b, e.sine)), high = fmaf(b, e.cosine, __fmul_rn(a, e.sine));
         const int at = column / 64 * 64 + column % 64 / 2;
         if (column < p.q_width) {
             __nv_bfloat16* q = p.q + static_cast<size_t>(row) * p.q_width + at;
@@ -77,9 +78,23 @@ template <int TILES, int STAGES, int ROWS> DEVICE void gemv_qkv(const Params& p)
     }
 #define VARIANT(TILES, STAGES)  \
     KERNEL_OF(TILES, STAGES, 1) \
-    KERNEL_OF(TILES, STAGES, 4) \
-    KERNEL_OF(TILES, STAGES, 8) \
     KERNEL_OF(TILES, STAGES, 16)
 VARIANT(5, 2)
 VARIANT(2, 2)
 VARIANT(1, 2)
+
+#ifdef HOPPER
+#define SPLIT_BODY(TILES, STAGES, ROWS)                                                  \
+    const gemv::NormedRows rows{p.x, p.norm, nullptr, 0, p.m.panels * 64, {}};           \
+    gemv::run_split<TILES, STAGES, ROWS>(p.m, rows, Rotated{p}, p.mean, p.eps)
+#define CLUSTER __cluster_dims__(8, 1, 1)
+#else
+#define SPLIT_BODY(TILES, STAGES, ROWS)
+#define CLUSTER
+#endif
+#define SPLIT_KERNEL(TILES, STAGES, ROWS)                                                                                      \
+    KERNEL CLUSTER __launch_bounds__(256, 2) gemv_qkv_split_##TILES##x##STAGES##_##ROWS(const __grid_constant__ Params p) { \
+        SPLIT_BODY(TILES, STAGES, ROWS);                                                                                       \
+    }
+SPLIT_KERNEL(5, 2, 8)
+SPLIT_KERNEL(5, 2, 16)

@@ -1,7 +1,7 @@
 use ctxserve_backend::DeviceError;
 use ctxserve_cuda::ops::gemv_out::{Call, Dims, GemvOut};
 
-use crate::gemv_qkv::{LAYERS, layers};
+use crate::gemv_qkv::{LAYERS, distinct, layers};
 use crate::harness::{Bench, Work};
 
 const Q: usize = 4096;
@@ -22,14 +22,15 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
         flops: (2 * HIDDEN * Q * rows) as f64,
     };
     let dims = |rows| Dims { rows, q_width: Q, hidden: HIDDEN };
-    for rows in [1, 2, 4, 8, 16] {
+    for rows in [1, 8, 16] {
         let live = device.upload(&[rows as i32])?;
-        let kernel = GemvOut::load(device, dims(rows))?;
-        println!("  {}", kernel.plan());
-        bench.time(&format!("gemv_out {rows} rows"), work(rows), 2 * LAYERS, |layer| {
-            let weights = &weights[layer % LAYERS];
-            kernel.issue(device, &Call { weights, bias: &bias, heads: &heads, x: &x, live: &live })
-        })?;
+        for plan in distinct(GemvOut::plans(device, dims(rows))?) {
+            let kernel = GemvOut::with_plan(device, dims(rows), plan)?;
+            bench.time(&format!("gemv_out {rows} rows, {plan}"), work(rows), 2 * LAYERS, |layer| {
+                let weights = &weights[layer % LAYERS];
+                kernel.issue(device, &Call { weights, bias: &bias, heads: &heads, x: &x, live: &live })
+            })?;
+        }
     }
     Ok(())
 }

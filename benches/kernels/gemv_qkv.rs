@@ -1,5 +1,6 @@
 use ctxserve_backend::DeviceError;
 use ctxserve_cuda::driver::Buffer;
+use ctxserve_cuda::ops::gemv::{Plan, Variant};
 use ctxserve_cuda::ops::gemv_out;
 use ctxserve_cuda::ops::gemv_qkv::{Call, Dims, GemvQkv};
 use half::bf16;
@@ -48,27 +49,55 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
         flops: (2 * OUTPUTS * COLS * rows) as f64,
     };
     let dims = |rows| Dims { rows, cols: COLS, q_width: Q, kv_width: KV };
-    for rows in [1, 2, 4, 8, 16] {
-        let kernel = GemvQkv::load(device, dims(rows))?;
-        println!("  {}", kernel.plan());
-        bench.time(&format!("gemv_qkv {rows} rows"), work(rows), 2 * LAYERS, |layer| {
-            kernel.issue(device, &call(layer, rows))
-        })?;
+    for rows in [1, 4, 8, 16] {
+        for plan in distinct(GemvQkv::plans(device, dims(rows))?) {
+            let kernel = GemvQkv::with_plan(device, dims(rows), plan)?;
+            bench.time(&format!("gemv_qkv {rows} rows, {plan}"), work(rows), 2 * LAYERS, |layer| {
+                kernel.issue(device, &call(layer, rows))
+            })?;
+        }
     }
     // As in a layer, less attention between them: both, alternately.
     let of_out = layers(bench, COLS * Q)?;
     for rows in [1, 4, 16] {
-        let kernel = GemvQkv::load(device, dims(rows))?;
-        let out = gemv_out::GemvOut::load(device, gemv_out::Dims { rows, q_width: Q, hidden: COLS })?;
         let both = Work {
             bytes: work(rows).bytes + (COLS * Q * 2) as f64,
             flops: work(rows).flops + (2 * COLS * Q * rows) as f64,
         };
-        bench.time(&format!("gemv_qkv and gemv_out, {rows} rows"), both, LAYERS, |layer| {
-            kernel.issue(device, &call(layer, rows))?;
-            let (weights, live) = (&of_out[layer], &live[rows]);
-            out.issue(device, &gemv_out::Call { weights, bias: &vector, heads: &q, x: &x, live })
-        })?;
+        let out_dims = gemv_out::Dims { rows, q_width: Q, hidden: COLS };
+        let of_qkv = distinct(GemvQkv::plans(device, dims(rows))?);
+        let out_plans = distinct(gemv_out::GemvOut::plans(device, out_dims)?);
+        for (qkv_plan, out_plan) in of_qkv.iter().flat_map(|a| out_plans.iter().map(move |b| (*a, *b))) {
+            let kernel = GemvQkv::with_plan(device, dims(rows), qkv_plan)?;
+            let out = gemv_out::GemvOut::with_plan(device, out_dims, out_plan)?;
+            let of = |plan: &Plan| {
+                format!(
+                    "{}x{} split {} launch {}",
+                    plan.variant.tiles, plan.variant.stages, plan.variant.split, plan.variant.launch
+                )
+            };
+            let name = format!("gemv_qkv, gemv_out {rows} rows, {} and {}", of(&qkv_plan), of(&out_plan));
+            bench.time(&name, both, LAYERS, |layer| {
+                kernel.issue(device, &call(layer, rows))?;
+                let (weights, live) = (&of_out[layer], &live[rows]);
+                out.issue(device, &gemv_out::Call { weights, bias: &vector, heads: &q, x: &x, live })
+            })?;
+        }
     }
     Ok(())
+}
+
+/// Those worth comparing: the widest tiles, in every way, and when the next kernel may start.
+pub(crate) fn distinct(plans: Vec<Plan>) -> Vec<Plan> {
+    let widest = plans.iter().map(|plan| plan.variant.tiles).max().unwrap_or_default();
+    let lines = plans.iter().map(|plan| plan.lines).max().unwrap_or_default();
+    let keep = |plan: &Plan| plan.variant.tiles == widest && plan.lines == lines;
+    let mut found = Vec::new();
+    for plan in plans.into_iter().filter(keep) {
+        let launches: &[usize] = if plan.variant.split { &[2, 5] } else { &[plan.variant.launch] };
+        found.extend(
+            launches.iter().map(|&launch| Plan { variant: Variant { launch, ..plan.variant }, ..plan }),
+        );
+    }
+    found
 }

@@ -18,7 +18,6 @@
 
 namespace gemv {
 
-constexpr int MAX_SLICE = 8;  // panels of a warp
 constexpr int MAX_WARPS = 16;
 // With few rows two blocks of 288 threads, of consecutive launches, are to have their registers on one SM.
 constexpr int max_threads(int rows) { return rows > 8 ? 512 : 576; }
@@ -28,7 +27,7 @@ struct Product {
     const int* live;      // token rows to do; what later ones hold stays with them and is not written
     int outputs;          // multiple of 8
     int panels;           // cols / 64
-    int slice;            // panels of a warp, at most MAX_SLICE; every warp has at least one
+    int slice;            // panels of a warp; every warp has at least one
     int lines;            // token rows of this launch
     int first;            // the first of them
     int full, tail;       // rounds of TILES tiles that every block has, tiles of a block in a last round
@@ -76,21 +75,22 @@ struct NormedRows {
     }
     METHOD void before_wait(const Share& s) { weights(s, s.lane); }
 
-    template <int ROWS> METHOD void stage(const Product& m, const Share& s) {
-        part<ROWS>(m, s, s.lane);
+    // All token rows, or, for a block whose warps share them, every SPLIT-th from `first` on.
+    template <int ROWS> METHOD void stage(const Product& m, const Share& s) { stage<ROWS == 1 ? 1 : 6, 1>(m, s, 0); }
+    template <int BATCH, int STEP> METHOD void stage(const Product& m, const Share& s, int first) {
+        part<BATCH, STEP>(m, s, first, s.lane);
         for (int base = s.lane + 32 * UNITS; base - s.lane < s.count * 16; base += 32 * UNITS) {
             weights(s, base);
-            part<ROWS>(m, s, base);
+            part<BATCH, STEP>(m, s, first, base);
         }
     }
 
-    template <int ROWS> METHOD void part(const Product& m, const Share& s, int unit0) const {
-        constexpr int BATCH = ROWS == 1 ? 1 : ROWS == 4 ? 2 : ROWS == 8 ? 4 : 6;  // rows at once: registers
-        for (int line0 = 0; line0 < m.lines; line0 += BATCH) {
+    template <int BATCH, int STEP> METHOD void part(const Product& m, const Share& s, int first, int unit0) const {
+        for (int line0 = first; line0 < m.lines; line0 += BATCH * STEP) {
             float4 v[BATCH][UNITS];
 #pragma unroll
             for (int k = 0; k < BATCH; ++k) {
-                const int line = line0 + k;
+                const int line = line0 + k * STEP;
                 if (line >= m.lines) continue;
                 int row = m.first + line;
                 if (index) row = min(static_cast<unsigned>(__ldcg(index + row)), sources - 1);
@@ -103,7 +103,7 @@ struct NormedRows {
             }
 #pragma unroll
             for (int k = 0; k < BATCH; ++k) {
-                const int line = line0 + k;
+                const int line = line0 + k * STEP;
                 if (line >= m.lines) continue;
                 float squares = 0;
 #pragma unroll
@@ -111,7 +111,7 @@ struct NormedRows {
                     const int unit = unit0 + 32 * i;
                     if (unit >= s.count * 16) continue;
                     const float4 a = v[k][i];
-                    squares += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
+                    squares = fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(a.z, a.z, fmaf(a.w, a.w, squares))));
                     const uint2 packed = make_uint2(pack2<__nv_bfloat16>(a.x * w[i].x, a.y * w[i].y),
                                                     pack2<__nv_bfloat16>(a.z * w[i].z, a.w * w[i].w));
                     const int chunk = (unit >> 1) & 7;
@@ -128,31 +128,37 @@ struct NormedRows {
 // bf16 rows as they are.
 struct PlainRows {
     static constexpr bool NORMED = false;
+    static constexpr int UNITS = 2;  // 16 bytes of a lane and row at once: 8 panels
     const void* heads;  // [rows, cols]
     int cols;
 
     METHOD void before_wait(const Share&) {}
 
-    template <int ROWS> METHOD void stage(const Product& m, const Share& s) const {
-        constexpr int BATCH = ROWS == 1 ? 1 : 4, UNITS = MAX_SLICE * 8 / 32;
-        for (int base = 0; base < m.lines; base += BATCH) {
+    template <int ROWS> METHOD void stage(const Product& m, const Share& s) const { stage<ROWS == 1 ? 1 : 4, 1>(m, s, 0); }
+    template <int BATCH, int STEP> METHOD void stage(const Product& m, const Share& s, int first) const {
+        for (int base = s.lane; base - s.lane < s.count * 8; base += 32 * UNITS) part<BATCH, STEP>(m, s, first, base);
+    }
+
+    template <int BATCH, int STEP> METHOD void part(const Product& m, const Share& s, int first, int unit0) const {
+        for (int line0 = first; line0 < m.lines; line0 += BATCH * STEP) {
             uint4 v[BATCH][UNITS];
 #pragma unroll
             for (int k = 0; k < BATCH; ++k) {
-                const size_t at = static_cast<size_t>(m.first + base + k) * cols + s.begin * 64;
+                const int line = line0 + k * STEP;
+                const size_t at = static_cast<size_t>(m.first + line) * cols + s.begin * 64;
                 const uint4* from = reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(heads) + at);
 #pragma unroll
                 for (int i = 0; i < UNITS; ++i) {
-                    const int unit = s.lane + 32 * i;
-                    if (base + k < m.lines && unit < s.count * 8) v[k][i] = __ldcg(from + unit);
+                    const int unit = unit0 + 32 * i;
+                    if (line < m.lines && unit < s.count * 8) v[k][i] = __ldcg(from + unit);
                 }
             }
 #pragma unroll
             for (int k = 0; k < BATCH; ++k) {
-                const int line = base + k;
+                const int line = line0 + k * STEP;
 #pragma unroll
                 for (int i = 0; i < UNITS; ++i) {
-                    const int unit = s.lane + 32 * i;
+                    const int unit = unit0 + 32 * i;
                     if (line >= m.lines || unit >= s.count * 8) continue;
                     unsigned char* to = s.tokens + ((unit >> 3) * m.lines + line) * 128 + (((unit & 7) ^ (line & 7)) << 4);
                     *reinterpret_cast<uint4*>(to) = v[k][i];
@@ -164,13 +170,13 @@ struct PlainRows {
 
 // `Output` has: WALKS, whether a block has several rounds of tiles; a type `Early` of what it loads while weights still stream; `load(row, column)`, `refine` (arithmetic on it) and
 // `store(row, column, {y[column], y[column + 1]}, early)`, `column` even. `mean` is one over the columns that are normed over.
-// ROWS is 1, 4, 8 or 16: the most token rows. With at most 4 there are registers to hold the first stage over the wait, so that the
-// ring is refilled before it.
+// ROWS is 1 or 16: the most token rows. With one there are registers to hold the first stage over the wait, so that the ring is
+// refilled before it.
 template <int TILES, int STAGES, int ROWS, class Input, class Output>
 DEVICE void run(const Product& m, Input input, const Output& output, float mean, float eps) {
     extern __shared__ __align__(128) unsigned char shared[];
     constexpr int STAGE = TILES * 1024, PAIRS = TILES * 4;
-    constexpr bool HIGH = ROWS > 8, HOLD = ROWS <= 4;
+    constexpr bool HIGH = ROWS > 8, HOLD = ROWS == 1;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
     const Rounds<TILES, Output::WALKS> rounds(m);
     const int begin = warp * m.slice, count = min(m.slice, m.panels - begin);
@@ -293,8 +299,8 @@ DEVICE void run(const Product& m, Input input, const Output& output, float mean,
                 if (Input::NORMED) square += squares[from * m.lines + row];
             }
             if (Input::NORMED) {
-                const float scale = rsqrtf(square * mean + eps);
-                sum.x *= scale, sum.y *= scale;
+                const float scale = rsqrtf(fmaf(square, mean, eps));
+                sum = make_float2(__fmul_rn(sum.x, scale), __fmul_rn(sum.y, scale));
             }
             if (item != static_cast<int>(threadIdx.x)) {
                 early = output.load(m.first + row, column + pair * 2);

@@ -17,6 +17,9 @@ use crate::ops::{
 use crate::weights::{CudaMatrix, CudaVector};
 use crate::workspace::GEMV_ROWS;
 
+/// Rows of logits that the matrix-vector kernel takes. Of 16 the matrix product takes 268 us and 2 for the norm, the other 289.
+const GEMV_LOGITS: usize = 8;
+
 fn missing(op: &'static str, what: &str) -> DeviceError {
     DeviceError::new(op, format!("{what}: it was loaded for another purpose"))
 }
@@ -298,7 +301,7 @@ impl CudaBackend {
             return Ok(());
         }
         let rows = extent.logits;
-        if rows <= GEMV_ROWS {
+        if rows <= GEMV_LOGITS {
             let dims = gemv_head::Dims { rows, cols: head.cols, vocab: head.rows, stride };
             return kernels.head(device, dims)?.issue(
                 device,

@@ -1,16 +1,20 @@
-//! How a product of few token rows is launched: what `gemv_qkv`, `gemv_out` and `gemv_head` share.
+//! Products of few token rows: what `gemv_qkv`, `gemv_out` and `gemv_head` share.
 
 use std::fmt;
 
 use ctxserve_backend::DeviceError;
 
-use crate::driver::{Device, Facts, Kernel, Launch};
+use crate::driver::{Buffer, Device, Facts, Kernel, Launch, Params};
 
 /// Most panels of 64 columns that one warp takes, and most warps.
-const MAX_SLICE: usize = 8;
+const MAX_SLICE: usize = 16;
 const MAX_WARPS: usize = 16;
 /// Warps that keep enough loads in flight; more only cost registers.
 const GOOD_WARPS: usize = 9;
+/// Blocks of a cluster that share the columns, and warps of each.
+const SPLIT: usize = 8;
+/// Rows from which they do.
+const SPLIT_ROWS: usize = 5;
 
 /// What is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +38,9 @@ pub struct Variant {
     pub tiles: usize,
     /// Stages of one panel and all tiles.
     pub stages: usize,
+    /// Whether the blocks of a cluster share the columns, each warp with tiles of its own (kernels/common/gemv_split.cuh); on
+    /// Hopper only. Elsewhere the warps of a block share the columns, each with all its tiles.
+    pub split: bool,
     /// The next kernel may start when this many panels of a warp have not arrived yet. Earlier, and its loads delay the last
     /// ones of this kernel; later, and memory idles.
     pub launch: usize,
@@ -44,7 +51,7 @@ pub struct Variant {
 pub struct Plan {
     /// The compiled variant.
     pub variant: Variant,
-    /// Token rows that the kernel is compiled for: 1, 4, 8 or 16.
+    /// Token rows that the kernel is compiled for.
     pub width: usize,
     /// Token rows of one launch; fewer than asked for where shared memory is short.
     pub lines: usize,
@@ -64,27 +71,43 @@ pub struct Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { variant: Variant { tiles, stages, .. }, lines, warps, slice, blocks, shared, .. } = self;
+        let Self {
+            variant: Variant { tiles, stages, split, .. }, lines, warps, slice, blocks, shared, ..
+        } = self;
         write!(
             f,
-            "{blocks} blocks of {tiles} tiles, {warps} warps x {slice} panels, {stages} stages, {lines} rows, \
+            "{blocks} blocks{} of {tiles} tiles, {warps} warps x {slice} panels, {stages} stages, {lines} rows, \
              {} KiB",
-            shared.div_ceil(1024)
+            if *split { " in clusters" } else { "" },
+            shared.div_ceil(1024),
         )
     }
 }
 
-/// Token rows that kernels are compiled for.
-const WIDTHS: [usize; 4] = [1, 4, 8, 16];
+/// A variant and its kernels: the most token rows that each is compiled for, and its name.
+pub type Names = (Variant, [(usize, &'static str); 2]);
 
-/// A variant and the names of its kernels, one for each of `WIDTHS`.
-pub type Names = (Variant, [&'static str; 4]);
-
-/// Maps a shape to a launch: the first of `variants` that fits the device's shared memory.
+/// Maps a shape to a launch: the first of `variants` that fits the device.
 ///
 /// # Errors
 /// Dimensions that the kernels do not take.
 pub fn plan(op: &'static str, shape: &Shape, facts: &Facts, variants: &[Names]) -> Result<Plan, DeviceError> {
+    let found = plans(op, shape, facts, variants)?.into_iter().next();
+    found.ok_or_else(|| {
+        DeviceError::new(op, format!("{} bytes of shared memory are too few", facts.shared_memory))
+    })
+}
+
+/// Every way to launch it, the preferred ones first.
+///
+/// # Errors
+/// Dimensions that the kernels do not take.
+pub fn plans(
+    op: &'static str,
+    shape: &Shape,
+    facts: &Facts,
+    variants: &[Names],
+) -> Result<Vec<Plan>, DeviceError> {
     let Shape { rows, cols, outputs, .. } = *shape;
     let panels = cols / 64;
     let fits = (1..=16).contains(&rows)
@@ -95,25 +118,36 @@ pub fn plan(op: &'static str, shape: &Shape, facts: &Facts, variants: &[Names]) 
     if !fits {
         return Err(DeviceError::new(op, format!("{rows} rows by {outputs} x {cols} is no shape for it")));
     }
-    let (slice, warps) = split(panels);
-    for lines in [rows, rows.min(8), rows.min(4), 1] {
-        for &(variant, _) in variants {
-            let shared = shared(shape, variant, lines, warps);
-            if shared > facts.shared_memory as usize {
-                continue;
-            }
-            // The kernel for 16 rows is the fastest from two on: it takes six at a time, and blocks that do not overlap wait less.
-            let width = if lines == 1 { 1 } else { 16 };
-            let tiles = outputs / 8;
-            let groups = tiles.div_ceil(variant.tiles);
-            let most = facts.multiprocessors.max(1) as usize;
-            let blocks = if shape.walks { groups.min(most) } else { groups };
-            let full = tiles / (blocks * variant.tiles);
-            let tail = (tiles - full * blocks * variant.tiles).div_ceil(blocks);
-            return Ok(Plan { variant, width, lines, warps, slice, blocks, full, tail, shared });
-        }
+    let mut lines = vec![rows, rows.min(8), rows.min(4), 1];
+    lines.dedup();
+    let all = lines.into_iter().flat_map(|lines| variants.iter().map(move |names| (lines, names)));
+    let mut found: Vec<Plan> =
+        all.filter_map(|(lines, names)| one_plan(shape, facts, lines, names)).collect();
+    // Of fewer rows each block has read all soon, and meeting in a cluster takes longer than that saves.
+    found.sort_by_key(|plan| rows < SPLIT_ROWS && plan.variant.split);
+    Ok(found)
+}
+
+fn one_plan(shape: &Shape, facts: &Facts, lines: usize, &(variant, kernels): &Names) -> Option<Plan> {
+    let (panels, tiles) = (shape.cols / 64, shape.outputs / 8);
+    let (slice, warps) = if variant.split { (panels.div_ceil(SPLIT), SPLIT) } else { split(panels) };
+    let shared = shared(shape, variant, lines, warps);
+    if shared > facts.shared_memory as usize || (variant.split && !facts.is_hopper()) {
+        return None;
     }
-    Err(DeviceError::new(op, format!("{} bytes of shared memory are too few", facts.shared_memory)))
+    let (width, _) = *kernels.iter().find(|(most, _)| lines <= *most)?;
+    let groups = tiles.div_ceil(variant.tiles);
+    let most = facts.multiprocessors.max(1) as usize;
+    let blocks = if variant.split {
+        groups.next_multiple_of(SPLIT)
+    } else if shape.walks {
+        groups.min(most)
+    } else {
+        groups
+    };
+    let full = tiles / (blocks * variant.tiles);
+    let tail = (tiles - full * blocks * variant.tiles).div_ceil(blocks);
+    Some(Plan { variant, width, lines, warps, slice, blocks, full, tail, shared })
 }
 
 /// Panels of a warp and warps: no warp idle, as even as possible, then about as many as keep memory busy.
@@ -123,11 +157,17 @@ fn split(panels: usize) -> (usize, usize) {
     choices.filter(|&(_, warps)| warps <= MAX_WARPS).min_by_key(good).unwrap_or((MAX_SLICE, MAX_WARPS))
 }
 
-/// Bytes of shared memory, in the order of kernels/common/gemv.cuh.
+/// Bytes of shared memory, in the order of kernels/common/gemv.cuh and gemv_split.cuh.
 fn shared(shape: &Shape, variant: Variant, lines: usize, warps: usize) -> usize {
     let ring = warps * variant.stages * variant.tiles * 1024;
-    let tokens = shape.cols * lines * 2;
     let squares = if shape.normed { (warps * lines).next_multiple_of(4) * 4 } else { 0 };
+    if variant.split {
+        let tokens = (shape.cols / 64).div_ceil(SPLIT) * lines * 128;
+        let sums = SPLIT * variant.tiles * if lines > 8 { 512 } else { 256 };
+        let barriers = (1 + SPLIT * variant.stages) * 8;
+        return ring + tokens + sums + squares + barriers;
+    }
+    let tokens = shape.cols * lines * 2;
     let partials = if shape.walks { 2 * warps * lines * variant.tiles * 32 } else { 0 };
     ring + tokens + squares + partials
 }
@@ -148,49 +188,96 @@ pub(super) struct Product {
     launch: i32,
 }
 
-/// A loaded variant with its plan.
+/// What such a product is loaded for: the dimensions of one file's kernels.
+pub trait Dims: Copy {
+    /// The file.
+    const FILE: &'static str;
+    /// Its kernels, the preferred ones first.
+    const KERNELS: &'static [Names];
+
+    /// What they come to.
+    ///
+    /// # Errors
+    /// Dimensions that the kernels do not take.
+    fn shape(&self) -> Result<Shape, DeviceError>;
+}
+
+/// A loaded kernel.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Loaded {
-    pub(super) shape: Shape,
-    pub(super) plan: Plan,
+pub struct Gemv<D> {
+    pub(super) dims: D,
+    shape: Shape,
+    plan: Plan,
     kernel: Kernel,
 }
 
-impl Loaded {
-    /// `name` maps a variant and its width to the kernel's name.
-    pub(super) fn new(
-        device: &Device,
-        file: &'static str,
-        names: &[Names],
-        shape: Shape,
-        plan: Plan,
-    ) -> Result<Self, DeviceError> {
-        let width = WIDTHS.iter().position(|&width| width == plan.width);
-        let names = names.iter().find(|(variant, _)| *variant == plan.variant);
-        let (Some((_, names)), Some(width)) = (names, width) else {
-            return Err(DeviceError::new(file, format!("no kernel for {plan}")));
-        };
-        if plan.shared < shared(&shape, plan.variant, plan.lines, plan.warps) {
-            return Err(DeviceError::new(file, format!("too little shared memory in {plan}")));
-        }
-        // The limit is the function's, and other shapes use the same function: it is set as high as it goes.
-        let kernel = device.kernel(file, names[width], device.facts().shared_memory as usize)?;
-        Ok(Self { shape, plan, kernel })
+impl<D: Dims> Gemv<D> {
+    /// Loads the kernel for a shape.
+    ///
+    /// # Errors
+    /// A shape that it does not take, or no code for this device.
+    pub fn load(device: &Device, dims: D) -> Result<Self, DeviceError> {
+        let plan = plan(D::FILE, &dims.shape()?, device.facts(), D::KERNELS)?;
+        Self::with_plan(device, dims, plan)
     }
 
-    /// The launches, as many as rows need: for each its shape and the part of its parameters that products share.
-    pub(super) fn launches(&self, weights: u64, live: u64) -> impl Iterator<Item = (Launch, Product)> + '_ {
+    /// Every way to launch it, the preferred ones first.
+    ///
+    /// # Errors
+    /// A shape that it does not take.
+    pub fn plans(device: &Device, dims: D) -> Result<Vec<Plan>, DeviceError> {
+        plans(D::FILE, &dims.shape()?, device.facts(), D::KERNELS)
+    }
+
+    /// Loads it with a plan other than its own.
+    ///
+    /// # Errors
+    /// As [`Gemv::load`]; a plan without a kernel.
+    pub fn with_plan(device: &Device, dims: D, plan: Plan) -> Result<Self, DeviceError> {
+        let shape = dims.shape()?;
+        // When it lets the next kernel start is no part of the code.
+        let code = |variant: Variant| Variant { launch: 0, ..variant };
+        let kernels = D::KERNELS.iter().find(|(variant, _)| code(*variant) == code(plan.variant));
+        let name = kernels.and_then(|(_, kernels)| kernels.iter().find(|(width, _)| *width == plan.width));
+        let Some(&(_, name)) = name.filter(|_| plan.lines <= plan.width) else {
+            return Err(DeviceError::new(D::FILE, format!("no kernel for {plan}")));
+        };
+        if plan.shared < shared(&shape, plan.variant, plan.lines, plan.warps) {
+            return Err(DeviceError::new(D::FILE, format!("too little shared memory in {plan}")));
+        }
+        // The limit is the function's, and other shapes use the same function: it is set as high as it goes.
+        let kernel = device.kernel(D::FILE, name, device.facts().shared_memory as usize)?;
+        Ok(Self { dims, shape, plan, kernel })
+    }
+
+    /// How it is launched.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Launches it as often as its rows need. `fits` says whether the buffers are large enough; `arguments` makes a launch's
+    /// from the part that products share.
+    pub(super) fn issue_with<P: Params>(
+        &self,
+        device: &Device,
+        fits: bool,
+        (weights, live): (&Buffer<u16>, &Buffer<i32>),
+        arguments: impl Fn(Product) -> P,
+    ) -> Result<(), DeviceError> {
         let (shape, plan) = (&self.shape, &self.plan);
-        (0..shape.rows).step_by(plan.lines).map(move |first| {
-            let launch = Launch {
-                grid: [plan.blocks as u32, 1, 1],
-                block: plan.warps as u32 * 32,
-                shared: plan.shared as u32,
-                overlap: true,
-            };
+        if !fits || weights.len() < shape.outputs * shape.cols || live.is_empty() {
+            return Err(DeviceError::new(D::FILE, format!("{shape:?} does not fit its buffers")));
+        }
+        let launch = Launch {
+            grid: [plan.blocks as u32, 1, 1],
+            block: plan.warps as u32 * 32,
+            shared: plan.shared as u32,
+            overlap: true,
+        };
+        for first in (0..shape.rows).step_by(plan.lines) {
             let product = Product {
-                weights,
-                live,
+                weights: weights.address(),
+                live: live.address(),
                 outputs: shape.outputs as i32,
                 panels: (shape.cols / 64) as i32,
                 slice: plan.slice as i32,
@@ -200,28 +287,32 @@ impl Loaded {
                 tail: plan.tail as i32,
                 launch: plan.variant.launch as i32,
             };
-            (launch, product)
-        })
-    }
-
-    pub(super) fn kernel(&self) -> &Kernel {
-        &self.kernel
+            // SAFETY: every buffer was checked to be large enough for the shape that the kernel was loaded for.
+            unsafe { device.launch(&self.kernel, &launch, &arguments(product)) }?;
+        }
+        Ok(())
     }
 }
 
-/// Names of a variant's kernels, by width.
+/// Variants of a file's kernels, with their names. Those for clusters end in `, split`.
 macro_rules! variants {
-    ($file:literal: $(($tiles:literal, $stages:literal, $launch:literal)),+ $(,)?) => {
-        &[$((
-            $crate::ops::gemv::Variant { tiles: $tiles, stages: $stages, launch: $launch },
-            [
-                concat!($file, "_", $tiles, "x", $stages, "_1"),
-                concat!($file, "_", $tiles, "x", $stages, "_4"),
-                concat!($file, "_", $tiles, "x", $stages, "_8"),
-                concat!($file, "_", $tiles, "x", $stages, "_16"),
-            ],
-        )),+]
+    ($file:literal: $(($tiles:literal, $stages:literal, $launch:literal $(, $split:ident)?)),+ $(,)?) => {
+        &[$($crate::ops::gemv::variants!(@one $file, $tiles, $stages, $launch $(, $split)?)),+]
     };
+    (@one $file:literal, $tiles:literal, $stages:literal, $launch:literal, split) => {(
+        $crate::ops::gemv::Variant { tiles: $tiles, stages: $stages, split: true, launch: $launch },
+        [
+            (8, concat!($file, "_split_", $tiles, "x", $stages, "_8")),
+            (16, concat!($file, "_split_", $tiles, "x", $stages, "_16")),
+        ],
+    )};
+    (@one $file:literal, $tiles:literal, $stages:literal, $launch:literal) => {(
+        $crate::ops::gemv::Variant { tiles: $tiles, stages: $stages, split: false, launch: $launch },
+        [
+            (1, concat!($file, "_", $tiles, "x", $stages, "_1")),
+            (16, concat!($file, "_", $tiles, "x", $stages, "_16")),
+        ],
+    )};
 }
 pub(super) use variants;
 
@@ -256,6 +347,22 @@ mod tests {
             // Two blocks and what the device keeps for each of them.
             assert!(2 * (plan.shared + 1024) <= 228 * 1024, "{rows} rows: {plan}");
         }
+    }
+
+    #[test]
+    fn blocks_share_columns_from_some_rows_on() {
+        let variants: &[Names] = variants!("": (5, 2, 2, split), (5, 2, 1));
+        let shape = |rows| shape(rows, 2880, 5120, false);
+        let facts = facts(132, 232_448);
+        assert!(!plan("test", &shape(SPLIT_ROWS - 1), &facts, variants).unwrap().variant.split);
+        for (rows, width) in [(SPLIT_ROWS, 8), (8, 8), (9, 16), (16, 16)] {
+            let plan = plan("test", &shape(rows), &facts, variants).unwrap();
+            assert_eq!((plan.variant.split, plan.blocks, plan.lines, plan.width), (true, 128, rows, width));
+            // Two blocks and what the device keeps for each of them.
+            assert!(2 * (plan.shared + 1024) <= 228 * 1024, "{rows} rows: {plan}");
+        }
+        let ampere = Facts { capability: (8, 0), ..facts };
+        assert!(plans("test", &shape(16), &ampere, variants).unwrap().iter().all(|plan| !plan.variant.split));
     }
 
     #[test]
@@ -308,7 +415,7 @@ mod tests {
     fn shapes_that_no_kernel_takes_are_refused() {
         let facts = facts(132, 232_448);
         for (rows, cols, outputs) in
-            [(0, 64, 8), (17, 64, 8), (1, 72, 8), (1, 0, 8), (1, 64, 12), (1, 8256, 8)]
+            [(0, 64, 8), (17, 64, 8), (1, 72, 8), (1, 0, 8), (1, 64, 12), (1, 16_448, 8)]
         {
             assert!(plan("test", &shape(rows, cols, outputs, false), &facts, QKV).is_err());
         }

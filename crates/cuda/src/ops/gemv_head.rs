@@ -2,11 +2,10 @@
 
 use ctxserve_backend::DeviceError;
 
-use super::gemv::{Loaded, Names, Plan, Product, Shape, plan, variants};
+use super::gemv::{self, Gemv, Names, Product, Shape, variants};
 use crate::driver::{Buffer, Device, Params};
 
 const OP: &str = "gemv_head";
-const NAMES: &[Names] = variants!("gemv_head": (5, 3, 3), (5, 2, 2), (2, 2, 2), (1, 2, 2));
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +30,7 @@ unsafe impl Params for Arguments {}
 pub struct Dims {
     /// Most rows of logits, 1 to 16.
     pub rows: usize,
-    /// Width of `x`, padded to a multiple of 64; at most 8192.
+    /// Width of `x`, padded to a multiple of 64; at most 16,384.
     pub cols: usize,
     /// Tokens. The matrix has this many rows, rounded up to a multiple of 8.
     pub vocab: usize,
@@ -39,12 +38,21 @@ pub struct Dims {
     pub stride: usize,
 }
 
-/// The loaded kernel.
-#[derive(Clone, Copy, Debug)]
-pub struct GemvHead {
-    loaded: Loaded,
-    dims: Dims,
+impl gemv::Dims for Dims {
+    const FILE: &'static str = OP;
+    const KERNELS: &'static [Names] = variants!("gemv_head": (5, 3, 3), (5, 2, 2), (2, 2, 2), (1, 2, 2));
+
+    fn shape(&self) -> Result<Shape, DeviceError> {
+        let Self { rows, cols, vocab, stride } = *self;
+        if vocab > stride || !stride.is_multiple_of(2) || i32::try_from(stride).is_err() {
+            return Err(DeviceError::new(OP, format!("rows of {vocab} logits, {stride} apart")));
+        }
+        Ok(Shape { rows, cols, outputs: vocab.next_multiple_of(8), normed: true, walks: true })
+    }
 }
+
+/// The loaded kernel.
+pub type GemvHead = Gemv<Dims>;
 
 /// `logits = norm(x[index]) W^T`.
 #[derive(Debug)]
@@ -69,67 +77,28 @@ pub struct Call<'a> {
 }
 
 impl GemvHead {
-    /// Loads the kernel for a shape.
-    ///
-    /// # Errors
-    /// A shape that it does not take, or no code for this device.
-    pub fn load(device: &Device, dims: Dims) -> Result<Self, DeviceError> {
-        Self::with_plan(device, dims, plan(OP, &shape(dims)?, device.facts(), NAMES)?)
-    }
-
-    /// Loads it with a plan other than its own.
-    ///
-    /// # Errors
-    /// As [`GemvHead::load`]; a plan without a kernel.
-    pub fn with_plan(device: &Device, dims: Dims, plan: Plan) -> Result<Self, DeviceError> {
-        Ok(Self { loaded: Loaded::new(device, OP, NAMES, shape(dims)?, plan)?, dims })
-    }
-
-    /// How it is launched.
-    pub fn plan(&self) -> &Plan {
-        &self.loaded.plan
-    }
-
     /// Issues it.
     ///
     /// # Errors
     /// Buffers that are too small, or a device fault.
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
         let Dims { rows, cols, vocab, stride } = self.dims;
-        let fits = call.weights.len() >= vocab.next_multiple_of(8) * cols
-            && call.norm.len() >= cols
+        let fits = call.norm.len() >= cols
             && call.index.map_or(call.x.len() >= rows * cols, |index| index.len() >= rows)
             && call.x.len() >= cols
-            && !call.live.is_empty()
             && call.logits.len() >= rows * stride
             && (1..=cols).contains(&call.norm_cols);
-        if !fits {
-            return Err(DeviceError::new(OP, format!("{:?} does not fit its buffers", self.dims)));
-        }
-        for (launch, product) in self.loaded.launches(call.weights.address(), call.live.address()) {
-            let arguments = Arguments {
-                product,
-                x: call.x.address(),
-                norm: call.norm.address(),
-                index: call.index.map_or(0, Buffer::address),
-                logits: call.logits.address(),
-                sources: u32::try_from(call.x.len() / cols).unwrap_or(u32::MAX),
-                vocab: vocab as i32,
-                stride: stride as i32,
-                mean: 1.0 / call.norm_cols as f32,
-                eps: call.eps,
-            };
-            // SAFETY: every buffer was checked to be large enough for the shape that the kernel was loaded for.
-            unsafe { device.launch(self.loaded.kernel(), &launch, &arguments) }?;
-        }
-        Ok(())
+        self.issue_with(device, fits, (call.weights, call.live), |product| Arguments {
+            product,
+            x: call.x.address(),
+            norm: call.norm.address(),
+            index: call.index.map_or(0, Buffer::address),
+            logits: call.logits.address(),
+            sources: u32::try_from(call.x.len() / cols).unwrap_or(u32::MAX),
+            vocab: vocab as i32,
+            stride: stride as i32,
+            mean: 1.0 / call.norm_cols as f32,
+            eps: call.eps,
+        })
     }
-}
-
-fn shape(dims: Dims) -> Result<Shape, DeviceError> {
-    let Dims { rows, cols, vocab, stride } = dims;
-    if vocab > stride || !stride.is_multiple_of(2) || i32::try_from(stride).is_err() {
-        return Err(DeviceError::new(OP, format!("rows of {vocab} logits, {stride} apart")));
-    }
-    Ok(Shape { rows, cols, outputs: vocab.next_multiple_of(8), normed: true, walks: true })
 }

@@ -2,11 +2,10 @@
 
 use ctxserve_backend::DeviceError;
 
-use super::gemv::{Loaded, Names, Plan, Product, Shape, plan, variants};
+use super::gemv::{self, Gemv, Names, Product, Shape, variants};
 use crate::driver::{Buffer, Device, Params};
 
 const OP: &str = "gemv_qkv";
-const NAMES: &[Names] = variants!("gemv_qkv": (5, 2, 1), (2, 2, 1), (1, 2, 1));
 /// Dimensions of a head in the matrix.
 const HEAD: usize = 64;
 
@@ -37,7 +36,7 @@ unsafe impl Params for Arguments {}
 pub struct Dims {
     /// Most token rows, 1 to 16.
     pub rows: usize,
-    /// Width of `x`, padded to a multiple of 64; at most 8192.
+    /// Width of `x`, padded to a multiple of 64; at most 16,384.
     pub cols: usize,
     /// 64 times the query heads.
     pub q_width: usize,
@@ -45,12 +44,25 @@ pub struct Dims {
     pub kv_width: usize,
 }
 
-/// The loaded kernel.
-#[derive(Clone, Copy, Debug)]
-pub struct GemvQkv {
-    loaded: Loaded,
-    dims: Dims,
+impl gemv::Dims for Dims {
+    const FILE: &'static str = OP;
+    const KERNELS: &'static [Names] =
+        variants!("gemv_qkv": (5, 2, 2, split), (5, 2, 1), (2, 2, 1), (1, 2, 1));
+
+    fn shape(&self) -> Result<Shape, DeviceError> {
+        let Self { rows, cols, q_width, kv_width } = *self;
+        if !q_width.is_multiple_of(HEAD) || !kv_width.is_multiple_of(HEAD) {
+            return Err(DeviceError::new(
+                OP,
+                format!("{q_width} and {kv_width} are not whole heads of {HEAD}"),
+            ));
+        }
+        Ok(Shape { rows, cols, outputs: q_width + 2 * kv_width, normed: true, walks: false })
+    }
 }
+
+/// The loaded kernel.
+pub type GemvQkv = Gemv<Dims>;
 
 /// `q, k, v = rope(norm(x) W^T + bias)`.
 #[derive(Debug)]
@@ -83,75 +95,35 @@ pub struct Call<'a> {
 }
 
 impl GemvQkv {
-    /// Loads the kernel for a shape.
-    ///
-    /// # Errors
-    /// A shape that it does not take, or no code for this device.
-    pub fn load(device: &Device, dims: Dims) -> Result<Self, DeviceError> {
-        Self::with_plan(device, dims, plan(OP, &shape(dims)?, device.facts(), NAMES)?)
-    }
-
-    /// Loads it with a plan other than its own.
-    ///
-    /// # Errors
-    /// As [`GemvQkv::load`]; a plan without a kernel.
-    pub fn with_plan(device: &Device, dims: Dims, plan: Plan) -> Result<Self, DeviceError> {
-        Ok(Self { loaded: Loaded::new(device, OP, NAMES, shape(dims)?, plan)?, dims })
-    }
-
-    /// How it is launched.
-    pub fn plan(&self) -> &Plan {
-        &self.loaded.plan
-    }
-
     /// Issues it.
     ///
     /// # Errors
     /// Buffers that are too small, or a device fault.
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
         let Dims { rows, cols, q_width, kv_width } = self.dims;
-        let outputs = q_width + 2 * kv_width;
-        let fits = call.weights.len() >= outputs * cols
-            && call.bias.len() >= outputs
+        let fits = call.bias.len() >= q_width + 2 * kv_width
             && call.norm.len() >= cols
             && call.x.len() >= rows * cols
-            && !call.live.is_empty()
             && call.positions.len() >= rows
             && call.inv_freq.len() <= HEAD / 2
             && call.q.len() >= rows * q_width
             && call.kv.len() >= rows * 2 * kv_width
             && (1..=cols).contains(&call.norm_cols);
-        if !fits {
-            return Err(DeviceError::new(OP, format!("{:?} does not fit its buffers", self.dims)));
-        }
-        for (launch, product) in self.loaded.launches(call.weights.address(), call.live.address()) {
-            let arguments = Arguments {
-                product,
-                x: call.x.address(),
-                norm: call.norm.address(),
-                bias: call.bias.address(),
-                positions: call.positions.address(),
-                inv_freq: call.inv_freq.address(),
-                q: call.q.address(),
-                kv: call.kv.address(),
-                q_width: q_width as i32,
-                kv_width: kv_width as i32,
-                rope_pairs: call.inv_freq.len() as i32,
-                mean: 1.0 / call.norm_cols as f32,
-                eps: call.eps,
-                mscale: call.mscale,
-            };
-            // SAFETY: every buffer was checked to be large enough for the shape that the kernel was loaded for.
-            unsafe { device.launch(self.loaded.kernel(), &launch, &arguments) }?;
-        }
-        Ok(())
+        self.issue_with(device, fits, (call.weights, call.live), |product| Arguments {
+            product,
+            x: call.x.address(),
+            norm: call.norm.address(),
+            bias: call.bias.address(),
+            positions: call.positions.address(),
+            inv_freq: call.inv_freq.address(),
+            q: call.q.address(),
+            kv: call.kv.address(),
+            q_width: q_width as i32,
+            kv_width: kv_width as i32,
+            rope_pairs: call.inv_freq.len() as i32,
+            mean: 1.0 / call.norm_cols as f32,
+            eps: call.eps,
+            mscale: call.mscale,
+        })
     }
-}
-
-fn shape(dims: Dims) -> Result<Shape, DeviceError> {
-    let Dims { rows, cols, q_width, kv_width } = dims;
-    if !q_width.is_multiple_of(HEAD) || !kv_width.is_multiple_of(HEAD) {
-        return Err(DeviceError::new(OP, format!("{q_width} and {kv_width} are not whole heads of {HEAD}")));
-    }
-    Ok(Shape { rows, cols, outputs: q_width + 2 * kv_width, normed: true, walks: false })
 }

@@ -1,4 +1,4 @@
-use ctxserve_cuda::driver::Device;
+use ctxserve_cuda::driver::{Buffer, Device};
 use ctxserve_cuda::ops::gemv_qkv::{Call, Dims, GemvQkv};
 
 use crate::common::{Random, assert_rows, device, from_bf16};
@@ -62,31 +62,21 @@ fn check(device: &Device, random: &mut Random, case: &Case, step: usize) {
     let positions: Vec<i32> =
         (0..rows).map(|row| if row == 0 { 131_071 } else { random.below(131_072) as i32 }).collect();
     let inv_freq: Vec<f32> = (0..pairs).map(|i| 150_000_f32.powf(-(i as f32) / 32.0)).collect();
-    let (q, kv) = (poisoned::<u16>(device, rows * q_width), poisoned::<f32>(device, rows * 2 * kv_width));
-    let call = Call {
-        weights: &device.upload(&in_panels(&weights, outputs, cols)).unwrap(),
-        bias: &device.upload(&bias).unwrap(),
-        norm: &device.upload(&norm).unwrap(),
-        x: &device.upload(&x).unwrap(),
-        live: &device.upload(&[live as i32]).unwrap(),
-        positions: &device.upload(&positions).unwrap(),
-        inv_freq: &device.upload(&inv_freq).unwrap(),
-        q: &q,
-        kv: &kv,
-        norm_cols: real,
-        eps: EPS,
-        mscale: MSCALE,
+    let inputs = Inputs {
+        weights: device.upload(&in_panels(&weights, outputs, cols)).unwrap(),
+        bias: device.upload(&bias).unwrap(),
+        norm: device.upload(&norm).unwrap(),
+        x: device.upload(&x).unwrap(),
+        live: device.upload(&[live as i32]).unwrap(),
+        positions: device.upload(&positions).unwrap(),
+        inv_freq: device.upload(&inv_freq).unwrap(),
     };
-    let kernel = GemvQkv::load(device, Dims { rows, cols, q_width, kv_width }).unwrap();
-    kernel.issue(device, &call).unwrap();
-    let (q, kv) = (q.read(0, q.len()).unwrap(), kv.read(0, kv.len()).unwrap());
-
-    let what = format!("gemv_qkv {rows} rows ({live} live) of {real}: {}", kernel.plan());
-    let (mut got, mut want) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+    let mut want = [Vec::new(), Vec::new()];
+    let compared: Vec<usize> = (0..heads + 2 * kv_heads).step_by(step).collect();
     for row in 0..live {
         let (operand, inverse) = normed(&x[row * cols..][..cols], &norm, real, f64::from(EPS));
         let output = |at: usize| dot(&operand, &weights[at * cols..][..cols]) * inverse + f64::from(bias[at]);
-        for head in (0..heads + 2 * kv_heads).step_by(step) {
+        for &head in &compared {
             let mut y: Vec<f64> = (head * 64..head * 64 + 64).map(output).collect();
             if head < heads + kv_heads {
                 // Permuted: pairs side by side.
@@ -100,21 +90,102 @@ fn check(device: &Device, random: &mut Random, case: &Case, step: usize) {
                 let (low, high): (Vec<_>, Vec<_>) = (0..32).map(pair).unzip();
                 y = [low, high].concat();
             }
-            let of_q = head < heads;
-            want[usize::from(!of_q)].extend(y);
-            if of_q {
-                got[0].extend(from_bf16(&q[row * q_width + head * 64..][..64]));
-            } else {
-                let at = row * 2 * kv_width + (head - heads) * 64;
-                got[1].extend(kv[at..at + 64].iter().map(|&v| f64::from(v)));
-            }
+            want[usize::from(head >= heads)].extend(y);
         }
     }
-    assert_rows(&format!("{what}, q"), &got[0], &want[0], 64, 4e-3);
-    assert_rows(&format!("{what}, kv"), &got[1], &want[1], 64, 2e-4);
-    assert!(q[live * q_width..].iter().all(|&v| v == 0xffff), "{what}: q beyond the live rows was written");
-    assert!(
-        kv[live * 2 * kv_width..].iter().all(|v| v.to_bits() == u32::MAX),
-        "{what}: kv beyond the live rows was written"
-    );
+    let dims = Dims { rows, cols, q_width, kv_width };
+    for plan in GemvQkv::plans(device, dims).unwrap() {
+        let kernel = GemvQkv::with_plan(device, dims, plan).unwrap();
+        let what = format!("gemv_qkv {rows} rows ({live} live) of {real}: {plan}");
+        let (q, kv) = inputs.run(device, &kernel, dims, real);
+        let mut got = [Vec::new(), Vec::new()];
+        for row in 0..live {
+            for &head in &compared {
+                if head < heads {
+                    got[0].extend(from_bf16(&q[row * q_width + head * 64..][..64]));
+                } else {
+                    let at = row * 2 * kv_width + (head - heads) * 64;
+                    got[1].extend(kv[at..at + 64].iter().map(|&v| f64::from(v)));
+                }
+            }
+        }
+        assert_rows(&format!("{what}, q"), &got[0], &want[0], 64, 4e-3);
+        assert_rows(&format!("{what}, kv"), &got[1], &want[1], 64, 2e-4);
+        assert!(
+            q[live * q_width..].iter().all(|&v| v == 0xffff),
+            "{what}: q beyond the live rows was written"
+        );
+        assert!(
+            kv[live * 2 * kv_width..].iter().all(|v| v.to_bits() == u32::MAX),
+            "{what}: kv beyond the live rows was written"
+        );
+    }
+}
+
+struct Inputs {
+    weights: Buffer<u16>,
+    bias: Buffer<f32>,
+    norm: Buffer<f32>,
+    x: Buffer<f32>,
+    live: Buffer<i32>,
+    positions: Buffer<i32>,
+    inv_freq: Buffer<f32>,
+}
+
+impl Inputs {
+    /// Returns `q` and `kv`, poisoned before.
+    fn run(&self, device: &Device, kernel: &GemvQkv, dims: Dims, real: usize) -> (Vec<u16>, Vec<f32>) {
+        let (q, kv) =
+            (poisoned(device, dims.rows * dims.q_width), poisoned(device, dims.rows * 2 * dims.kv_width));
+        let call = Call {
+            weights: &self.weights,
+            bias: &self.bias,
+            norm: &self.norm,
+            x: &self.x,
+            live: &self.live,
+            positions: &self.positions,
+            inv_freq: &self.inv_freq,
+            q: &q,
+            kv: &kv,
+            norm_cols: real,
+            eps: EPS,
+            mscale: MSCALE,
+        };
+        kernel.issue(device, &call).unwrap();
+        (q.read(0, q.len()).unwrap(), kv.read(0, kv.len()).unwrap())
+    }
+}
+
+/// A row's bits depend on the way that it is computed, but not on its neighbours.
+#[test]
+fn gemv_qkv_rows_do_not_depend_on_neighbours() {
+    let Some((device, _turn)) = device() else { return };
+    let mut random = Random::new();
+    let (cols, q_width, kv_width) = (2880, 1024, 128);
+    let outputs = q_width + 2 * kv_width;
+    let x = random.units(16 * cols, 2.0);
+    let mut inputs = Inputs {
+        weights: device.upload(&in_panels(&matrix(&mut random, outputs, cols), outputs, cols)).unwrap(),
+        bias: device.upload(&random.units(outputs, 0.5)).unwrap(),
+        norm: device.upload(&random.units(cols, 2.0)).unwrap(),
+        x: device.upload(&x).unwrap(),
+        live: device.upload(&[16]).unwrap(),
+        positions: device.upload(&(0..16).map(|at| at * 999).collect::<Vec<i32>>()).unwrap(),
+        inv_freq: device.upload(&random.units(32, 1.0)).unwrap(),
+    };
+    let run = |inputs: &Inputs, rows: usize| {
+        let dims = Dims { rows, cols, q_width, kv_width };
+        inputs.run(&device, &GemvQkv::load(&device, dims).unwrap(), dims, cols)
+    };
+    let (q, kv) = run(&inputs, 16);
+    for rows in [1, 2, 7, 8, 9, 15] {
+        inputs.live = device.upload(&[rows as i32]).unwrap();
+        let (part_q, part_kv) = run(&inputs, rows);
+        let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        assert!(part_q[..rows * q_width] == q[..rows * q_width], "q of {rows} rows");
+        assert!(
+            bits(&part_kv[..rows * 2 * kv_width]) == bits(&kv[..rows * 2 * kv_width]),
+            "kv of {rows} rows"
+        );
+    }
 }
