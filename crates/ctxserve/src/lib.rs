@@ -1,10 +1,12 @@
 //! The `ctxserve` program as a library: command line, model sources, wiring, subcommands.
 //!
-//! [`run`] reads the command line. [`serve`] turns flags into a running server; [`mod@bench`] measures a model; [`inspect`]
-//! shows what goes into a model and what comes out. Backends are named in [`device`] alone.
+//! [`run`] reads the command line. [`serve`] turns flags into a running server; [`mod@bench`] measures a model; [`convert`]
+//! stores a checkpoint in another format and [`inspect`] says what one is; [`tools`] shows what goes into a model and what comes
+//! out. Backends are named in [`device`] alone.
 
 pub mod bench;
 pub mod cli;
+pub mod convert;
 pub mod device;
 pub mod hub;
 pub mod inspect;
@@ -18,6 +20,7 @@ pub mod serve;
 mod signals;
 pub mod source;
 mod start;
+pub mod tools;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
@@ -49,8 +52,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             // Not locked: the log of other threads goes to standard error meanwhile.
             bench::bench(running, &measured, &mut io::stdout(), &mut io::stderr()).map(|()| true)
         }
-        Invocation::Render(args) => inspect::render(&args, &mut io::stdout().lock()).map(|()| true),
-        Invocation::Parse(args) => inspect::parse(&args, &mut io::stdout().lock()),
+        Invocation::Convert(args) => convert::run(&args, &mut io::stdout(), &mut io::stderr()).map(|()| true),
+        Invocation::Inspect(args) => inspect::run(&args, &mut io::stdout().lock()).map(|()| true),
+        Invocation::Render(args) => tools::render(&args, &mut io::stdout().lock()).map(|()| true),
+        Invocation::Parse(args) => tools::parse(&args, &mut io::stdout().lock()),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -68,8 +68,8 @@ pub fn budget(
     Ok(KvBudget { bytes, max_model_len: fits, shortened_from: Some(wanted) })
 }
 
-/// Bytes that one sequence of this length needs.
-fn bytes_of_one(spec: &KvSpec, length: usize, chunk: usize) -> usize {
+/// Bytes that one sequence of this length needs, when a step appends at most `chunk` tokens to it.
+pub fn bytes_of_one(spec: &KvSpec, length: usize, chunk: usize) -> usize {
     (0..spec.groups.len())
         .map(|group| spec.pages_for(group, length, chunk.min(length)).saturating_mul(spec.page_bytes(group)))
         .fold(0, usize::saturating_add)

@@ -140,8 +140,7 @@ impl Model {
     /// # Errors
     /// An unknown format, or one whose control tokens the tokenizer lacks.
     pub fn format(&self, asked: Option<&str>, family: Option<&str>) -> anyhow::Result<Arc<dyn ChatFormat>> {
-        let of_family = family.and_then(|family| FAMILY_FORMATS.iter().find(|(name, _)| *name == family));
-        let name = asked.unwrap_or_else(|| of_family.map_or(self.default_format, |(_, format)| format));
+        let name = asked.unwrap_or_else(|| family.map_or(self.default_format, format_of));
         Ok(formats::open(name, Arc::clone(&self.tokenizer))?)
     }
 
@@ -152,6 +151,11 @@ impl Model {
             Body::Script(_) => None,
         }
     }
+}
+
+/// The chat format that a model family speaks.
+pub fn format_of(family: &str) -> &'static str {
+    FAMILY_FORMATS.iter().find(|(name, _)| *name == family).map_or(DEFAULT_FORMAT, |(_, format)| format)
 }
 
 /// The storage format that a name of `--quantization` means: vLLM names tools, and some twice.

@@ -51,6 +51,23 @@ impl FromStr for Source {
     }
 }
 
+/// The directory of a checkpoint: itself, or where a repository or a profile's repository is brought.
+///
+/// # Errors
+/// What has no directory, and the hub's.
+pub fn locate(text: &str) -> anyhow::Result<PathBuf> {
+    let profile = profile::find(text)?;
+    let place = profile.as_ref().and_then(|(_, values)| values.text("model")).unwrap_or(text);
+    match place.parse()? {
+        Source::Directory(dir) => Ok(dir),
+        Source::Repository(repo) => {
+            let options = ModelOptions { revision: "main".to_owned(), ..ModelOptions::default() };
+            download(&repo, &options, Want::Model)
+        }
+        Source::Demo | Source::Replay(_) => bail!("{text} is no checkpoint on disk"),
+    }
+}
+
 /// Brings a repository into the cache and returns where it is.
 ///
 /// # Errors

@@ -1,6 +1,7 @@
-//! The command line: `serve` (the default), `bench`, `render` and `parse`.
+//! The command line: `serve` (the default), `bench`, `convert`, `inspect`, `render` and `parse`.
 
 pub mod bench;
+pub mod checkpoints;
 mod numbers;
 pub mod options;
 mod spelling;
@@ -12,10 +13,11 @@ use std::path::PathBuf;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use bench::BENCH;
+use checkpoints::{ConvertArgs, InspectArgs};
 use table::{Flag, RUNNING, Takes, Treatment, flags};
 use values::{Given, Origin, Values};
 
-const SUBCOMMANDS: [&str; 4] = ["serve", "bench", "render", "parse"];
+const SUBCOMMANDS: [&str; 6] = ["serve", "bench", "convert", "inspect", "render", "parse"];
 
 const MODEL_HELP: &str = "A directory with a checkpoint, a profile (context-1-mxfp4, gpt-oss-20b, gpt-oss-120b), a Hugging \
      Face repository owner/name, demo (a small model with random weights), or replay:FILE (scripted answers). \
@@ -33,6 +35,10 @@ pub enum Invocation {
         /// What is measured: rows of [`bench::BENCH`].
         measured: Values,
     },
+    /// Store a checkpoint in another format.
+    Convert(ConvertArgs),
+    /// Say what a checkpoint is.
+    Inspect(InspectArgs),
     /// Print the token ids of a conversation.
     Render(ToolArgs),
     /// Parse token sequences into messages.
@@ -73,6 +79,8 @@ pub fn parse(args: impl IntoIterator<Item = String>) -> Result<Invocation, clap:
     }
     let matches = command().try_get_matches_from(std::iter::once(program).chain(rest))?;
     Ok(match matches.subcommand() {
+        Some(("convert", sub)) => Invocation::Convert(checkpoints::convert_args(sub)?),
+        Some(("inspect", sub)) => Invocation::Inspect(checkpoints::inspect_args(sub)),
         Some(("render", sub)) => Invocation::Render(tool_args(sub)),
         Some(("parse", sub)) => Invocation::Parse(tool_args(sub)),
         Some(("bench", sub)) => Invocation::Bench {
@@ -93,6 +101,8 @@ pub fn command() -> Command {
         .subcommand_required(true)
         .subcommand(serve_command())
         .subcommand(bench_command())
+        .subcommand(checkpoints::convert_command())
+        .subcommand(checkpoints::inspect_command())
         .subcommand(tool_command(
             "render",
             "Print the prompt of a conversation as JSON: token_ids, and text with control tokens spelled out",
