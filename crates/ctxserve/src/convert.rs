@@ -126,8 +126,8 @@ mod tests {
     fn a_whole_model_goes_to_mxfp4_and_back() {
         let root = tempfile::tempdir().unwrap();
         let (packed, dense) = (root.path().join("packed"), root.path().join("dense"));
-        let out = convert_golden("dense", &packed, Target::Mxfp4).unwrap();
-        assert!(out.contains("relative error, the") && out.contains("bf16 -> mxfp4"), "{out}");
+        let out = convert_golden("mlx", &packed, Target::Mxfp4).unwrap();
+        assert!(out.contains("relative error, the") && out.contains("affine -> mxfp4"), "{out}");
         let checkpoint = Checkpoint::open(&packed).unwrap();
         assert_eq!(checkpoint.format_name(), "mxfp4");
         assert!(wants(&checkpoint).is_ok());
@@ -140,6 +140,24 @@ mod tests {
         let mut out = Vec::new();
         run(&args, &mut out, &mut Vec::new()).unwrap();
         assert!(String::from_utf8(out).unwrap().starts_with("nothing was lost\n"));
+        // Weights that were MXFP4 once are so again, whatever they were in between.
+        let out = convert_golden("dense", &root.path().join("again"), Target::Mxfp4).unwrap();
+        assert!(out.starts_with("nothing was lost\n"), "{out}");
+    }
+
+    #[test]
+    fn a_dense_model_goes_to_nvfp4_and_back() {
+        let root = tempfile::tempdir().unwrap();
+        let to = root.path().join("packed");
+        let out = convert_golden("qwen3", &to, Target::Nvfp4).unwrap();
+        assert!(out.contains("bf16 -> nvfp4") && out.contains("1.0 was written"), "{out}");
+        let checkpoint = Checkpoint::open(&to).unwrap();
+        assert_eq!(checkpoint.format_name(), "nvfp4");
+        assert!(wants(&checkpoint).is_ok());
+        // ModelOpt's factors that differ within a product become one.
+        let merged = root.path().join("merged");
+        let out = convert_golden("qwen3_nvfp4", &merged, Target::Nvfp4).unwrap();
+        assert!(out.contains("nvfp4 -> nvfp4"), "{out}");
     }
 
     #[test]

@@ -50,7 +50,8 @@ impl Target {
     /// All, in the order in which they are listed.
     pub const ALL: [Self; 3] = [Self::Mxfp4, Self::Nvfp4, Self::Bf16];
 
-    fn name(self) -> &'static str {
+    /// As it is written and read.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Mxfp4 => "mxfp4",
             Self::Nvfp4 => "nvfp4",

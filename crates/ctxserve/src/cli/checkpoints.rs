@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Arg, ArgAction, ArgMatches, Command, error::ErrorKind};
+use clap::builder::PossibleValuesParser;
+use clap::error::ErrorKind;
+use clap::{Arg, ArgAction, ArgMatches, Command};
 use ctxserve_checkpoint::Target;
 
 use super::numbers::bytes;
@@ -35,7 +37,6 @@ pub struct InspectArgs {
 }
 
 pub(super) fn convert_command() -> Command {
-    let formats = Target::ALL.map(|target| target.to_string());
     Command::new("convert")
         .about("Store a checkpoint in another format")
         .arg(Arg::new("SRC").required(true).help(SOURCE_HELP))
@@ -45,7 +46,7 @@ pub(super) fn convert_command() -> Command {
                 .long("to")
                 .required(true)
                 .value_name("FORMAT")
-                .value_parser(formats.to_vec())
+                .value_parser(PossibleValuesParser::new(Target::ALL.map(Target::name)))
                 .help("mxfp4: experts packed; nvfp4: projections of dense layers packed, as ModelOpt stores them"),
         )
         .arg(
