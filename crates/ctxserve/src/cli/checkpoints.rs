@@ -60,8 +60,8 @@ pub(super) fn convert_command() -> Command {
         .after_help(
             "SRC is only read. DST appears when it is complete; until then DST.partial holds what is finished, and the same \
              command goes on from there. What is not packed is written in bfloat16. DST/convert-report.json has the relative \
-             error of each tensor.\n\nnvfp4: `input_scale` is 1.0 in every module, because inputs are not calibrated. This \
-             server does not quantise inputs; one that does may do better with a calibrated checkpoint.",
+             error of each tensor.\n\nnvfp4: `input_scale` is 1.0 in every module, because inputs are not calibrated. \
+             Servers that round inputs to FP4, as this one does only when asked, may do better with a calibrated checkpoint.",
         )
 }
 
