@@ -1,28 +1,12 @@
 // The experts' products for rows sorted by expert (moe_sort): gate and up with SwiGLU, and down. Weights are MXFP4 strips, operand A of
 // wgmma from registers: a warp turns the 16 rows of a strip into fp16, block scale multiplied in, while the products of the 64 columns
-// before run; each lane copies what it will need into a ring of its own (bulk copies of a strip's tile are too small to be fast).
-// Activations are fp16 panels, operand B, which one more warp copies in bulk. The portable path has the same tiles and mma.sync.
+// before run; each lane loads its own codes, four tiles ahead of their use. Activations are fp16 panels, operand B, which one more warp
+// copies in bulk. The portable path has mma.sync.
 //
 // Range: a row's weights are taken relative to its largest block scale, R: code * 2^(s - R + 1) in fp16 (at most 12; exact down to
 // s = R - 24, then fading), and the sum is multiplied by 2^(R - 128) in float32.
-#include "common/mxfp4.cuh"
-#include "common/panels.cuh"
+#include "common/moe_gemm.cuh"
 #include "common/wgmma.cuh"
-
-struct Params {
-    const char* w;                   // strips of [experts, rows, cols]
-    const unsigned char* exponents;  // [experts, rows]: R of each row, in the order of the strips' rows (moe_exponents)
-    const float* bias;               // [experts, rows]: gate/up: gate i at 2i, up i at 2i + 1; down: rows in order
-    const void* x;                   // panels of [capacity, cols], fp16
-    void* y;                         // gate/up: panels of [capacity, rows / 2], fp16; down: [capacity, rows], float32 or bf16
-    const int4* tiles;               // {expert, first sorted row, sorted rows (a multiple of 8), 0}
-    const int* count;                // tiles
-    int cols;                        // multiple of 64
-    int rows;                        // of one expert, a multiple of 16
-    int capacity;                    // multiple of 8
-    float alpha, limit;              // SwiGLU: sigmoid's factor, clamp
-    int stagger;                     // nanoseconds by which the second warpgroup starts later: one multiplies while the other stores
-};
 
 struct ExponentParams {
     const char* w;
@@ -49,82 +33,7 @@ KERNEL __launch_bounds__(128) moe_exponents(const __grid_constant__ ExponentPara
     }
 }
 
-// What becomes of the sums.
-enum Output { SWIGLU, DOWN_F32, DOWN_BF16 };
-
-// Offsets of a lane's two rows, 30 - R: with them a scale word becomes fp16 factors.
-DEVICE uint32_t scale_offsets(int low, int high) { return (static_cast<uint32_t>(30 - low) & 0xffff) | static_cast<uint32_t>(30 - high) << 16; }
-
-// Factors 2^(s - R + 15) of (row g, row g + 8) for one block of 32, each as two equal fp16; 0 where that is below 2^-14.
-template <int BLOCK> DEVICE void scale_factors(uint32_t word, uint32_t offsets, uint32_t& low, uint32_t& high) {
-    const uint32_t bytes = __byte_perm(word, 0, BLOCK ? 0x4342 : 0x4140);
-    const uint32_t exponents = __viaddmax_s16x2_relu(bytes, offsets, 0) << 2;
-    low = __byte_perm(exponents, 0, 0x0404);
-    high = __byte_perm(exponents, 0, 0x2424);
-}
-
-DEVICE uint32_t multiply2(uint32_t a, uint32_t b) {
-    const __half2 v = __hmul2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
-    return *reinterpret_cast<const uint32_t*>(&v);
-}
-
-// A lane's share of a tile as operand A of four products of 16 columns.
-DEVICE void dequantise(uint4 codes, uint32_t scales, uint32_t offsets, uint32_t (&a)[4][4]) {
-    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-    uint32_t factors[4];
-    scale_factors<0>(scales, offsets, factors[0], factors[1]);
-    scale_factors<1>(scales, offsets, factors[2], factors[3]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        uint32_t pairs[4];
-        fp4_to_fp16(words[i], pairs);
-        const int first = i / 2 * 2, high = i % 2;
-        a[first][high] = multiply2(pairs[0], factors[i]);
-        a[first][2 + high] = multiply2(pairs[1], factors[i]);
-        a[first + 1][high] = multiply2(pairs[2], factors[i]);
-        a[first + 1][2 + high] = multiply2(pairs[3], factors[i]);
-    }
-}
-
-DEVICE float swiglu(float gate, float up, float alpha, float limit) {
-    gate = fminf(gate, limit);
-    up = fminf(fmaxf(up, -limit), limit);
-    return __fdividef(gate, 1.0f + __expf(-alpha * gate)) * (up + 1.0f);
-}
-
-constexpr int STRIPS = 8;  // of a tile, one a warp
-
-// Sums of one strip for N sorted rows from `first` on, of which `tokens` are to be stored.
-template <int N, Output OUT>
-DEVICE void store(const Params& p, const float (&d)[N / 2], int expert, int strip, int first, int tokens, uint32_t offsets) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const float* bias = p.bias + static_cast<size_t>(expert) * p.rows + strip * STRIP_ROWS;
-    const float bias_low = bias[OUT == SWIGLU ? 2 * g : g], bias_high = bias[OUT == SWIGLU ? 2 * g + 1 : g + 8];
-    // 2^(R - 128) from 30 - R.
-    const float unit_low = __int_as_float((29 - static_cast<short>(offsets & 0xffff)) << 23);
-    const float unit_high = __int_as_float((29 - static_cast<short>(offsets >> 16)) << 23);
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-        if (8 * j >= tokens) break;
-        float v[4];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) v[c] = fmaf(d[4 * j + c], c < 2 ? unit_low : unit_high, c < 2 ? bias_low : bias_high);
-        if constexpr (OUT == SWIGLU) {
-            const float even = swiglu(v[0], v[2], p.alpha, p.limit), odd = swiglu(v[1], v[3], p.alpha, p.limit);
-            const uint32_t turned = transpose8(pack2<__half>(even, odd));
-            char* y = static_cast<char*>(p.y) + panel_chunk(first + 8 * j + g, strip * 8, p.capacity) + 4 * t;
-            *reinterpret_cast<uint32_t*>(y) = turned;
-        } else if constexpr (OUT == DOWN_BF16) {
-            const uint32_t low = transpose8(pack2<__nv_bfloat16>(v[0], v[1])), high = transpose8(pack2<__nv_bfloat16>(v[2], v[3]));
-            auto* y = static_cast<__nv_bfloat16*>(p.y) + static_cast<size_t>(first + 8 * j + g) * p.rows + strip * STRIP_ROWS + 2 * t;
-            *reinterpret_cast<uint32_t*>(y) = low;
-            *reinterpret_cast<uint32_t*>(y + 8) = high;
-        } else {
-            auto* y = static_cast<float*>(p.y) + static_cast<size_t>(first + 8 * j + 2 * t) * p.rows + strip * STRIP_ROWS + g;
-            y[0] = v[0], y[8] = v[2], y[p.rows] = v[1], y[p.rows + 8] = v[3];
-        }
-    }
-}
+constexpr int STRIPS = 8;  // of a tile of the portable path, one a warp
 
 DEVICE int row_tiles_of(const Params& p) { return (p.rows + STRIPS * STRIP_ROWS - 1) / (STRIPS * STRIP_ROWS); }
 
@@ -142,6 +51,7 @@ template <Output OUT> DEVICE void moe_gemm_portable(const Params& p) {
         const bool real = strip * STRIP_ROWS < p.rows;
         const size_t row = static_cast<size_t>(tile.x) * p.rows + (real ? strip * STRIP_ROWS : 0);
         const uint32_t offsets = scale_offsets(p.exponents[row + lane / 4], p.exponents[row + 8 + lane / 4]);
+        const float* bias = p.bias + row + lane / 4 * (OUT == SWIGLU ? 2 : 1);
         const char* codes = p.w + row / STRIP_ROWS * strip_bytes(steps) + lane * 16;
         const char* scales = p.w + row / STRIP_ROWS * strip_bytes(steps) + steps * TILE_CODES + lane / 4 * 4;
         for (int done = 0; done < tile.z; done += TOKENS) {
@@ -181,206 +91,329 @@ template <Output OUT> DEVICE void moe_gemm_portable(const Params& p) {
             }
             copy_wait<0>();
             if (real)
-                store<TOKENS, OUT>(p, reinterpret_cast<const float(&)[TOKENS / 2]>(d), tile.x, strip, tile.y + done, tile.z - done, offsets);
+                store<TOKENS, OUT>(p, reinterpret_cast<const float(&)[TOKENS / 2]>(d), strip, tile.y + done, tile.z - done, offsets,
+                                   bias[0], bias[OUT == SWIGLU ? 1 : 8]);
         }
     }
 }
 
 #ifdef HOPPER
 
-constexpr int CONSUMERS = STRIPS;  // warps
+constexpr int GROUP = 4;  // tiles of a strip that a warp has in registers ahead of their use
 
-// A lane's codes and scales of the tiles that its warp will take, DEPTH - 1 of them on their way: the tiles of one strip, then those of
-// the next in the list of work. Only the lane itself reads what it copied, so that nothing has to be awaited but its own copies.
-template <int DEPTH> struct Weights {
-    static constexpr int SLOT = 32 * (16 + 4), BYTES = DEPTH * SLOT;  // of a warp
-    const char *codes, *scales;           // of the next tile to copy
-    uint32_t to_codes, to_scales, bound;  // the slot taken last, which the next copy goes to; the end of the ring
-    int left, at, expert;                 // tiles of this strip; place in the list of work; the expert of the place after it
+// Of lane 0: tells the compiler that a value is one for the warp.
+DEVICE int uniform(int v) { return __shfl_sync(~0u, v, 0); }
 
-    __device__ __forceinline__ Weights(const Params& p, uint32_t shared, int work) {
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        to_codes = shared + warp * BYTES + lane * 16;
-        to_scales = shared + warp * BYTES + 512 + lane * 4;
-        bound = to_codes + BYTES;
-        at = blockIdx.x;
-        if (at >= work) return;
-        expert = p.tiles[at / row_tiles_of(p)].x;
-        enter(p, work);
-        for (int i = 0; i < DEPTH - 1; ++i) {
-            load(p, work);
-            advance();
-        }
+// What a block multiplies at a time: up to W warpgroups' quads (of four strips, 64 rows) of one expert with the rows of one tile. Blocks
+// take such pieces in turn, so that those that run together share activations and weights in L2.
+template <int W> struct Work {
+    int at, end, quads, each;  // place in the list of pieces, its end; quads of an expert, pieces of a tile
+
+    __device__ __forceinline__ Work(int rows, int tiles) : at(blockIdx.x), quads((rows + 63) / 64) {
+        each = (quads + W - 1) / W, end = tiles * each;
     }
-    // To the strip of this place. Beyond the last place, and beyond the last strip of one, strips are copied for nothing.
-    __device__ __forceinline__ void enter(const Params& p, int work) {
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        const int strips = p.rows / STRIP_ROWS, tiles = p.cols / TILE_COLS, row_tiles = row_tiles_of(p);
-        const int strip = min(at % row_tiles * STRIPS + warp, strips - 1);
-        const char* from = p.w + (static_cast<size_t>(expert) * strips + strip) * strip_bytes(tiles);
-        codes = from + lane * 16;
-        scales = from + tiles * TILE_CODES + lane / 4 * 4;
-        left = tiles;
-        at += gridDim.x;
-        if (at < work) expert = p.tiles[at / row_tiles].x;
-    }
-    __device__ __forceinline__ void load(const Params& p, int work) {
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to_codes), "l"(codes) : "memory");
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to_scales), "l"(scales) : "memory");
-        copy_commit();
-        codes += TILE_CODES;
-        scales += TILE_SCALES;
-        if (--left == 0) enter(p, work);
-    }
-    __device__ __forceinline__ void advance() {
-        to_codes += SLOT;
-        to_scales += SLOT;
-        if (to_codes == bound) {
-            to_codes -= BYTES;
-            to_scales -= BYTES;
-        }
-    }
-    // The oldest tile; starts the copies of one more in the place of the one taken before.
-    __device__ __forceinline__ void take(const Params& p, int work, uint4& words, uint32_t& scale) {
-        load(p, work);
-        advance();
-        copy_wait<DEPTH - 1>();
-        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                     : "r"(to_codes)
-                     : "memory");
-        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scale) : "r"(to_scales) : "memory");
+    __device__ __forceinline__ bool more() const { return at < end; }
+    __device__ __forceinline__ void advance() { at += gridDim.x; }
+    __device__ __forceinline__ int tile() const { return at / each; }
+    __device__ __forceinline__ int quad() const { return at % each * W; }
+    // Those of an expert's last piece may be fewer.
+    __device__ __forceinline__ int count() const { return min(W, quads - quad()); }
+};
+
+// A lane's way through a strip, and what it has of the next tiles.
+struct Weights {
+    const char *codes, *scales;  // of the tile after those held
+    uint4 held[GROUP];
+    uint32_t held_scales;  // of tile t of a group, row g and row g + 8; lane t of four hands them on
+
+    __device__ __forceinline__ void enter(const char* strip, int steps) {
+        const int lane = threadIdx.x % 32;
+        codes = strip + lane * 16;
+        scales = strip + steps * TILE_CODES + lane % 4 * TILE_SCALES + lane / 4 * 4;
     }
 };
+
+DEVICE uint32_t load_word(const char* p) {
+    uint32_t v;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+DEVICE int load_byte(const unsigned char* p) {
+    uint32_t v;
+    asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+DEVICE float load_float(const float* p) {
+    float v;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
+    return v;
+}
+// Has L2 fetch; a hint, the same of all lanes, given by one.
+DEVICE void prefetch(const char* from, uint32_t bytes) {
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; @p cp.async.bulk.prefetch.L2.global [%0], %1; }" ::"l"(from), "r"(bytes)
+                 : "memory");
+}
 
 // Gives a stage back to the warp that copies.
 DEVICE void give_back(uint32_t empty) {
     if (threadIdx.x % 32 == 0) barrier_arrive(empty);
 }
 
+// Shape of a kernel. W consumer warpgroups; tiles of up to MAX rows; stages of the ring, and tiles of 64 columns of a stage; groups that L2 is
+// told of ahead of the loads.
+template <int W_, int MAX_, int STAGES_, int SPAN_, int AHEAD_, int LAG_, int REGISTERS_> struct Shape {
+    static constexpr int LAG = LAG_, W = W_, MAX = MAX_, STAGES = STAGES_, SPAN = SPAN_, AHEAD = AHEAD_, REGISTERS = REGISTERS_;
+    static constexpr int STAGE_BYTES = SPAN * MAX * 128;
+    using Activations = Ring<STAGES, 1, 4 * W>;
+};
+
+// The sums of one strip and a tile's rows, over all columns. The first group has what is left over of whole ones. Leaves the first group of
+// the next strip in `weights`.
+template <int N, class S>
+DEVICE void multiply(float (&d)[N / 2], typename S::Activations& ring, Weights& weights, const char* here, const char* next,
+                     uint64_t descriptor, int steps, uint32_t offsets, uint32_t follower) {
+    const int t = threadIdx.x % 4, first = (steps - 1) % GROUP + 1;
+    uint32_t a[2][4][4];
+    const auto product = [&](const uint32_t (&operand)[4][4], int part) {
+        const uint64_t b = descriptor + (ring.stage * (S::STAGE_BYTES / 16) + part * (S::MAX * 8));
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) Wgmma<N>::fp16(d, operand[i], b + 2 * i);
+        wgmma_commit();
+    };
+    // Of a group that `done` tiles end with: where the next comes from, how many tiles it has.
+    int refill;
+    const auto turn = [&](int done) {
+        refill = GROUP;
+        if (done == steps) {
+            weights.enter(next, steps);
+            refill = first;
+        }
+        const uint32_t scales = weights.held_scales;
+        if (t < refill) weights.held_scales = load_word(weights.scales);
+        return scales;
+    };
+    {
+        const uint32_t scales = turn(first);
+        int i = 0;
+        do {
+            dequantise(weights.held[0], __shfl_sync(~0u, scales, i, 4), offsets, a[0]);
+#pragma unroll
+            for (int j = 0; j + 1 < GROUP; ++j) weights.held[j] = weights.held[j + 1];
+            if (S::SPAN == 1 || i == 0) ring.wait_full();
+            product(a[0], S::SPAN == 1 ? 0 : i);
+            wgmma_wait<0>();
+            if (S::SPAN == 1) {
+                give_back(ring.empty());
+                ring.advance();
+            }
+        } while (++i < first);
+        if (S::SPAN > 1) {
+            give_back(ring.empty());
+            ring.advance();
+        }
+#pragma unroll
+        for (i = 0; i < GROUP; ++i)
+            if (i < refill) weights.held[i] = load_streaming(weights.codes + i * TILE_CODES);
+        weights.codes += refill * TILE_CODES;
+        weights.scales += refill * TILE_SCALES;
+    }
+    uint32_t before = 0;
+    for (int k = first; k < steps; k += GROUP) {
+        if constexpr (S::AHEAD > 0) {
+            const int at = k + GROUP * (1 + S::AHEAD) - steps;
+            if (at < 0)
+                prefetch(here + (k + GROUP * (1 + S::AHEAD)) * TILE_CODES, GROUP * TILE_CODES);
+            else if (at + first + GROUP <= steps)
+                prefetch(next + (at > 0 ? at + first : 0) * TILE_CODES, (at > 0 ? GROUP : GROUP + first) * TILE_CODES);
+            if (k == first) prefetch(next + steps * TILE_CODES, steps * TILE_SCALES);
+        }
+        const uint32_t scales = turn(k + GROUP);
+#pragma unroll
+        for (int i = 0; i < GROUP; ++i) {
+            dequantise(weights.held[i], __shfl_sync(~0u, scales, i, 4), offsets, a[i % 2]);
+            if (i < refill) weights.held[i] = load_streaming(weights.codes + i * TILE_CODES);
+            if (i % S::SPAN == 0) ring.wait_full();
+            product(a[i % 2], i % S::SPAN);
+            wgmma_wait<1>();
+            if (i % S::SPAN == 0) {
+                if (i > 0 || k > first) give_back(before);
+                before = ring.empty();
+            }
+            if ((i + 1) % S::SPAN == 0) ring.advance();
+            if (i == S::LAG && k == first && follower) give_back(follower);
+        }
+        weights.codes += refill * TILE_CODES;
+        weights.scales += refill * TILE_SCALES;
+    }
+    wgmma_wait<0>();
+    wgmma_settle(d);
+    if (steps > first) give_back(before);
+}
+
 template <int N> struct Columns {
     static constexpr int value = N;
 };
 
-// SPAN: tiles of 64 columns of a stage of activations.
-template <int N, int MAX, int STAGES, int SPAN, int DEPTH, Output OUT>
-DEVICE void consume(const Params& p, Ring<STAGES, 1, CONSUMERS>& ring, Weights<DEPTH>& weights, uint32_t stages, int4 tile, int row_tile,
-                    int work) {
-    const int lane = threadIdx.x % 32, steps = p.cols / TILE_COLS, strip = row_tile * STRIPS + threadIdx.x / 32;
-    const bool real = strip * STRIP_ROWS < p.rows;
-    const unsigned char* exponents =
-        p.exponents + static_cast<size_t>(tile.x) * p.rows + (real ? strip : 0) * STRIP_ROWS + lane / 4;
-    const uint32_t offsets = scale_offsets(exponents[0], exponents[8]);
-    float d[N / 2] = {};
-    uint32_t a[2][4][4];
-    uint32_t before = 0;
-    const auto step = [&](uint32_t (&operand)[4][4], int part) {
-        uint4 words;
-        uint32_t scale;
-        weights.take(p, work, words, scale);
-        dequantise(words, scale, offsets, operand);
-        if (SPAN == 1 || part == 0) ring.wait_full();
-        const uint64_t b = wgmma_descriptor(stages + (ring.stage * SPAN + part) * (MAX * 128));
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) Wgmma<N>::fp16(d, operand[k], b + 2 * k);
-        wgmma_commit();
-        wgmma_wait<1>();
-    };
-    const auto leave = [&] {
-        before = ring.empty();
-        ring.advance();
-    };
-    // An odd step goes first, on its own: behind the loop its operands would be a third set of registers.
-    if (steps % 2) {
-        step(a[0], 0);
-        wgmma_wait<0>();
-        give_back(ring.empty());
-        ring.advance();
+// A ragged tile multiplies no more columns than the instruction made for it has.
+template <class S, class Run> DEVICE void for_columns(int rows, const Run& run) {
+    if constexpr (S::MAX == 64) {
+        if (rows <= 8) run(Columns<8>{});
+        else if (rows <= 16) run(Columns<16>{});
+        else if (rows <= 24) run(Columns<24>{});
+        else if (rows <= 32) run(Columns<32>{});
+        else if (rows <= 48) run(Columns<48>{});
+        else run(Columns<64>{});
+    } else if constexpr (S::MAX == 160) {
+        if (rows <= 32) run(Columns<32>{});
+        else if (rows <= 64) run(Columns<64>{});
+        else if (rows <= 80) run(Columns<80>{});
+        else if (rows <= 96) run(Columns<96>{});
+        else if (rows <= 112) run(Columns<112>{});
+        else if (rows <= 128) run(Columns<128>{});
+        else if (rows <= 144) run(Columns<144>{});
+        else run(Columns<160>{});
+    } else {
+        if (rows <= 64) run(Columns<64>{});
+        else if (rows <= 96) run(Columns<96>{});
+        else if (rows <= 128) run(Columns<128>{});
+        else if (rows <= 160) run(Columns<160>{});
+        else if (rows <= 192) run(Columns<192>{});
+        else if (rows <= 224) run(Columns<224>{});
+        else run(Columns<256>{});
     }
-    for (int k = steps % 2; k < steps; k += 2) {
-        step(a[0], 0);
-        if (k > 1) give_back(before);
-        if constexpr (SPAN == 1) {
-            leave();
-            step(a[1], 0);
-            give_back(before);
-        } else {
-            step(a[1], 1);
-        }
-        leave();
-    }
-    wgmma_wait<0>();
-    wgmma_settle(d);
-    if (steps > 1) give_back(before);
-    if (real) store<N, OUT>(p, d, tile.x, strip, tile.y, tile.z, offsets);
 }
 
-template <int MAX, int STAGES, int SPAN, int DEPTH, Output OUT> DEVICE void moe_gemm(const Params& p) {
-    constexpr int STAGE_BYTES = SPAN * MAX * 128;
-    extern __shared__ __align__(1024) char shared[];
-    __shared__ __align__(8) uint64_t barriers[2 * STAGES];
-    const uint32_t stages = shared_address(shared);
-    Ring<STAGES, 1, CONSUMERS> ring(shared_address(barriers));
-    if (threadIdx.x == 0) ring.init();
-    __syncthreads();
+template <class S, Output OUT> DEVICE void consume(const Params& p, typename S::Activations ring, uint32_t stages, uint32_t turns) {
+    const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 % 4), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int strips = p.rows / STRIP_ROWS, steps = p.cols / TILE_COLS;
+    Weights weights;
+    const auto strip_of = [&](int expert, int strip) { return p.w + (static_cast<size_t>(expert) * strips + strip) * strip_bytes(steps); };
+    const auto fill = [&](const char* strip) {
+        const int first = (steps - 1) % GROUP + 1;
+        weights.enter(strip, steps);
+        if (t < first) weights.held_scales = load_word(weights.scales);
+#pragma unroll
+        for (int i = 0; i < GROUP; ++i)
+            if (i < first) weights.held[i] = load_streaming(weights.codes + i * TILE_CODES);
+        weights.codes += first * TILE_CODES, weights.scales += first * TILE_SCALES;
+    };
+    if (S::AHEAD > 0) {
+        // Before the list of tiles is there: what it will be if every expert has one.
+        const Work<S::W> likely(p.rows, p.experts);
+        const int expert = min(likely.tile(), p.experts - 1);
+        const char* codes = strip_of(expert, min((likely.quad() + group) * 4 + warp, strips - 1));
+        prefetch(codes, min(steps, GROUP * (1 + S::AHEAD)) * TILE_CODES);
+        prefetch(codes + steps * TILE_CODES, steps * TILE_SCALES);
+    }
     pdl_wait();
     pdl_launch();
-    const int row_tiles = row_tiles_of(p), steps = p.cols / TILE_COLS, work = *p.count * row_tiles;
-    if (p.stagger > 0 && threadIdx.x / 128 == 1) __nanosleep(p.stagger);
-    if (threadIdx.x / 32 >= CONSUMERS) {
-        if constexpr (MAX == 256) registers_shrink<24>();
+    Work<S::W> work(p.rows, uniform(*p.count));
+    if (!work.more()) return;
+    const auto tile_of = [&](int at) {
+        const int4 v = p.tiles[at];
+        return make_int4(uniform(v.x), uniform(v.y), uniform(v.z), 0);
+    };
+    int4 tile = tile_of(work.tile());
+    int strip = min((work.quad() + group) * 4 + warp, strips - 1);
+    const char* here = strip_of(tile.x, strip);
+    fill(here);
+    const auto exponents = [&](int which, int half) {
+        return load_byte(p.exponents + static_cast<size_t>(tile.x) * p.rows + which * STRIP_ROWS + half * 8 + g);
+    };
+    int low = exponents(strip, 0), high = exponents(strip, 1);
+    // A warpgroup starts a tile some steps after the one before it, so that one stores while the others multiply.
+    const bool lags = S::LAG >= 0 && steps > 2 * S::STAGES;
+    const uint32_t follower = lags && group + 1 < S::W ? turns + 8 * group + 8 : 0;
+    uint32_t turn = 0;
+    while (work.more()) {
+        if (lags && group > 0) {
+            barrier_wait(turns + 8 * group, turn);
+            turn ^= 1;
+        }
+        const int count = work.count();
+        const bool real = (work.quad() + group) * 4 + warp < strips;
+        const int4 now = tile;
+        const int row = strip * STRIP_ROWS;
+        const uint32_t offsets = scale_offsets(low, high);
+        work.advance();
+        if (work.more()) {
+            tile = tile_of(work.tile());
+            strip = min((work.quad() + group) * 4 + warp, strips - 1);
+        }
+        const char* next = strip_of(tile.x, strip);
+        low = exponents(strip, 0), high = exponents(strip, 1);
+        if (group < count) {
+            for_columns<S>(now.z, [&](auto columns) {
+                constexpr int N = columns.value;
+                const float* bias = p.bias + static_cast<size_t>(now.x) * p.rows + row;
+                const float bias_low = load_float(bias + (OUT == SWIGLU ? 2 * g : g));
+                const float bias_high = load_float(bias + (OUT == SWIGLU ? 2 * g + 1 : g + 8));
+                float d[N / 2] = {};
+                multiply<N, S>(d, ring, weights, here, next, wgmma_descriptor(stages), steps, offsets, follower);
+                if (real) store<N, OUT>(p, d, row / STRIP_ROWS, now.y, now.z, offsets, bias_low, bias_high);
+            });
+        } else {
+            if (follower) give_back(follower);
+            for (int k = (steps - 1) % S::SPAN + 1; k <= steps; k += S::SPAN) {
+                ring.wait_full();
+                give_back(ring.empty());
+                ring.advance();
+            }
+            fill(next);
+        }
+        here = next;
+    }
+}
+
+template <class S, Output OUT> DEVICE void moe_gemm(const Params& p) {
+    extern __shared__ __align__(1024) char shared[];
+    __shared__ __align__(8) uint64_t barriers[2 * S::STAGES + S::W];
+    const uint32_t turns = shared_address(barriers + 2 * S::STAGES);
+    const uint32_t stages = shared_address(shared);
+    typename S::Activations ring(shared_address(barriers));
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < S::W; ++i) barrier_init(turns + 8 * i, 4);
+        ring.init();
+    }
+    __syncthreads();
+    if (uniform(threadIdx.x / 128) >= S::W) {
+        registers_shrink<S::W == 2 ? 40 : 32>();
+        if (threadIdx.x != S::W * 128) return;
+        pdl_wait();
+        pdl_launch();
         proxy_fence();
-        for (int at = blockIdx.x; threadIdx.x == CONSUMERS * 32 && at < work; at += gridDim.x) {
-            const int4 tile = p.tiles[at / row_tiles];
+        const int steps = p.cols / TILE_COLS;
+        for (Work<S::W> work(p.rows, *p.count); work.more(); work.advance()) {
+            const int4 tile = p.tiles[work.tile()];
             const char* x = static_cast<const char*>(p.x) + static_cast<size_t>(tile.y) * 128;
-            // With an odd number of steps the first stage has one tile only.
-            for (int step = 0, span = (steps - 1) % SPAN + 1; step < steps; step += span, span = SPAN) {
+            for (int k = 0, span = (steps - 1) % S::SPAN + 1; k < steps; k += span, span = S::SPAN) {
                 ring.wait_empty();
                 barrier_expect(ring.full(), span * tile.z * 128);
                 for (int i = 0; i < span; ++i) {
-                    bulk_load(stages + ring.stage * STAGE_BYTES + i * (MAX * 128), x, tile.z * 128, ring.full());
+                    bulk_load(stages + ring.stage * S::STAGE_BYTES + i * (S::MAX * 128), x, tile.z * 128, ring.full());
                     x += static_cast<size_t>(p.capacity) * 128;
                 }
                 ring.advance();
             }
         }
     } else {
-        if constexpr (MAX == 256) registers_grow<240>();
-        Weights<DEPTH> weights(p, stages + STAGES * STAGE_BYTES, work);
-        for (int at = blockIdx.x; at < work; at += gridDim.x) {
-            const int4 tile = p.tiles[at / row_tiles];
-            const int row_tile = at % row_tiles;
-            const auto run = [&](auto columns) {
-                consume<columns.value, MAX, STAGES, SPAN, DEPTH, OUT>(p, ring, weights, stages, tile, row_tile, work);
-            };
-            if constexpr (MAX == 256) {
-                // A ragged tile multiplies as few columns as an instruction for it has.
-                if (tile.z > 192)
-                    run(Columns<256>{});
-                else if (tile.z > 128)
-                    run(Columns<192>{});
-                else if (tile.z > 64)
-                    run(Columns<128>{});
-                else
-                    run(Columns<64>{});
-            } else {
-                run(Columns<MAX>{});
-            }
-        }
-        copy_wait<0>();
+        registers_grow<S::REGISTERS>();
+        consume<S, OUT>(p, ring, stages, turns);
     }
 }
-#define BODY(MAX, STAGES, SPAN, DEPTH, OUT) moe_gemm<MAX, STAGES, SPAN, DEPTH, OUT>(p)
+using Low = Shape<4, 64, 7, 4, 3, -1, 112>;
+using Middle = Shape<3, 160, 11, 1, 0, -1, 160>;
+using High = Shape<2, 256, 7, 1, 0, 1, 232>;
+#define BODY(SHAPE, OUT) moe_gemm<SHAPE, OUT>(p)
 #else
-#define BODY(MAX, STAGES, SPAN, DEPTH, OUT)
+#define BODY(SHAPE, OUT)
 #endif
 
-#define DEFINE(NAME, OUT)                                                                                                   \
-    KERNEL __launch_bounds__(384, 1) NAME##_256(const __grid_constant__ Params p) { BODY(256, 5, 1, 8, OUT); }              \
-    KERNEL __launch_bounds__(288, 2) NAME##_64(const __grid_constant__ Params p) { BODY(64, 3, 2, 10, OUT); }               \
-    KERNEL __launch_bounds__(288, 2) NAME##_32(const __grid_constant__ Params p) { BODY(32, 6, 2, 10, OUT); }               \
-    KERNEL __launch_bounds__(288, 2) NAME##_16(const __grid_constant__ Params p) { BODY(16, 12, 2, 10, OUT); }              \
+#define DEFINE(NAME, OUT)                                                                                      \
+    KERNEL __launch_bounds__(640, 1) NAME##_64(const __grid_constant__ Params p) { BODY(Low, OUT); }           \
+    KERNEL __launch_bounds__(512, 1) NAME##_160(const __grid_constant__ Params p) { BODY(Middle, OUT); }       \
+    KERNEL __launch_bounds__(384, 1) NAME##_256(const __grid_constant__ Params p) { BODY(High, OUT); }         \
     KERNEL __launch_bounds__(256) NAME##_portable(const __grid_constant__ Params p) { moe_gemm_portable<OUT>(p); }
 DEFINE(moe_gate_up, SWIGLU)
 DEFINE(moe_down_f32, DOWN_F32)

@@ -101,20 +101,20 @@ template <int EACH> DEVICE void place_experts(const Sort& sort, int (&counts)[MO
         }
         return;
     }
-    int count = 0, costs = 0;
+    int count = 0;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         const Tiles tiles(rows[i], sort.height);
-        count += tiles.count, costs += tiles.cost();
+        count += tiles.count;
     }
-    int tile = exclusive_sum(count), cost = exclusive_sum(costs);
+    int tile = exclusive_sum(count);
     if (lane == 31) sort.counts[0] = first + sum, sort.counts[1] = tile + count;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         const Tiles tiles(rows[i], sort.height);
         for (int at = 0; at < tiles.count; ++at)
-            sort.tiles[tile + at] = make_int4(lane * EACH + i, first + tiles.first(at), tiles.rows(at), cost + tiles.cost_before(at));
-        first += rows[i], tile += tiles.count, cost += tiles.cost();
+            sort.tiles[tile + at] = tiles.entry(lane * EACH + i, first, at);
+        first += rows[i], tile += tiles.count;
     }
 }
 

@@ -9,7 +9,7 @@ struct Params {
     const int* live;    // rows to do
     int* position;      // [rows, slots]: sorted row
     int* source;        // [capacity]: row of each sorted row, or -1
-    int4* tiles;        // [most tiles]: {expert, first sorted row, sorted rows, cost of the tiles before}; no tile spans experts
+    int4* tiles;        // [most tiles]: {expert, first sorted row, sorted rows, 0}; no tile spans experts
     int* counts;        // {sorted rows, tiles}
     int rows;           // most live rows
     int slots;
@@ -55,7 +55,7 @@ KERNEL CLUSTER __launch_bounds__(THREADS) moe_sort(const __grid_constant__ Param
     __shared__ int counts[WARPS][MOST_EXPERTS];            // of a warp's stretch; later where its next goes
     __shared__ int totals[MOST_EXPERTS];                   // of this block
     __shared__ int before[MOST_EXPERTS], all[MOST_EXPERTS];  // of the blocks before this one, of all
-    __shared__ int first[MOST_EXPERTS], first_tile[MOST_EXPERTS], first_cost[MOST_EXPERTS];
+    __shared__ int first[MOST_EXPERTS], first_tile[MOST_EXPERTS];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = blockIdx.x;
     for (int e = lane; e < MOST_EXPERTS; e += 32) counts[warp][e] = 0;
     pdl_wait();
@@ -94,17 +94,15 @@ KERNEL CLUSTER __launch_bounds__(THREADS) moe_sort(const __grid_constant__ Param
     cluster_sync();
     if (warp == 0) {
         constexpr int EACH = MOST_EXPERTS / 32;
-        int rows[EACH], tiles[EACH], costs[EACH], row_sum = 0, tile_sum = 0, cost_sum = 0;
+        int rows[EACH], tiles[EACH], row_sum = 0, tile_sum = 0;
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             rows[i] = (all[lane * EACH + i] + 7) / 8 * 8;
-            const Tiles of(rows[i], p.height);
-            tiles[i] = of.count, costs[i] = of.cost();
+            tiles[i] = Tiles(rows[i], p.height).count;
             row_sum += rows[i];
             tile_sum += tiles[i];
-            cost_sum += costs[i];
         }
-        int row = exclusive_sum(row_sum), tile = exclusive_sum(tile_sum), cost = exclusive_sum(cost_sum);
+        int row = exclusive_sum(row_sum), tile = exclusive_sum(tile_sum);
         if (block == 0 && lane == 31) {
             p.counts[0] = row + row_sum;
             p.counts[1] = tile + tile_sum;
@@ -113,10 +111,8 @@ KERNEL CLUSTER __launch_bounds__(THREADS) moe_sort(const __grid_constant__ Param
         for (int i = 0; i < EACH; ++i) {
             first[lane * EACH + i] = row;
             first_tile[lane * EACH + i] = tile;
-            first_cost[lane * EACH + i] = cost;
             row += rows[i];
             tile += tiles[i];
-            cost += costs[i];
         }
     }
     __syncthreads();
@@ -142,7 +138,6 @@ KERNEL CLUSTER __launch_bounds__(THREADS) moe_sort(const __grid_constant__ Param
         if (all[e] + lane < rows) p.source[first[e] + all[e] + lane] = -1;
         const Tiles tiles(rows, p.height);
         for (int tile = lane; tile < tiles.count; tile += 32)
-            p.tiles[first_tile[e] + tile] =
-                make_int4(e, first[e] + tiles.first(tile), tiles.rows(tile), first_cost[e] + tiles.cost_before(tile));
+            p.tiles[first_tile[e] + tile] = tiles.entry(e, first[e], tile);
     }
 }

@@ -40,18 +40,20 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
     gemm.exponents(device, &gate_up, &of_gate_up, EXPERTS * 2 * HIDDEN, HIDDEN)?;
     gemm.exponents(device, &down, &of_down, EXPERTS * HIDDEN, HIDDEN)?;
     let bias = device.upload(&vec![0.5_f32; EXPERTS * 2 * HIDDEN])?;
-    let usual = |rows| height(rows, SLOTS, EXPERTS);
-    let with =
-        |heights: &[usize], rows| heights.iter().map(move |&height| (rows, height)).collect::<Vec<_>>();
-    let mut cases = with(&[usual(17)], 17);
-    cases.extend([64, 128, 256, 512].into_iter().flat_map(|rows| with(&[16, 32, 64, 256], rows)));
-    cases.extend([2048, 8192].into_iter().flat_map(|rows| with(&[usual(rows)], rows)));
-    for (rows, height) in cases {
-        let shape = Shape { rows, slots: SLOTS, experts: EXPERTS, height };
+    let popularity: Vec<f32> = (0..EXPERTS).map(|_| 1.0 + 0.3 * bench.unit()).collect();
+    for rows in [32, 64, 128, 256, 512, 1024, 2048, 8192] {
+        let shape = Shape { rows, slots: SLOTS, experts: EXPERTS, height: height(rows, SLOTS, EXPERTS) };
+        // Experts of unequal popularity, distinct in a row.
         let choice: Vec<i32> = (0..rows)
             .flat_map(|_| {
-                let first = bench.bits() as usize;
-                (0..SLOTS).map(move |slot| ((first + slot * (1 + (first >> 8) % 7)) % EXPERTS) as i32)
+                let mut chosen = Vec::with_capacity(SLOTS);
+                while chosen.len() < SLOTS {
+                    let expert = bench.bits() as usize % EXPERTS;
+                    if bench.unit().abs() * 1.3 < popularity[expert] && !chosen.contains(&(expert as i32)) {
+                        chosen.push(expert as i32);
+                    }
+                }
+                chosen
             })
             .collect();
         let touched = choice.iter().collect::<std::collections::BTreeSet<_>>().len();
@@ -126,21 +128,17 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                 bytes: (touched * weight_rows * 45 * 34 + pairs * HIDDEN * (2 + moved)) as f64,
                 flops: 2.0 * (pairs * weight_rows * HIDDEN) as f64,
             };
-            let staggers: &[u32] = if rows > 512 { &[0, 1000, 2000, 4000] } else { &[0] };
-            for &stagger in staggers {
-                let name = format!("moe_gemm {name} {rows} rows, height {}, {stagger} ns", shape.height);
-                bench.time(&name, work, 4, |_| gemm.issue_as(device, &call, stagger))?;
-            }
+            let name = format!("moe_gemm {name} {rows} rows, height {}", shape.height);
+            bench.time(&name, work, 4, |_| gemm.issue(device, &call))?;
         }
 
+        if !bench.wants("moe_combine") {
+            continue;
+        }
         let weight = device.upload(&vec![0.25_f32; rows * SLOTS])?;
         let normed = device.zeros::<u16>(rows.next_multiple_of(8) * HIDDEN)?;
-        let norm = moe_combine::Norm {
-            weight: &bias,
-            eps: 1.0,
-            y: &normed,
-            capacity: rows.next_multiple_of(8),
-        };
+        let norm =
+            moe_combine::Norm { weight: &bias, eps: 1.0, y: &normed, capacity: rows.next_multiple_of(8) };
         for (name, y, bytes, norm) in [
             ("f32", Outputs::F32(&y32), 4, None),
             ("f32 and norm", Outputs::F32(&y32), 4, Some(norm)),

@@ -2,9 +2,6 @@
 #pragma once
 #include "common/common.cuh"
 
-// What a tile of so many rows costs a product, relative to others: its rows, but no less than the spreading of the weights' codes.
-DEVICE int tile_cost(int rows) { return max(rows, 64) + 16; }
-
 // The tiles of `rows` rows (a multiple of 8): whole ones of `height`, but the last two share evenly what they have, as one of few
 // rows would cost little less.
 struct Tiles {
@@ -17,12 +14,8 @@ struct Tiles {
     }
     __device__ __forceinline__ int rows(int tile) const { return tile + 1 == count ? last : tile + 2 == count ? half : height; }
     __device__ __forceinline__ int first(int tile) const { return tile * height - (tile > 0 && tile + 1 == count ? height - half : 0); }
-    __device__ __forceinline__ int cost_before(int tile) const {
-        return tile + 1 == count && tile > 0 ? (tile - 1) * tile_cost(height) + tile_cost(half) : tile * tile_cost(height);
-    }
-    __device__ __forceinline__ int cost() const { return count ? cost_before(count - 1) + tile_cost(last) : 0; }
-    // What a list of tiles has of one: expert, first sorted row, rows, cost of the tiles before it.
-    __device__ __forceinline__ int4 entry(int expert, int first_row, int first_cost, int tile) const {
-        return make_int4(expert, first_row + first(tile), rows(tile), first_cost + cost_before(tile));
+    // What a list of tiles has of one: expert, first sorted row, rows, 0.
+    __device__ __forceinline__ int4 entry(int expert, int first_row, int tile) const {
+        return make_int4(expert, first_row + first(tile), rows(tile), 0);
     }
 };

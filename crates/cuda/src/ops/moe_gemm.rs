@@ -5,13 +5,9 @@ use ctxserve_backend::DeviceError;
 use crate::driver::{Buffer, Device, Kernel, Launch, Params};
 
 const OP: &str = "moe_gemm";
-/// Weight rows of a tile.
-const ROWS: usize = 128;
 const STRIP_ROWS: usize = 16;
 /// Bytes of 64 columns of a strip.
 const TILE_BYTES: usize = 512 + 32;
-/// Bytes of a tile of one warp while it is on its way.
-const SLOT: usize = 32 * (16 + 4);
 /// Bytes of 64 columns of an activation row.
 const LINE: usize = 128;
 
@@ -30,7 +26,7 @@ struct Arguments {
     capacity: i32,
     alpha: f32,
     limit: f32,
-    stagger: i32,
+    experts: i32,
 }
 
 // SAFETY: mirrors `Params` of kernels/moe_gemm.cu.
@@ -49,7 +45,7 @@ struct ExponentArguments {
 unsafe impl Params for ExponentArguments {}
 
 /// Tile heights.
-const HEIGHTS: [usize; 4] = [16, 32, 64, 256];
+const HEIGHTS: [usize; 3] = [64, 160, 256];
 
 /// A kernel for tiles of some height, and its launch.
 #[derive(Clone, Copy, Debug)]
@@ -59,14 +55,15 @@ struct Variant {
     shared: u32,
     /// Blocks of a multiprocessor.
     blocks: usize,
+    /// Weight rows that a block takes at a time.
+    rows: usize,
 }
 
 /// The tile height (of `moe_sort`) that suits `rows` rows with `slots` of `experts` experts each, spread evenly or not too unevenly.
 pub fn height(rows: usize, slots: usize, experts: usize) -> usize {
     match rows * slots / experts.max(1) {
-        0..=8 => 16,
-        9..=20 => 32,
-        21..=44 => 64,
+        0..=40 => 64,
+        41..=300 => 160,
         _ => 256,
     }
 }
@@ -93,7 +90,7 @@ pub enum Output<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct MoeGemm {
     /// By output, then height.
-    variants: [[Variant; 4]; 3],
+    variants: [[Variant; 3]; 3],
     exponents: Kernel,
     multiprocessors: usize,
 }
@@ -138,34 +135,29 @@ impl MoeGemm {
         if !device.facts().is_hopper() {
             return Self::portable(device);
         }
-        let variant = |function, height: usize, tiles: usize, depth: usize| {
-            let shared = tiles * height * LINE + depth * ROWS / STRIP_ROWS * SLOT;
+        let variant = |function, groups: usize, tiles: usize, height: usize| {
+            let shared = tiles * height * LINE;
             let kernel = device.kernel(OP, function, shared)?;
-            Ok::<_, DeviceError>(Variant { kernel, threads: 288, shared: shared as u32, blocks: 2 })
+            let threads = (groups as u32 + 1) * 128;
+            Ok::<_, DeviceError>(Variant {
+                kernel,
+                threads,
+                shared: shared as u32,
+                blocks: 1,
+                rows: groups * 64,
+            })
         };
-        let narrow = |function, height, tiles| variant(function, height, tiles, 10);
-        let wide = |function| {
-            Ok::<_, DeviceError>(Variant { threads: 384, blocks: 1, ..variant(function, 256, 5, 8)? })
+        let variants = |names: [&'static str; 3]| {
+            Ok::<_, DeviceError>([
+                variant(names[0], 4, 28, HEIGHTS[0])?,
+                variant(names[1], 3, 11, HEIGHTS[1])?,
+                variant(names[2], 2, 7, HEIGHTS[2])?,
+            ])
         };
         let variants = [
-            [
-                narrow("moe_gate_up_16", 16, 24)?,
-                narrow("moe_gate_up_32", 32, 12)?,
-                narrow("moe_gate_up_64", 64, 6)?,
-                wide("moe_gate_up_256")?,
-            ],
-            [
-                narrow("moe_down_f32_16", 16, 24)?,
-                narrow("moe_down_f32_32", 32, 12)?,
-                narrow("moe_down_f32_64", 64, 6)?,
-                wide("moe_down_f32_256")?,
-            ],
-            [
-                narrow("moe_down_bf16_16", 16, 24)?,
-                narrow("moe_down_bf16_32", 32, 12)?,
-                narrow("moe_down_bf16_64", 64, 6)?,
-                wide("moe_down_bf16_256")?,
-            ],
+            variants(["moe_gate_up_64", "moe_gate_up_160", "moe_gate_up_256"])?,
+            variants(["moe_down_f32_64", "moe_down_f32_160", "moe_down_f32_256"])?,
+            variants(["moe_down_bf16_64", "moe_down_bf16_160", "moe_down_bf16_256"])?,
         ];
         Self::new(device, variants)
     }
@@ -180,7 +172,8 @@ impl MoeGemm {
         let variant = |function| {
             let shared = STAGES * TOKENS * LINE;
             let kernel = device.kernel(OP, function, shared)?;
-            Ok::<_, DeviceError>([Variant { kernel, threads: 256, shared: shared as u32, blocks: 2 }; 4])
+            let variant = Variant { kernel, threads: 256, shared: shared as u32, blocks: 2, rows: 128 };
+            Ok::<_, DeviceError>([variant; 3])
         };
         let variants = [
             variant("moe_gate_up_portable")?,
@@ -190,7 +183,7 @@ impl MoeGemm {
         Self::new(device, variants)
     }
 
-    fn new(device: &Device, variants: [[Variant; 4]; 3]) -> Result<Self, DeviceError> {
+    fn new(device: &Device, variants: [[Variant; 3]; 3]) -> Result<Self, DeviceError> {
         let exponents = device.kernel(OP, "moe_exponents", 0)?;
         Ok(Self { variants, exponents, multiprocessors: device.facts().multiprocessors as usize })
     }
@@ -232,15 +225,6 @@ impl MoeGemm {
     /// # Errors
     /// Shapes or buffers that do not fit each other, or a device fault.
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
-        self.issue_as(device, call, 0)
-    }
-
-    /// Issues it with the second half of each block starting `stagger` nanoseconds later, so that one half multiplies while the
-    /// other stores.
-    ///
-    /// # Errors
-    /// Shapes or buffers that do not fit each other, or a device fault.
-    pub fn issue_as(&self, device: &Device, call: &Call<'_>, stagger: u32) -> Result<(), DeviceError> {
         let Call { experts, rows, cols, capacity, height, most_tiles, .. } = *call;
         let (output, y, len, wanted, alpha, limit) = match call.y {
             Output::SwiGlu { y, alpha, limit } => {
@@ -253,6 +237,7 @@ impl MoeGemm {
         let fits = cols > 0
             && cols.is_multiple_of(64)
             && rows.is_multiple_of(if output == 0 { 128 } else { STRIP_ROWS })
+            && experts > 0
             && capacity.is_multiple_of(8)
             && call.w.len() >= experts * (rows / STRIP_ROWS) * (cols / 64) * TILE_BYTES
             && call.exponents.len() >= experts * rows
@@ -280,9 +265,9 @@ impl MoeGemm {
             capacity: capacity as i32,
             alpha,
             limit,
-            stagger: stagger as i32,
+            experts: experts as i32,
         };
-        let most = (most_tiles * rows.div_ceil(ROWS)).max(1);
+        let most = (most_tiles * rows.div_ceil(variant.rows)).max(1);
         let launch = Launch {
             grid: [most.min(variant.blocks * self.multiprocessors) as u32, 1, 1],
             block: variant.threads,

@@ -72,8 +72,7 @@ pub struct Call<'a> {
     pub position: &'a Buffer<i32>,
     /// [`Shape::sorted`] elements: row of each sorted row, -1 of padding.
     pub source: &'a Buffer<i32>,
-    /// Four integers for each of [`Shape::tiles`]: expert, first sorted row, sorted rows, what
-    /// the tiles before cost a product.
+    /// Four integers for each of [`Shape::tiles`]: expert, first sorted row, sorted rows, 0.
     pub tiles: &'a Buffer<i32>,
     /// Two integers: sorted rows with padding (the `live` of what runs over sorted rows), tiles.
     pub counts: &'a Buffer<i32>,

@@ -9,14 +9,13 @@ pub struct Sorted {
     pub position: Vec<i32>,
     /// Row of each sorted row, -1 of padding.
     pub source: Vec<i32>,
-    /// Expert, first sorted row, sorted rows, cost of the tiles before.
+    /// Expert, first sorted row, sorted rows, 0.
     pub tiles: Vec<[i32; 4]>,
 }
 
 /// The definition.
 pub fn sorted(choice: &[i32], slots: usize, experts: usize, height: usize) -> Sorted {
     let mut sorted = Sorted { position: vec![-1; choice.len()], ..Sorted::default() };
-    let mut cost = 0;
     for expert in 0..experts {
         let first = sorted.source.len();
         for (at, _) in choice.iter().enumerate().filter(|&(_, &chosen)| chosen == expert as i32) {
@@ -32,8 +31,7 @@ pub fn sorted(choice: &[i32], slots: usize, experts: usize, height: usize) -> So
                 left if left <= 2 * height => left.div_ceil(16) * 8,
                 _ => height,
             };
-            sorted.tiles.push([expert as i32, from as i32, rows as i32, cost]);
-            cost += rows.max(64) as i32 + 16;
+            sorted.tiles.push([expert as i32, from as i32, rows as i32, 0]);
             from += rows;
         }
     }
