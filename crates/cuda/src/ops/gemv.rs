@@ -13,8 +13,6 @@ const MAX_WARPS: usize = 16;
 const GOOD_WARPS: usize = 9;
 /// Blocks of a cluster that share the columns, and warps of each.
 const SPLIT: usize = 8;
-/// Rows from which they do.
-const SPLIT_ROWS: usize = 5;
 
 /// What is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,11 +119,7 @@ pub fn plans(
     let mut lines = vec![rows, rows.min(8), rows.min(4), 1];
     lines.dedup();
     let all = lines.into_iter().flat_map(|lines| variants.iter().map(move |names| (lines, names)));
-    let mut found: Vec<Plan> =
-        all.filter_map(|(lines, names)| one_plan(shape, facts, lines, names)).collect();
-    // Of fewer rows each block has read all soon, and meeting in a cluster takes longer than that saves.
-    found.sort_by_key(|plan| rows < SPLIT_ROWS && plan.variant.split);
-    Ok(found)
+    Ok(all.filter_map(|(lines, names)| one_plan(shape, facts, lines, names)).collect())
 }
 
 fn one_plan(shape: &Shape, facts: &Facts, lines: usize, &(variant, kernels): &Names) -> Option<Plan> {
@@ -350,12 +344,11 @@ mod tests {
     }
 
     #[test]
-    fn blocks_share_columns_from_some_rows_on() {
+    fn blocks_share_columns_on_hopper() {
         let variants: &[Names] = variants!("": (5, 2, 2, split), (5, 2, 1));
         let shape = |rows| shape(rows, 2880, 5120, false);
         let facts = facts(132, 232_448);
-        assert!(!plan("test", &shape(SPLIT_ROWS - 1), &facts, variants).unwrap().variant.split);
-        for (rows, width) in [(SPLIT_ROWS, 8), (8, 8), (9, 16), (16, 16)] {
+        for (rows, width) in [(1, 8), (8, 8), (9, 16), (16, 16)] {
             let plan = plan("test", &shape(rows), &facts, variants).unwrap();
             assert_eq!((plan.variant.split, plan.blocks, plan.lines, plan.width), (true, 128, rows, width));
             // Two blocks and what the device keeps for each of them.
