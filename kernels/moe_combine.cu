@@ -1,11 +1,12 @@
-// Adds the experts' outputs to the residual stream: x[row] += sum over slots, in order, of weight[row, slot] * y[position[row, slot]].
+// Adds the experts' outputs to the residual stream: x[row] += sum over slots, in order, of weight[row, slot] * y[position[row, slot]], or
+// of y[row * slots + slot].
 // On request also RMSNorm of the new x into the operand of the next layer's product, in float32 until the last rounding. One block a row.
 #include "common/common.cuh"
 
 struct Params {
     float* x;             // [rows, cols]
     const void* y;        // [sorted rows, stride], float32 or bf16
-    const int* position;  // [rows, slots]
+    const int* position;  // [rows, slots], or null
     const float* weight;  // [rows, slots]
     const int* live;      // rows to do; later ones are left alone
     const float* norm;    // [cols]
@@ -45,6 +46,8 @@ struct Narrow {
     }
 };
 
+DEVICE float4 plus(const float4& a, const float4& b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
 // As in rms_norm.cu, to the bit.
 DEVICE float squares(float sum, const float4& a) {
     return fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(a.z, a.z, fmaf(a.w, a.w, sum))));
@@ -63,14 +66,14 @@ template <class T> DEVICE void moe_combine(const Params& p) {
     }
     pdl_wait();
     pdl_launch();
-    size_t from[AT_ONCE];
+    int from[AT_ONCE];
     float weight[AT_ONCE];
     const auto read_slots = [&](int first) {
 #pragma unroll
         for (int s = 0; s < AT_ONCE; ++s) {
             if (first + s >= p.slots) continue;
-            const size_t at = static_cast<size_t>(row) * p.slots + first + s;
-            from[s] = static_cast<size_t>(p.position[at]) * p.stride, weight[s] = p.weight[at];
+            const int at = row * p.slots + first + s;
+            from[s] = p.position ? p.position[at] : at, weight[s] = p.weight[at];
         }
     };
     // With the number of live rows, not after it: there is memory for rows that are not.
@@ -79,12 +82,13 @@ template <class T> DEVICE void moe_combine(const Params& p) {
     float square = 0;
     for (int chunk = threadIdx.x; chunk < chunks; chunk += THREADS) {
         float4* const x = reinterpret_cast<float4*>(p.x + static_cast<size_t>(row) * p.cols + chunk * 8);
-        float4 low = x[0], high = x[1];
+        // The sum by itself, as moe_down.cu has it of few rows.
+        float4 low = make_float4(0, 0, 0, 0), high = low, old_low = x[0], old_high = x[1];
         for (int first = 0;;) {
             T of_slot[AT_ONCE];
 #pragma unroll
             for (int s = 0; s < AT_ONCE; ++s)
-                if (first + s < p.slots) of_slot[s].load(p.y, from[s] + chunk * 8);
+                if (first + s < p.slots) of_slot[s].load(p.y, static_cast<size_t>(from[s]) * p.stride + chunk * 8);
 #pragma unroll
             for (int s = 0; s < AT_ONCE; ++s)
                 if (first + s < p.slots) of_slot[s].add(low, high, weight[s]);
@@ -93,6 +97,7 @@ template <class T> DEVICE void moe_combine(const Params& p) {
             read_slots(first);
             if (first == 0) break;
         }
+        low = plus(old_low, low), high = plus(old_high, high);
         x[0] = low, x[1] = high;
         if (!p.normed) continue;
         held[chunk] = low, held[chunks + chunk] = high;

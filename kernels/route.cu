@@ -7,7 +7,7 @@
 //
 // For more rows, with the scale of each row written: tensor cores. x * norm is split into two bf16 parts, which keep 16 bits of it, and
 // both are multiplied. `route_many`: a block's warps share the columns of 32 rows. `route_split` (9.0): the warps of a cluster of
-// eight blocks share those of 16 rows, two of which each block then finishes.
+// eight blocks share those of 16 rows, two of which each block then finishes; it writes h or the scales.
 #include "common/route.cuh"
 
 constexpr int WARPS = 16;
@@ -30,15 +30,14 @@ DEVICE void store(const Params& p, int row, int chunk, const float4& a, const fl
 
 #if __CUDA_ARCH__ >= 900
 constexpr int SPREAD = 8;  // blocks of a cluster
-constexpr int SPREAD_WARPS = 8;
-constexpr int SPREAD_THREADS = SPREAD_WARPS * 32;
+constexpr int SPREAD_WARPS = 8, SPREAD_THREADS = SPREAD_WARPS * 32;
 constexpr int GROUP = 4;  // experts at a time
 constexpr int HELD = 2;   // chunks of eight columns of each that a thread holds before x is there
 
-// The address, in the cluster's first block, of what `local` is in this one.
-DEVICE uint32_t in_first(const void* local) {
+// The address, in a block of the cluster, of what `local` is in this one.
+DEVICE uint32_t in_block(const void* local, int rank) {
     uint32_t address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(address) : "r"(shared_address(local)));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
     return address;
 }
 
@@ -123,8 +122,8 @@ DEVICE void route_in_cluster(const Params& p) {
     };
     auto send = [&](int expert, float sum, float bias) {
         if (thread >= GROUP || expert >= end) return;
-        asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(in_first(logits + expert)),
-                     "r"(__float_as_uint(fmaf(sum, scale, bias))), "r"(in_first(&arrived))
+        asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(in_block(logits + expert, 0)),
+                     "r"(__float_as_uint(fmaf(sum, scale, bias))), "r"(in_block(&arrived, 0))
                      : "memory");
     };
 #pragma unroll
@@ -248,8 +247,7 @@ DEVICE void route_alone(const Params& p) {
 // first four go through one instruction of 16 columns, the others through the next. Which column sits where in an instruction does not
 // matter as long as both operands agree.
 constexpr int STEP = 32;
-constexpr int MANY_WARPS = 8;
-constexpr int MANY_THREADS = MANY_WARPS * 32;
+constexpr int MANY_WARPS = 8, MANY_THREADS = MANY_WARPS * 32;
 
 // Of M * 16 rows: products with N * 8 experts, and squares, of the columns that this lane saw. d is what mma_bf16 says.
 template <int M, int N> struct Sums {
@@ -395,11 +393,6 @@ template <int M, int N> DEVICE void route_rows(const Params& p) {
 }
 
 #if __CUDA_ARCH__ >= 900
-DEVICE uint32_t in_block(const void* local, int rank) {
-    uint32_t address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(local)), "r"(rank));
-    return address;
-}
 DEVICE void send(const void* to, int rank, float v) {
     asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(in_block(to, rank)), "f"(v) : "memory");
 }
@@ -408,7 +401,7 @@ DEVICE void send(const void* to, int rank, float v) {
 template <int N, int COUNT> DEVICE void route_rows_in_cluster(const Params& p) {
     constexpr int ROWS = 16, OWN = ROWS / SPREAD, ALL_WARPS = SPREAD * MANY_WARPS;
     extern __shared__ __align__(128) char shared[];
-    __shared__ float products[SPREAD][OWN][N * 8], squares[SPREAD][OWN];
+    __shared__ float products[SPREAD][OWN][N * 8], squares[SPREAD][ROWS];
     auto& meeting = *reinterpret_cast<Meeting<1, N>*>(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, steps = p.hidden / STEP;
     const int rank = blockIdx.x % SPREAD, first = blockIdx.x / SPREAD * ROWS, begin = rank * MANY_WARPS + warp;
@@ -431,9 +424,11 @@ template <int N, int COUNT> DEVICE void route_rows_in_cluster(const Params& p) {
         if (begin + i * ALL_WARPS < steps) multiply(sums, in[i], held[i]);
 #pragma unroll 1
     for (int step = begin + COUNT * ALL_WARPS; step < steps; step += ALL_WARPS) {
-        held[0].load(p, step);
-        in[0].load(p, first, step);
-        multiply(sums, in[0], held[0]);
+        Weights<N> w;
+        Inputs<1> more;
+        w.load(p, step);
+        more.load(p, first, step);
+        multiply(sums, more, w);
     }
     meeting.put(sums);
     __syncthreads();
@@ -442,14 +437,39 @@ template <int N, int COUNT> DEVICE void route_rows_in_cluster(const Params& p) {
         const int row = at / (N * 8), expert = at % (N * 8);
         send(&products[rank][row % OWN][expert], row / OWN, meeting.product(row, expert));
     }
-    if (threadIdx.x < ROWS) send(&squares[rank][threadIdx.x % OWN], threadIdx.x / OWN, meeting.square(threadIdx.x));
+    if (threadIdx.x < ROWS * SPREAD) send(&squares[rank][threadIdx.x % ROWS], threadIdx.x / ROWS, meeting.square(threadIdx.x % ROWS));
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    const auto scale_of = [&](int row) {
+        float square = 0;
+#pragma unroll
+        for (int block = 0; block < SPREAD; ++block) square += squares[block][row];
+        return rsqrtf(square / p.hidden + p.eps);
+    };
+    if (p.h) {
+        const int g = lane / 4, t = lane % 4;
+        const float scales[2] = {scale_of(g), scale_of(g + 8)};
+        const auto put = [&](const Inputs<1>& in, const float4 (&norm)[2], int step) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float4 a = times(in.x[0][half][0], norm[0]), b = times(in.x[0][half][1], norm[1]);
+                const int row = first + half * 8 + g;
+                if (row < live) store(p, row, step * 4 + t, times(a, scales[half]), times(b, scales[half]));
+            }
+        };
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            if (begin + i * ALL_WARPS < steps) put(in[i], held[i].norm, begin + i * ALL_WARPS);
+#pragma unroll 1
+        for (int step = begin + COUNT * ALL_WARPS; step < steps; step += ALL_WARPS) {
+            const float4* const norm = reinterpret_cast<const float4*>(p.norm + step * STEP + t * 8);
+            Inputs<1> more;
+            more.load(p, first, step);
+            put(more, {__ldg(norm), __ldg(norm + 1)}, step);
+        }
+    }
     const int row = first + rank * OWN + warp;
     if (warp >= OWN || row >= live) return;
-    float square = 0;
-#pragma unroll
-    for (int block = 0; block < SPREAD; ++block) square += squares[block][warp];
-    const float scale = rsqrtf(square / p.hidden + p.eps);
+    const float scale = scale_of(rank * OWN + warp);
     float* const logits = meeting.products[0][warp];
     for (int expert = lane; expert < p.experts; expert += 32) {
         float sum = 0;
@@ -457,7 +477,7 @@ template <int N, int COUNT> DEVICE void route_rows_in_cluster(const Params& p) {
         for (int block = 0; block < SPREAD; ++block) sum += products[block][warp][expert];
         logits[expert] = fmaf(sum, scale, __ldg(p.bias + expert));
     }
-    if (lane == 0) p.scale[row] = scale;
+    if (lane == 0 && !p.h) p.scale[row] = scale;
     __syncwarp();
     choose(p, logits, row);
 }

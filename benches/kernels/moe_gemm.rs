@@ -148,7 +148,7 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
             let call = moe_combine::Call {
                 x: &residual,
                 y,
-                position: &position,
+                position: Some(&position),
                 weight: &weight,
                 live: &live,
                 rows,

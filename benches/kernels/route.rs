@@ -21,19 +21,25 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
             device.upload(&bits.collect::<Vec<u16>>())
         })
         .collect::<Result<Vec<_>, _>>()?;
-    let all = [Split::Spread, Split::Split, Split::Some, Split::Many];
-    for rows in [1, 32, 64, 256, 512, 1024, 2048, 4096, 8192] {
+    let all = [
+        (Split::Spread, true),
+        (Split::Split, true),
+        (Split::Split, false),
+        (Split::Some, false),
+        (Split::Many, false),
+    ];
+    for rows in [1, 16, 32, 64, 256, 512, 1024, 2048, 8192] {
         let values: Vec<f32> = (0..rows * HIDDEN).map(|_| bench.unit()).collect();
         let (x, norm) = (device.upload(&values)?, device.upload(&values[..HIDDEN])?);
         let (bias, live) = (device.upload(&values[..EXPERTS])?, device.upload(&[rows as i32])?);
         let (choice, weight) = (device.zeros(rows * TOP_K)?, device.zeros(rows * TOP_K)?);
         let (h, scale) = (device.zeros(rows * HIDDEN)?, device.zeros(rows)?);
-        for split in all {
-            let of_rows = split == Split::Spread;
+        for (split, of_rows) in all {
             let (least, most) = match split {
                 Split::Spread | Split::One => (1, 32),
-                Split::Split => (32, 1024),
-                Split::Some => (512, 4096),
+                Split::Split if of_rows => (16, 64),
+                Split::Split => (64, 512),
+                Split::Some => (512, 2048),
                 Split::Many => (2048, usize::MAX),
             };
             if rows < least || rows > most {
@@ -58,7 +64,8 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                 bytes: (rows * HIDDEN * if of_rows { 6 } else { 4 } + EXPERTS * HIDDEN * 2) as f64,
                 flops: (2 * rows * HIDDEN * EXPERTS) as f64,
             };
-            bench.time(&format!("route {split:?} {rows}x{HIDDEN}"), work, ROUTERS, |i| {
+            let written = if of_rows { "rows" } else { "scales" };
+            bench.time(&format!("route {split:?}, {written}, {rows}x{HIDDEN}"), work, ROUTERS, |i| {
                 kernel.issue_as(device, &call(i), split)
             })?;
         }

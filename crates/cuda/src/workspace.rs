@@ -120,7 +120,7 @@ impl Sizes {
             logits,
             partials,
         } = *self;
-        let sorted_bytes = sorted * (2 * widths.hidden + 2 * widths.inner + 4 * widths.hidden + 4);
+        let sorted_bytes = sorted * (2 * widths.hidden + 2 * widths.inner + 2 * widths.hidden + 4);
         let [rows, kv_heads, splits] = partials;
         4 * (x + kv + qkv + 3 * choice + scale + products + 4 * tiles + logits)
             + 2 * (q + heads + normed + h + a + 2 * scratch)
@@ -175,8 +175,8 @@ pub(crate) struct Workspace {
     pub(crate) sorted_h: Buffer<u16>,
     /// Panels `[sorted, inner]`.
     pub(crate) sorted_a: Buffer<u16>,
-    /// `[sorted, hidden]`.
-    pub(crate) sorted_y: Buffer<f32>,
+    /// `[sorted, hidden]`, bits of bf16.
+    pub(crate) sorted_y: Buffer<u16>,
     /// `[kv_heads, lines, 64]`.
     pub(crate) keys: Buffer<u16>,
     /// The same, of values.

@@ -7,7 +7,7 @@ use crate::backend::{CudaBackend, NormKey};
 use crate::driver::Buffer;
 use crate::ops::moe_gemm::{self, height};
 use crate::ops::{moe_combine, moe_down, moe_gate_up, moe_pair, moe_scatter, moe_sort, route};
-use crate::workspace::EXPERT_ROWS;
+use crate::workspace::{EXPERT_ROWS, GEMV_ROWS};
 
 impl CudaBackend {
     /// The experts; of many rows also the norm that comes next, if it is known.
@@ -77,7 +77,34 @@ impl CudaBackend {
                 shape,
             };
             if moe_pair::plan(rows, &shape, device.facts()).is_some() {
-                return kernels.pair.issue(device, &moe_pair::Call { gate_up: &gate_up, down: &down });
+                let pair = moe_pair::Call { gate_up: &gate_up, down: &down };
+                // Fewer rows are normed where they are read.
+                let next = next.filter(|_| rows > GEMV_ROWS);
+                let Some((weight, eps)) = next else { return kernels.pair.issue(device, &pair) };
+                kernels.pair.issue_products(device, &pair)?;
+                kernels.combine.issue(
+                    device,
+                    &moe_combine::Call {
+                        x: &work.x,
+                        y: moe_combine::Outputs::F32(&work.products),
+                        position: None,
+                        weight: &work.weight,
+                        live,
+                        rows,
+                        sorted: rows * spec.top_k,
+                        cols: experts.hidden,
+                        stride: experts.hidden,
+                        slots: spec.top_k,
+                        norm: Some(moe_combine::Norm {
+                            weight,
+                            eps,
+                            y: &work.normed,
+                            capacity: extent.capacity(),
+                        }),
+                    },
+                )?;
+                self.normed = Some(NormKey::new(weight, eps));
+                return Ok(());
             }
             kernels.gate_up.issue(device, &gate_up)?;
             return kernels.down.issue(device, &down);
@@ -178,7 +205,7 @@ impl CudaBackend {
                 &experts.down_exponents,
                 &experts.down_bias,
                 &work.sorted_a,
-                moe_gemm::Output::F32(&work.sorted_y),
+                moe_gemm::Output::Bf16(&work.sorted_y),
                 hidden,
                 inner,
             ),
@@ -187,8 +214,8 @@ impl CudaBackend {
             device,
             &moe_combine::Call {
                 x: &work.x,
-                y: moe_combine::Outputs::F32(&work.sorted_y),
-                position: &work.position,
+                y: moe_combine::Outputs::Bf16(&work.sorted_y),
+                position: Some(&work.position),
                 weight: &work.weight,
                 live,
                 rows,

@@ -58,7 +58,8 @@ pub struct MoeCombine {
     bf16: Kernel,
 }
 
-/// `x[row] += sum over slots, in order, of weight[row, slot] * y[position[row, slot]]`, and the norm of that.
+/// `x[row] += sum over slots, in order, of weight[row, slot] * y[position[row, slot]]`, and the norm of that. Without positions
+/// `y[row * slots + slot]` is taken.
 #[derive(Debug)]
 pub struct Call<'a> {
     /// `[rows, cols]`.
@@ -66,7 +67,7 @@ pub struct Call<'a> {
     /// `[sorted, stride]`.
     pub y: Outputs<'a>,
     /// `[rows, slots]`: rows of `y`.
-    pub position: &'a Buffer<i32>,
+    pub position: Option<&'a Buffer<i32>>,
     /// `[rows, slots]`.
     pub weight: &'a Buffer<f32>,
     /// One integer: rows to do.
@@ -123,7 +124,7 @@ impl MoeCombine {
             && cols <= stride
             && call.x.len() >= rows * cols
             && len >= sorted * stride
-            && call.position.len() >= rows * slots
+            && call.position.map_or(sorted, Buffer::len) >= rows * slots
             && call.weight.len() >= rows * slots
             && !call.live.is_empty()
             && norm_fits;
@@ -136,7 +137,7 @@ impl MoeCombine {
         let arguments = Arguments {
             x: call.x.address(),
             y,
-            position: call.position.address(),
+            position: call.position.map_or(0, Buffer::address),
             weight: call.weight.address(),
             live: call.live.address(),
             norm: call.norm.map_or(0, |norm| norm.weight.address()),

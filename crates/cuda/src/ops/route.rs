@@ -17,7 +17,9 @@ const CLUSTER: usize = 8;
 const STATIC: usize = 9 * 1024;
 /// Warps of a block on the tensor cores.
 const WARPS: usize = 8;
-/// Rows up to which a cluster shares the columns of sixteen rows, and those up to which a block has sixteen.
+/// Rows up to which each has a cluster of its own, those up to which a cluster shares the columns of sixteen rows, and those up to
+/// which a block has sixteen.
+const SPREAD_ROWS: usize = 16;
 const SPLIT_ROWS: usize = 512;
 const SOME_ROWS: usize = 2112;
 /// Experts that the narrow kernels take.
@@ -116,7 +118,8 @@ impl Plan {
 pub fn plan(rows: usize, hidden: usize, experts: usize, normed: bool, facts: &Facts) -> Plan {
     let clusters = facts.capability >= CLUSTERS;
     let split = match (normed, clusters) {
-        (true, true) => Split::Spread,
+        (true, true) if rows <= SPREAD_ROWS => Split::Spread,
+        (true, true) => Split::Split,
         (true, false) => Split::One,
         (false, true) if rows <= SPLIT_ROWS => Split::Split,
         (false, _) if rows <= SOME_ROWS && experts <= NARROW => Split::Some,
@@ -213,7 +216,7 @@ impl Route {
         let kernel = match (split, &self.clusters, call.normed) {
             (Split::Spread, Some((spread, _)), Normed::Rows(_)) => spread,
             (Split::One, _, Normed::Rows(_)) => &self.one,
-            (Split::Split, Some((_, split)), Normed::Scales(_)) => &split[wide],
+            (Split::Split, Some((_, split)), _) => &split[wide],
             (Split::Some, _, Normed::Scales(_)) if wide == 0 => &self.some,
             (Split::Many, _, Normed::Scales(_)) => &self.many[wide],
             _ => return Err(DeviceError::new(OP, format!("there is no kernel for {split:?}"))),
@@ -271,6 +274,7 @@ mod tests {
         let h200 = facts(232_448);
         let plan = |rows, experts, normed, facts| plan(rows, 2880, experts, normed, facts);
         assert_eq!(plan(1, 32, true, &h200), Plan { split: Split::Spread, blocks: 8, shared: 11_520 });
+        assert_eq!(plan(64, 32, true, &h200), plan(64, 32, false, &h200));
         assert_eq!(plan(64, 32, false, &h200), Plan { split: Split::Split, blocks: 32, shared: 20_992 });
         assert_eq!(plan(8192, 32, false, &h200), Plan { split: Split::Many, blocks: 256, shared: 41_984 });
         assert_eq!(plan(8192, 128, false, &h200), Plan { split: Split::Many, blocks: 512, shared: 70_144 });
