@@ -1,97 +1,58 @@
-// Causal attention of many rows of a sequence over its gathered keys and values (kv_gather.cu). A block takes one query head of a
-// run of rows, and walks over tiles of keys with the softmax kept up to date ("flash attention").
+// Causal attention of many rows of a sequence over its gathered keys and values (kv_gather.cu), with the softmax kept up to date from one tile
+// of keys to the next ("flash attention").
 //
-// `attention_prefill_portable` uses mma.sync; `attention_prefill_hopper` wgmma, with a warp that brings keys and values by bulk copies.
-#include "common/attention.cuh"
-#include "common/wgmma.cuh"
+// `attention_prefill_portable` uses mma.sync; a block takes one query head of a run of rows. The others use wgmma, with warps that bring
+// queries, keys and values; a block takes one item after another, rows of all query heads of a key/value head.
+#include <type_traits>
 
-struct Params {
-    const __nv_bfloat16* q;  // [rows, heads * 64], rotated
-    const char* keys;        // [kv_heads][lines][64], swizzled
-    const char* values;
-    Sequences sequences;
-    const float* sinks;      // [heads] or null
-    void* out;               // bf16 [rows, heads * 64], row-major or panels
-    int heads;
-    int group;               // query heads of a key/value head
-    int lines;               // of a head
-    int window;              // 0 is none
-    int capacity;            // rows of the panels of `out`; 0 is row-major
-    float scale;             // times log2(e)
-};
-
-// A block's run of rows and the lines it needs.
-struct Run {
-    int row, rows;      // in the batch
-    int position;       // of its first row
-    int line;           // of the sequence's first visible position
-    int base;           // that position
-    int begin, end;     // lines needed, from `line`
-};
-
-template <int ROWS> DEVICE bool find_run(const Params& p, int item, Run& run) {
-    const Place place = find_place<ROWS>(p.sequences, p.window, item);
-    if (place.rows == 0) return false;
-    const int start = place.start, count = place.rows;
-    // The last rows of a sequence see most: they come first.
-    const int skipped = ((count + ROWS - 1) / ROWS - 1 - (item - place.run)) * ROWS;
-    run.row = place.first_row + skipped;
-    run.rows = min(count - skipped, ROWS);
-    run.position = start + skipped;
-    run.base = first_visible(start, p.window);
-    run.line = place.line;
-    run.begin = first_visible(run.position, p.window) - run.base;
-    run.end = run.position + run.rows - run.base;
-    return true;
-}
+#include "common/attention_prefill.cuh"
 
 namespace portable {
 constexpr int ROWS = 128;
 constexpr int WARPS = ROWS / 16;
-constexpr int KEYS = 64;
-constexpr int TILE = KEYS * HEAD_DIM * 2;  // bytes
+template <int DIM> constexpr int KEYS_OF = DIM == 64 ? 64 : 32;  // of a tile
 
-// A stage is a tile of keys and one of values, as they lie in memory.
-DEVICE void fetch(const char* keys, const char* values, int line, uint32_t stage) {
+// A stage is a tile of keys and one of values: panels of 64 dimensions, as they lie in memory.
+template <int DIM> DEVICE void fetch(const Params& p, size_t at, uint32_t stage) {
+    constexpr int PANEL = KEYS_OF<DIM> * 128, TILE = DIM / 64 * PANEL;
 #pragma unroll
-    for (int at = threadIdx.x * 16; at < TILE; at += WARPS * 32 * 16) {
-        copy_async_16(stage + at, keys + static_cast<size_t>(line) * 128 + at);
-        copy_async_16(stage + TILE + at, values + static_cast<size_t>(line) * 128 + at);
+    for (int i = threadIdx.x * 16; i < TILE; i += WARPS * 32 * 16) {
+        const size_t from = at + i / PANEL * static_cast<size_t>(p.lines) * 128 + i % PANEL;
+        copy_async_16(stage + i, p.keys + from);
+        copy_async_16(stage + TILE + i, p.values + from);
     }
 }
-}  // namespace portable
 
-KERNEL __launch_bounds__(portable::WARPS * 32) attention_prefill_portable(const __grid_constant__ Params p) {
-    using namespace portable;
+template <int DIM> DEVICE void attention(const Params& p) {
+    constexpr int KEYS = KEYS_OF<DIM>, PANEL = KEYS * 128, TILE = DIM / 64 * PANEL;
     __shared__ __align__(128) char shared[2 * 2 * TILE];
     pdl_launch();
     pdl_wait();
     Run run;
-    if (!find_run<ROWS>(p, blockIdx.y, run)) return;
+    if (!find_run(p, blockIdx.y, ROWS, run)) return;
     const int head = blockIdx.x, kv_head = head / p.group;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const size_t offset = (static_cast<size_t>(kv_head) * p.lines + run.line) * 128;
-    const char *keys = p.keys + offset, *values = p.values + offset;
+    const size_t offset = (static_cast<size_t>(kv_head) * (DIM / 64) * p.lines + run.line) * 128;
     const uint32_t ring = shared_address(shared);
     const int first = run.begin / KEYS, tiles = (run.end + KEYS - 1) / KEYS;
-    fetch(keys, values, first * KEYS, ring);
+    fetch<DIM>(p, offset + static_cast<size_t>(first) * PANEL, ring);
     copy_commit();
 
     // This lane's rows are `row` and `row + 8` of the run.
     const int row = warp * 16 + g;
-    uint32_t q[4][4];
+    uint32_t q[DIM / 16][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < DIM / 16; ++i)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int r = row + j % 2 * 8, col = 16 * i + j / 2 * 8 + 2 * t;
-            const __nv_bfloat16* from = p.q + (static_cast<size_t>(run.row + r) * p.heads + head) * HEAD_DIM + col;
+            const __nv_bfloat16* from = p.q + (static_cast<size_t>(run.row + r) * p.heads + head) * DIM + col;
             q[i][j] = r < run.rows ? *reinterpret_cast<const uint32_t*>(from) : 0;
         }
-    float o[8][4] = {}, peak[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+    float o[DIM / 8][4] = {}, peak[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
     for (int tile = first; tile < tiles; ++tile) {
         const uint32_t stage = ring + (tile - first) % 2 * 2 * TILE;
-        if (tile + 1 < tiles) fetch(keys, values, (tile + 1) * KEYS, ring + (tile + 1 - first) % 2 * 2 * TILE);
+        if (tile + 1 < tiles) fetch<DIM>(p, offset + static_cast<size_t>(tile + 1) * PANEL, ring + (tile + 1 - first) % 2 * 2 * TILE);
         copy_commit();
         copy_wait<1>();
         __syncthreads();
@@ -99,9 +60,9 @@ KERNEL __launch_bounds__(portable::WARPS * 32) attention_prefill_portable(const 
 #pragma unroll
         for (int n = 0; n < KEYS / 8; ++n)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int key = n * 8 + lane % 8, chunk = half * 4 + lane / 8;
-                const uint4 k = load_matrices(stage + key * 128 + ((chunk ^ (key & 7)) << 4));
+            for (int half = 0; half < DIM / 32; ++half) {
+                const int key = n * 8 + lane % 8, chunk = half % 2 * 4 + lane / 8;
+                const uint4 k = load_matrices(stage + half / 2 * PANEL + key * 128 + ((chunk ^ (key & 7)) << 4));
                 mma_bf16(s[n], q[2 * half][0], q[2 * half][1], q[2 * half][2], q[2 * half][3], k.x, k.y);
                 mma_bf16(s[n], q[2 * half + 1][0], q[2 * half + 1][1], q[2 * half + 1][2], q[2 * half + 1][3], k.z, k.w);
             }
@@ -137,7 +98,7 @@ KERNEL __launch_bounds__(portable::WARPS * 32) attention_prefill_portable(const 
                 }
         }
 #pragma unroll
-        for (int n = 0; n < 8; ++n)
+        for (int n = 0; n < DIM / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) o[n][i] *= rescale[i / 2];
 #pragma unroll
@@ -146,9 +107,9 @@ KERNEL __launch_bounds__(portable::WARPS * 32) attention_prefill_portable(const 
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i] = pack2<__nv_bfloat16>(s[2 * j + i / 2][i % 2 * 2], s[2 * j + i / 2][i % 2 * 2 + 1]);
 #pragma unroll
-            for (int n = 0; n < 8; n += 2) {
-                const int key = j * 16 + lane % 16, chunk = n + lane / 16;
-                const uint4 v = load_matrices_transposed(stage + TILE + key * 128 + ((chunk ^ (key & 7)) << 4));
+            for (int n = 0; n < DIM / 8; n += 2) {
+                const int key = j * 16 + lane % 16, chunk = n % 8 + lane / 16;
+                const uint4 v = load_matrices_transposed(stage + TILE + n / 8 * PANEL + key * 128 + ((chunk ^ (key & 7)) << 4));
                 mma_bf16(o[n], a[0], a[1], a[2], a[3], v.x, v.y);
                 mma_bf16(o[n + 1], a[0], a[1], a[2], a[3], v.z, v.w);
             }
@@ -163,255 +124,367 @@ KERNEL __launch_bounds__(portable::WARPS * 32) attention_prefill_portable(const 
         if (row + 8 * r >= run.rows) continue;
         const float inverse = 1.0f / sum[r];
 #pragma unroll
-        for (int n = 0; n < 8; ++n) {
-            char* to = output_at(p.out, run.row + row + 8 * r, head, n * 8 + 2 * t, p.heads, p.capacity);
+        for (int n = 0; n < DIM / 8; ++n) {
+            char* to = output_at<DIM>(p.out, run.row + row + 8 * r, head, n * 8 + 2 * t, p.heads, p.capacity);
             *reinterpret_cast<uint32_t*>(to) = pack2<__nv_bfloat16>(o[n][2 * r] * inverse, o[n][2 * r + 1] * inverse);
         }
     }
 }
+}  // namespace portable
+
+KERNEL __launch_bounds__(portable::WARPS * 32) attention_prefill_portable(const __grid_constant__ Params p) { portable::attention<64>(p); }
+KERNEL __launch_bounds__(portable::WARPS * 32) attention_prefill_portable_128(const __grid_constant__ Params p) { portable::attention<128>(p); }
 
 namespace hopper {
-constexpr int GROUPS = 3;  // of 128 threads and 64 rows each
-constexpr int ROWS = GROUPS * 64;
-constexpr int THREADS = (GROUPS + 1) * 128;
 constexpr int KEYS = 128;
-constexpr int STAGES = 3;
-constexpr int TILE = KEYS * HEAD_DIM * 2;     // bytes
-constexpr int QUERIES = 64 * HEAD_DIM * 2;    // bytes of a group's rows
+constexpr int TILE = KEYS * 128;  // bytes of 64 dimensions of a tile of keys or values
 
-#ifdef HOPPER
-#define S8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define S32(d, i) S8(d, i), S8(d, i + 8), S8(d, i + 16), S8(d, i + 24)
-#define LIST_32                                                                                                  \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28," \
-    "%29,%30,%31"
-#define LIST_64                                                                                                         \
-    LIST_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57," \
-            "%58,%59,%60,%61,%62,%63"
-
-// S[64 x 128] = (KEEP: +=) Q[64 x 16] K[128 x 16]^T.
-template <bool KEEP> DEVICE void product_of_keys(float (&s)[64], uint64_t q, uint64_t k) {
-    asm volatile("{ .reg .pred keep; setp.ne.b32 keep, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LIST_64 "}, %64, %65, keep, 1, 1, 0, 0; }"
-                 : S32(s, 0), S32(s, 32)
-                 : "l"(q), "l"(k), "n"(KEEP ? 1 : 0));
-}
-// O[64 x 64] += P[64 x 16] V[16 x 64]; V's lines are keys, so it is transposed on the way.
-DEVICE void product_of_values(float (&o)[32], const uint32_t (&p)[4], uint64_t v) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" LIST_32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
-                 : S32(o, 0)
-                 : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v));
-}
-#undef S8
-#undef S32
-#undef LIST_32
-#undef LIST_64
-
-DEVICE void scores(float (&s)[64], uint32_t q, uint32_t k) {
-    const uint64_t a = wgmma_descriptor(q), b = wgmma_descriptor(k);
-    wgmma_fence();
-    product_of_keys<false>(s, a, b);
-#pragma unroll
-    for (int i = 1; i < 4; ++i) product_of_keys<true>(s, a + 2 * i, b + 2 * i);
-    wgmma_commit();
-}
-DEVICE void add_values(float (&o)[32], const uint32_t (&p)[8][4], uint32_t v) {
-    const uint64_t b = wgmma_descriptor(v);
-    wgmma_fence();
-    // 16 lines of 128 bytes further each time.
-#pragma unroll
-    for (int i = 0; i < 8; ++i) product_of_values(o, p[i], b + 128 * i);
-    wgmma_commit();
-}
-
-struct Softmax {
-    float peak[2] = {-INFINITY, -INFINITY};  // raw scores
-    float sum[2] = {0, 0};                   // of this lane's columns
-    float rescale[2];
+// Groups of 128 threads, each with 64 rows of a tile (pack query heads of 64 / pack rows of the batch).
+template <int DIM> struct Plan {
+    static constexpr int PANELS = DIM / 64;
+    static constexpr int GROUPS = DIM == 64 ? 3 : 2;
+    static constexpr int STAGES = DIM == 64 ? 4 : 2;  // a power of two
+    static constexpr int THREADS = (GROUPS + 1) * 128;
 };
-
-// Scores of a tile to probabilities, in place. `position` is this lane's first row's, `key` that of its first column; the second row is
-// eight further.
-DEVICE void soften(float (&s)[64], Softmax& state, float scale, bool edge, int position, int key, int window) {
-    if (edge) {
-#pragma unroll
-        for (int i = 0; i < 64; ++i) {
-            const int last = position + i / 2 % 2 * 8 - key, col = i / 4 * 8 + i % 2;
-            s[i] = col <= last && (window == 0 || col > last - window) ? s[i] : -INFINITY;
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        float peak = state.peak[r];
-#pragma unroll
-        for (int i = 0; i < 32; ++i) peak = fmaxf(peak, s[i / 2 * 4 + 2 * r + i % 2]);
-        peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
-        peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
-        // A row may see nothing of a tile: then its peak is still minus infinity, and so it must not be subtracted.
-        const float safe = peak == -INFINITY ? 0 : peak * scale;
-        state.rescale[r] = exp2_fast(state.peak[r] * scale - safe);
-        state.peak[r] = peak;
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            float& v = s[i / 2 * 4 + 2 * r + i % 2];
-            v = exp2_fast(fmaf(v, scale, -safe));
-            sum += v;
-        }
-        state.sum[r] = state.sum[r] * state.rescale[r] + sum;
-    }
-}
-DEVICE void pack(uint32_t (&p)[8][4], const float (&s)[64]) {
-#pragma unroll
-    for (int i = 0; i < 32; ++i) p[i / 4][i % 4] = pack2<__nv_bfloat16>(s[2 * i], s[2 * i + 1]);
-}
-#endif
 }  // namespace hopper
 
-KERNEL __launch_bounds__(hopper::THREADS, 1) attention_prefill_hopper(const __grid_constant__ Params p) {
 #ifdef HOPPER
+// WINDOW: rows may not see the first tile. Else the first tile's peaks are what all probabilities of a row are relative to: looking for
+// peaks costs a seventh of the time, and only a row whose later scores are far greater, which its sum tells, is done once more.
+template <int DIM, bool WINDOW> DEVICE void attention_hopper(const Params& p) {
     using namespace hopper;
-    extern __shared__ char raw[];
-    const uint32_t queries = (shared_address(raw) + 1023) & ~1023u;
-    const uint32_t keys = queries + GROUPS * QUERIES, values = keys + STAGES * TILE, barriers = values + STAGES * TILE;
-    Ring<STAGES, 1, GROUPS * 4> key_ring(barriers), value_ring(barriers + 2 * STAGES * 8);
+    using Plan = hopper::Plan<DIM>;
+    constexpr int PANELS = Plan::PANELS, GROUPS = Plan::GROUPS, STAGES = Plan::STAGES;
+    extern __shared__ __align__(1024) char shared_memory[];
+    const uint32_t queries = shared_address(shared_memory);
+    const uint32_t keys = queries + GROUPS * SLOTS * PANELS * QUERIES, values = keys + STAGES * PANELS * TILE;
+    const uint32_t items = values + STAGES * PANELS * TILE, barriers = items + GROUPS * SLOTS * sizeof(Item);
+    const int group = uniform(threadIdx.x / 128), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    // Barriers of stage `n`, which counts up for ever: full and empty, of keys and of values. Likewise of a group's queries.
+    const auto key_full = [&](uint32_t n) { return barriers + 8 * (n % STAGES); };
+    const auto key_empty = [&](uint32_t n) { return barriers + 8 * (STAGES + n % STAGES); };
+    const auto value_full = [&](uint32_t n) { return barriers + 8 * (2 * STAGES + n % STAGES); };
+    const auto value_empty = [&](uint32_t n) { return barriers + 8 * (3 * STAGES + n % STAGES); };
+    const auto query_full = [&](int group, uint32_t n) { return barriers + 8 * (4 * STAGES + group * 2 * SLOTS + n % SLOTS); };
+    const auto query_empty = [&](int group, uint32_t n) { return query_full(group, n) + 8 * SLOTS; };
+    // The phase in which stage `n` of a ring is filled; it is empty in the one before.
+    const auto phase = [](uint32_t n, uint32_t stages) { return n / stages % 2; };
     if (threadIdx.x == 0) {
-        key_ring.init();
-        value_ring.init();
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(key_full(i), 1);
+            barrier_init(value_full(i), 1);
+            barrier_init(key_empty(i), GROUPS * 4);
+            barrier_init(value_empty(i), GROUPS * 4);
+        }
+        for (int i = 0; i < GROUPS * 2 * SLOTS; ++i) barrier_init(barriers + 8 * (4 * STAGES + i), 1);
+        barrier_init_fence();
     }
     pdl_launch();
     __syncthreads();  // the barriers are there
     pdl_wait();
-    Run run;
-    if (!find_run<ROWS>(p, blockIdx.y, run)) return;
-    const int head = blockIdx.x, kv_head = head / p.group;
-    const int first = run.begin / KEYS, tiles = (run.end + KEYS - 1) / KEYS;
-    const int group = threadIdx.x / 128;
+    const int length_shift = 6 - p.pack_shift, length = 1 << length_shift;  // rows of a group
     if (group == GROUPS) {
-        registers_shrink<32>();
-        if (threadIdx.x != GROUPS * 128) return;
-        proxy_fence();
-        const size_t offset = (static_cast<size_t>(kv_head) * p.lines + run.line) * 128;
-        for (int tile = first; tile < tiles; ++tile) {
-            const size_t at = offset + static_cast<size_t>(tile) * TILE;
-            key_ring.wait_empty();
-            barrier_expect(key_ring.full(), TILE);
-            bulk_load(keys + key_ring.stage * TILE, p.keys + at, TILE, key_ring.full());
-            key_ring.advance();
-            value_ring.wait_empty();
-            barrier_expect(value_ring.full(), TILE);
-            bulk_load(values + value_ring.stage * TILE, p.values + at, TILE, value_ring.full());
-            value_ring.advance();
+        registers_shrink<DIM == 64 ? 32 : 24>();
+        Walk walk;
+        Run run;
+        int head;
+        if (warp == 0) {
+            proxy_fence();
+            const size_t panel = static_cast<size_t>(p.lines) * 128;
+            uint32_t n = 0;
+            while (walk.next(p, GROUPS * length, run, head)) {
+                const int first = run.begin / KEYS, tiles = (run.end + KEYS - 1) / KEYS;
+                const size_t offset = (static_cast<size_t>(head / p.group) * PANELS * p.lines + run.line) * 128;
+                for (int tile = first; lane == 0 && tile < tiles; ++tile, ++n) {
+                    const size_t at = offset + static_cast<size_t>(tile) * TILE;
+                    const uint32_t stage = n % STAGES * PANELS * TILE;
+                    barrier_wait(key_empty(n), phase(n, STAGES) ^ 1);
+                    barrier_expect(key_full(n), PANELS * TILE);
+                    for (int i = 0; i < PANELS; ++i) bulk_load(keys + stage + i * TILE, p.keys + at + i * panel, TILE, key_full(n));
+                    barrier_wait(value_empty(n), phase(n, STAGES) ^ 1);
+                    barrier_expect(value_full(n), PANELS * TILE);
+                    for (int i = 0; i < PANELS; ++i) bulk_load(values + stage + i * TILE, p.values + at + i * panel, TILE, value_full(n));
+                }
+                __syncwarp();
+            }
+        } else if (warp <= GROUPS) {
+            const int loads_for = warp - 1;
+            uint32_t n = 0;
+            for (bool more = true; more; ++n) {
+                more = walk.next(p, GROUPS * length, run, head);
+                Item item = {};
+                if (more) {
+                    const int before = loads_for * length, first = run.begin / KEYS;
+                    item.row = run.row + before;
+                    item.rows = max(min(run.rows - before, length), 0);
+                    item.ahead = run.position + before - run.base - first * KEYS;
+                    item.tiles = (run.end + KEYS - 1) / KEYS - first;
+                    item.head = head;
+                    item.line = head / p.group * PANELS * p.lines + run.line + first * KEYS;
+                }
+                barrier_wait(query_empty(loads_for, n), phase(n, SLOTS) ^ 1);
+                const int slot = loads_for * SLOTS + n % SLOTS;
+                if (more) bring_queries<PANELS>(p, queries + slot * PANELS * QUERIES, item.row, item.rows, head);
+                announce(p, item, items + slot * sizeof(Item), query_full(loads_for, n));
+            }
         }
         return;
     }
-    registers_grow<160>();
-    const int thread = threadIdx.x % 128, lane = thread % 32, g = lane / 4, t = lane % 4;
-    const uint32_t q = queries + group * QUERIES;
-    const int rows = min(run.rows - group * 64, 64);  // of this group; may be none
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int row = i * 16 + thread / 8, chunk = thread % 8;
-        const int there = row < rows ? group * 64 + row : 0;
-        const __nv_bfloat16* from = p.q + (static_cast<size_t>(run.row + there) * p.heads + head) * HEAD_DIM + chunk * 8;
-        copy_async_16(q + row * 128 + ((chunk ^ (row & 7)) << 4), from, row < rows ? 16 : 0);
-    }
-    copy_commit();
-    copy_wait<0>();
-    proxy_fence();
-    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
-
-    // Tiles that some row of this group sees, and among them those that every row sees whole.
-    const int low = run.position + group * 64, high = low + rows - 1;
-    int begin = first, end = tiles;
-    if (rows > 0) {
-        begin = (first_visible(low, p.window) - run.base) / KEYS;
-        end = (high - run.base) / KEYS + 1;
-    } else {
-        begin = end = tiles;
-    }
-    const int position = low + thread / 32 * 16 + g;
-    const auto edge = [&](int tile) {
-        const int key = run.base + tile * KEYS;
-        return key + KEYS - 1 > low || (p.window > 0 && key <= high - p.window);
+    registers_grow<DIM == 64 ? 160 : 240>();
+    const int g = lane / 4, t = lane % 4;
+    uint32_t n = 0;  // tiles before
+    uint32_t item = 0;  // items before
+    int ahead;          // how far the group's first row is ahead of the tile's first key
+    uint32_t end;       // of this item's tiles
+    const auto slot = [&]() { return group * SLOTS + item % SLOTS; };
+    // Finds the next item, whose scores it issues; whether there is one.
+    const auto start = [&]() {
+        barrier_wait(query_full(group, item), phase(item, SLOTS));
+        const uint2 words = load_shared_8(items + slot() * sizeof(Item));
+        ahead = uniform(words.x);
+        end = n + uniform(words.y);
+        return end != n;
     };
-    const auto skip = [&]() {
-        key_ring.wait_full();
-        value_ring.wait_full();
-        __syncwarp();
-        if (lane == 0) {
-            barrier_arrive(key_ring.empty());
-            barrier_arrive(value_ring.empty());
-        }
-        key_ring.advance();
-        value_ring.advance();
-    };
-    for (int tile = first; tile < begin; ++tile) skip();
-
-    float s[64], o[32];
+    float s[64], o[PANELS][32];
     uint32_t weights[8][4];
+    const auto issue_scores = [&]() {
+        scores<PANELS>(s, queries + slot() * PANELS * QUERIES, QUERIES, keys + n % STAGES * PANELS * TILE, TILE);
+    };
+    const auto issue_values = [&]() {
+        barrier_wait(value_full(n - 1), phase(n - 1, STAGES));
+        add_values<PANELS>(o, weights, values + (n - 1) % STAGES * PANELS * TILE, TILE);
+    };
+    const auto settle = [&]() {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) o[i] = 0;
-    Softmax state;
-    if (begin < end) {
-        key_ring.wait_full();
-        scores(s, q, keys + key_ring.stage * TILE);
+        for (int panel = 0; panel < PANELS; ++panel) wgmma_settle(o[panel]);
+    };
+    // Products are issued on every path: in a branch of their own the assembler would wait for each. After the last item they are of no use.
+    const auto start_scores = [&]() {
+        const bool more = start();
+        if (more) barrier_wait(key_full(n), phase(n, STAGES));
+        issue_scores();
+        return more;
+    };
+    bool more = start_scores();
+    while (more) {
+        Softmax state;
+        // How far a lane's two rows see, in columns of the tile.
+        const auto find_last = [&](int ahead, int (&last)[2]) {
+            const int line = warp * 16 + g;
+            last[0] = ahead - 2 * t + (line & (length - 1));
+            last[1] = ahead - 2 * t + ((line + 8) & (length - 1));
+        };
+        // Makes probabilities of the scores; whether a reference moved.
+        const auto probabilities = [&](auto look) {
+            wgmma_settle(s);
+            if (lane == 0) barrier_arrive(key_empty(n));
+            if (ahead < KEYS - 1 || (WINDOW && ahead + length > p.window)) {
+                int last[2];
+                find_last(ahead, last);
+                hide(s, last, WINDOW ? p.window : 0);
+            }
+            ahead -= KEYS;
+            bool moved = false;
+            if constexpr (decltype(look)::value) moved = look_up(s, state, p.scale);
+            float sums[2];
+            soften(s, state, p.scale, sums);
+            state.sum[0] += sums[0];
+            state.sum[1] += sums[1];
+            return moved;
+        };
+#pragma unroll
+        for (int panel = 0; panel < PANELS; ++panel)
+#pragma unroll
+            for (int i = 0; i < 32; ++i) o[panel][i] = 0;
         wgmma_wait<0>();
-        wgmma_settle(s);
-        if (lane == 0) barrier_arrive(key_ring.empty());
-        key_ring.advance();
-        soften(s, state, p.scale, edge(begin), position, run.base + begin * KEYS + 2 * t, p.window);
+        probabilities(std::true_type());
         pack(weights, s);
-        if (begin + 1 < end) key_ring.wait_full();
-        for (int tile = begin + 1; tile < end; ++tile) {
+        for (++n; n != end; ++n) {
             // The next tile's scores and this one's outputs are under way while the next one's softmax waits for its scores only.
-            scores(s, q, keys + key_ring.stage * TILE);
-            value_ring.wait_full();
-            add_values(o, weights, values + value_ring.stage * TILE);
+            barrier_wait(key_full(n), phase(n, STAGES));
+            issue_scores();
+            issue_values();
             wgmma_wait<1>();
+            const bool moved = probabilities(std::bool_constant<WINDOW>());
+            now(state.sum[0] + state.sum[1]);
             wgmma_settle(s);
-            if (lane == 0) barrier_arrive(key_ring.empty());
-            key_ring.advance();
-            soften(s, state, p.scale, edge(tile), position, run.base + tile * KEYS + 2 * t, p.window);
-            // The loop in the wait for keys keeps the assembler from moving the wait for outputs up, ahead of the softmax.
-            wgmma_settle(s);
-            if (tile + 1 < end) key_ring.wait_full();
             wgmma_wait<0>();
-            wgmma_settle(o);
-            if (lane == 0) barrier_arrive(value_ring.empty());
-            value_ring.advance();
-            // Peaks rarely move after the first tiles.
-            if (__any_sync(~0u, state.rescale[0] != 1 || state.rescale[1] != 1)) {
+            settle();
+            if (lane == 0) barrier_arrive(value_empty(n - 1));
+            if (moved) {
 #pragma unroll
-                for (int i = 0; i < 32; ++i) o[i] *= state.rescale[i / 2 % 2];
+                for (int panel = 0; panel < PANELS; ++panel)
+#pragma unroll
+                    for (int i = 0; i < 32; ++i) o[panel][i] *= state.rescale[i / 2 % 2];
             }
             pack(weights, s);
         }
-        value_ring.wait_full();
-        add_values(o, weights, values + value_ring.stage * TILE);
-        wgmma_wait<0>();
-        wgmma_settle(o);
-        if (lane == 0) barrier_arrive(value_ring.empty());
-        value_ring.advance();
-    }
-    for (int tile = end; tile < tiles; ++tile) skip();
-
+        // The last outputs, and the next item's first scores while they are written.
+        issue_values();
+        const uint32_t place = slot(), empty = query_empty(group, item), value = value_empty(n - 1);
+        ++item;
+        more = start_scores();
+        wgmma_wait<1>();
+        settle();
+        if (lane == 0) barrier_arrive(value);
+        const uint32_t note = items + place * sizeof(Item);
+        if constexpr (!WINDOW) {
+            bool over[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        float sum = state.sum[r];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        if (p.sinks) sum += exp2_fast(p.sinks[head] * LOG2E - state.peak[r] * p.scale);
-        const int row = thread / 32 * 16 + g + 8 * r;
-        if (row >= rows) continue;
-        const float inverse = 1.0f / sum;
-        const int out_row = run.row + group * 64 + row, turn = p.capacity ? out_row & 7 : 0;
-        char* line = output_at(p.out, out_row, head, turn * 8, p.heads, p.capacity);
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-            char* to = line + ((n ^ turn) << 4) + 4 * t;
-            *reinterpret_cast<uint32_t*>(to) = pack2<__nv_bfloat16>(o[4 * n + 2 * r] * inverse, o[4 * n + 2 * r + 1] * inverse);
+            for (int r = 0; r < 2; ++r) {
+                int high = !(state.sum[r] < Softmax::MOST);
+                high |= __shfl_xor_sync(~0u, high, 1);
+                over[r] = high | __shfl_xor_sync(~0u, high, 2);
+            }
+            if (__any_sync(~0u, over[0] || over[1])) {
+                const int first = load_shared_32(note), count = load_shared_32(note + 4) * KEYS;
+                const size_t at = static_cast<size_t>(load_shared_32(note + 24)) * 128;
+                int last[2];
+                find_last(first, last);
+                redo<PANELS>(o, state, over, queries + place * PANELS * QUERIES, QUERIES, p.keys + at, p.values + at, static_cast<size_t>(p.lines) * 128, count, last,
+                             warp * 16, p.scale);
+            }
         }
+        float factor[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const int line = warp * 16 + g + 8 * r;
+            factor[r] = inverse_of(state, r, load_shared_f32(note + 32 + (line >> length_shift) * 4));
+        }
+        deliver<PANELS>(p, o, factor, queries + place * PANELS * QUERIES, note, group + 1, empty);
     }
+    wgmma_wait<0>();
+    if (warp == 0) bulk_wait();
+}
+#endif
+
+namespace window {
+constexpr int GROUPS = 4;           // of 8 rows by 8 heads
+constexpr int ROWS = GROUPS * 8;
+constexpr int KEYS = 144;           // of a group: a window of 128 for each of 8 rows, from a multiple of 8 on
+constexpr int LINES = 128 + 40;     // of a block: the groups' keys start up to 24 lines apart
+constexpr int STAGES = 2;
+constexpr int THREADS = (GROUPS + 1) * 128;
+constexpr int TILE = LINES * 128;
+}  // namespace window
+
+// Windows of at most 128 keys, 8 query heads a key/value head: what a row sees fits in one tile.
+KERNEL __launch_bounds__(window::THREADS, 1) attention_prefill_window(const __grid_constant__ Params p) {
+#ifdef HOPPER
+    using namespace window;
+    using hopper::Item;
+    using hopper::QUERIES;
+    extern __shared__ __align__(1024) char window_memory[];
+    const uint32_t queries = shared_address(window_memory), keys = queries + GROUPS * STAGES * QUERIES;
+    const uint32_t values = keys + STAGES * TILE, items = values + STAGES * TILE, barriers = items + GROUPS * STAGES * sizeof(Item);
+    const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const auto lines_full = [&](uint32_t n) { return barriers + 8 * (n % STAGES); };
+    const auto lines_empty = [&](uint32_t n) { return barriers + 8 * (STAGES + n % STAGES); };
+    const auto query_full = [&](int group, uint32_t n) { return barriers + 8 * (2 * STAGES * (group + 1) + n % STAGES); };
+    const auto query_empty = [&](int group, uint32_t n) { return query_full(group, n) + 8 * STAGES; };
+    const auto phase = [](uint32_t n) { return n / STAGES % 2; };
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(lines_full(i), 1);
+            barrier_init(lines_empty(i), GROUPS * 4);
+        }
+        for (int i = 0; i < GROUPS * 2 * STAGES; ++i) barrier_init(barriers + 8 * (2 * STAGES + i), 1);
+        barrier_init_fence();
+    }
+    // Lines that a block has no use for are multiplied by zero: they must be numbers.
+    for (int at = threadIdx.x * 16; at < STAGES * TILE; at += THREADS * 16) store_shared_zeros(values + at);
+    shared_proxy_fence();
+    pdl_launch();
+    __syncthreads();
+    pdl_wait();
+    if (group == GROUPS) {
+        registers_shrink<32>();
+        if (warp == 0) proxy_fence();
+        hopper::Walk walk;
+        Run run;
+        int head;
+        uint32_t n = 0;
+        for (bool more = true; more; ++n) {
+            more = walk.next(p, ROWS, run, head);
+            Item item = {};
+            const uint32_t stage = n % STAGES, slot = warp * STAGES + stage;
+            const int begin = run.begin & ~7;
+            if (more && warp == 0 && lane == 0) {
+                const uint32_t bytes = (((run.end + 7) & ~7) - begin) * 128;
+                const size_t at = (static_cast<size_t>(head / p.group) * p.lines + run.line + begin) * 128;
+                barrier_wait(lines_empty(n), phase(n) ^ 1);
+                barrier_expect(lines_full(n), 2 * bytes);
+                bulk_load(keys + stage * TILE, p.keys + at, bytes, lines_full(n));
+                bulk_load(values + stage * TILE, p.values + at, bytes, lines_full(n));
+            }
+            __syncwarp();
+            if (more) {
+                const int position = run.position + warp * 8, start = (first_visible(position, p.window) - run.base) & ~7;
+                item.row = run.row + warp * 8;
+                item.rows = max(min(run.rows - warp * 8, 8), 0);
+                item.ahead = position - run.base - start;
+                item.tiles = 1;
+                item.head = head;
+                item.skip = start - begin;
+            }
+            barrier_wait(query_empty(warp, n), phase(n) ^ 1);
+            if (more) hopper::bring_queries<1>(p, queries + slot * QUERIES, item.row, item.rows, head);
+            hopper::announce(p, item, items + slot * sizeof(Item), query_full(warp, n));
+        }
+        return;
+    }
+    registers_grow<112>();
+    const int g = lane / 4, t = lane % 4;
+    for (uint32_t n = 0;; ++n) {
+        const uint32_t stage = n % STAGES, slot = group * STAGES + stage, note = items + slot * sizeof(Item);
+        barrier_wait(query_full(group, n), phase(n));
+        if (load_shared_32(note + 4) == 0) break;
+        const int ahead = load_shared_32(note), skip = load_shared_32(note + 20) * 128;
+        barrier_wait(lines_full(n), phase(n));
+        Softmax state;
+        uint32_t weights[KEYS / 16][4];
+        {
+            float s[KEYS / 2];
+            scores<1>(s, queries + slot * QUERIES, 0, keys + stage * TILE + skip, 0);
+            wgmma_wait<0>();
+            wgmma_settle(s);
+            const int last[2] = {ahead + g - 2 * t, ahead + g - 2 * t};
+            if (p.window == 128 && ahead >= 127) {
+                hide<0, 16>(s, last, 128);
+                hide<128, 144>(s, last, 128);
+            } else {
+                hide(s, last, p.window);
+            }
+            look_up(s, state, p.scale);
+            soften(s, state, p.scale, state.sum);
+            pack(weights, s);
+        }
+        float o[1][32];
+#pragma unroll
+        for (int i = 0; i < 32; ++i) o[0][i] = 0;
+        add_values<1>(o, weights, values + stage * TILE + skip, 0);
+        float factor[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) factor[r] = inverse_of(state, r, load_shared_f32(note + 32 + (warp * 2 + r) * 4));
+        wgmma_wait<0>();
+        wgmma_settle(o[0]);
+        if (lane == 0) barrier_arrive(lines_empty(n));
+        hopper::deliver<1>(p, o, factor, queries + slot * QUERIES, note, group + 1, query_empty(group, n));
+    }
+    if (warp == 0) bulk_wait();
 #endif
 }
+
+#ifdef HOPPER
+#define HOPPER_BODY(...) __VA_ARGS__
+#else
+#define HOPPER_BODY(...)
+#endif
+#define KERNEL_OF(NAME, DIM, WINDOW)                                                                                       \
+    KERNEL __launch_bounds__(hopper::Plan<DIM>::THREADS, 1) attention_prefill_##NAME(const __grid_constant__ Params p) { \
+        HOPPER_BODY(attention_hopper<DIM, WINDOW>(p);)                                                                   \
+    }
+KERNEL_OF(hopper, 64, false)
+KERNEL_OF(hopper_any, 64, true)
+KERNEL_OF(hopper_128, 128, false)
+KERNEL_OF(hopper_any_128, 128, true)

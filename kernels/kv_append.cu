@@ -1,26 +1,29 @@
-// Rotates queries and keys, rounds the queries to bf16, and appends keys and values to the cache. One block a row; 16 lanes a head,
-// four elements each, so that a head's maximum is a few shuffles.
+// Rotates queries and keys, rounds the queries to bf16, and appends keys and values to the cache. One block a row; four elements of a
+// head a lane, so that a head's maximum is a few shuffles.
 #include "common/attention.cuh"
 
 struct Params {
-    const float* qkv;       // [rows, (heads + 2 * kv_heads) * 64]; pairs (i, i + 32) of q and k heads are adjacent
-    __nv_bfloat16* q;       // [rows, heads * 64], natural order
+    const float* qkv;       // [rows, (heads + 2 * kv_heads) * DIM]; pairs (i, i + DIM / 2) of q and k heads are adjacent
+    __nv_bfloat16* q;       // [rows, heads * DIM], natural order
     Cache cache;
     const int* position;    // [rows]
     const int* slot;        // [rows]: page * page_size + offset; negative is nowhere
     const int* live;        // rows to do
-    const float* inv_freq;  // [32]
+    const float* inv_freq;  // [DIM / 2]
     float mscale;           // multiplies cosine and sine
     int heads;
 };
 
 constexpr int THREADS = 256;
-constexpr int PAIRS = HEAD_DIM / 2;
-constexpr int LANES = 16;  // of a head
-constexpr int AHEAD = 5;   // pieces of a row that a thread has on their way: all of 80 heads
+template <int DIM> struct Plan {
+    static constexpr int PAIRS = DIM / 2;
+    static constexpr int LANES = DIM / 4;            // of a head
+    static constexpr int AHEAD = DIM == 64 ? 5 : 6;  // pieces of a row that a thread has on their way: of 80 heads of 64, 48 of 128
+};
 
-template <bool FP8> DEVICE void store(const Cache& cache, size_t token, int lane, float4 v, bool rotated) {
-    // A rotated lane has dimensions 2 * lane, 2 * lane + 1 and those 32 later; another has four in a row.
+template <bool FP8, int DIM> DEVICE void store(const Cache& cache, size_t token, int lane, float4 v, bool rotated) {
+    constexpr int PAIRS = Plan<DIM>::PAIRS, LANES = Plan<DIM>::LANES;
+    // A rotated lane has dimensions 2 * lane, 2 * lane + 1 and those half a head later; another has four in a row.
     if constexpr (FP8) {
         float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
 #pragma unroll
@@ -28,7 +31,7 @@ template <bool FP8> DEVICE void store(const Cache& cache, size_t token, int lane
         const float scale = e4m3_scale(amax);
         const uint32_t low = to_e4m3(v.x, v.y, scale), high = to_e4m3(v.z, v.w, scale);
         if (token == ~size_t(0)) return;
-        char* line = cache.data + token * HEAD_DIM;
+        char* line = cache.data + token * DIM;
         if (rotated) {
             *reinterpret_cast<uint16_t*>(line + 2 * lane) = static_cast<uint16_t>(low);
             *reinterpret_cast<uint16_t*>(line + PAIRS + 2 * lane) = static_cast<uint16_t>(high);
@@ -38,7 +41,7 @@ template <bool FP8> DEVICE void store(const Cache& cache, size_t token, int lane
         if (lane == 0) cache.scales[token] = scale;
     } else {
         if (token == ~size_t(0)) return;
-        char* line = cache.data + token * HEAD_DIM * 2;
+        char* line = cache.data + token * DIM * 2;
         const uint32_t low = pack2<__nv_bfloat16>(v.x, v.y), high = pack2<__nv_bfloat16>(v.z, v.w);
         if (rotated) {
             *reinterpret_cast<uint32_t*>(line + 4 * lane) = low;
@@ -49,7 +52,8 @@ template <bool FP8> DEVICE void store(const Cache& cache, size_t token, int lane
     }
 }
 
-template <bool FP8> DEVICE void kv_append(const Params& p) {
+template <bool FP8, int DIM> DEVICE void kv_append(const Params& p) {
+    constexpr int PAIRS = Plan<DIM>::PAIRS, LANES = Plan<DIM>::LANES, AHEAD = Plan<DIM>::AHEAD;
     __shared__ float2 turn[PAIRS];  // cosine and sine, times mscale
     pdl_wait();
     pdl_launch();
@@ -80,16 +84,16 @@ template <bool FP8> DEVICE void kv_append(const Params& p) {
     __syncthreads();
     const int lane = threadIdx.x % LANES;
     const float2 first = turn[2 * lane], second = turn[2 * lane + 1];
-    // A head belongs to 16 lanes, so heads are whole; all lanes stay for the shuffles.
+    // A head belongs to lanes of one warp, so heads are whole; all lanes stay for the shuffles.
     const auto put = [&](int unit, float4 v) {
         const int head = unit / LANES;
         const bool rotated = head < p.heads + kv_heads;
         if (rotated)
-            // From pairs (x, y), (z, w) to dimensions (2l, 2l + 1) and (2l + 32, 2l + 33).
+            // From pairs (x, y), (z, w) to dimensions (2l, 2l + 1) and (2l + DIM / 2, 2l + 1 + DIM / 2).
             v = make_float4(v.x * first.x - v.y * first.y, v.z * second.x - v.w * second.y, v.y * first.x + v.x * first.y,
                             v.w * second.x + v.z * second.y);
         if (head < p.heads) {
-            uint32_t* to = reinterpret_cast<uint32_t*>(p.q + (static_cast<size_t>(row) * p.heads + head) * HEAD_DIM);
+            uint32_t* to = reinterpret_cast<uint32_t*>(p.q + (static_cast<size_t>(row) * p.heads + head) * DIM);
             to[lane] = pack2<__nv_bfloat16>(v.x, v.y);
             to[PAIRS / 2 + lane] = pack2<__nv_bfloat16>(v.z, v.w);
         }
@@ -100,7 +104,7 @@ template <bool FP8> DEVICE void kv_append(const Params& p) {
                 token = token_of(p.cache, slot >> p.cache.page_shift, kv_head, slot & ((1 << p.cache.page_shift) - 1));
                 if (!rotated) token += values_after_keys(p.cache);
             }
-            store<FP8>(p.cache, token, lane, v, rotated);
+            store<FP8, DIM>(p.cache, token, lane, v, rotated);
         }
     };
     for (int base = 0;;) {
@@ -113,5 +117,7 @@ template <bool FP8> DEVICE void kv_append(const Params& p) {
     }
 }
 
-KERNEL __launch_bounds__(THREADS) kv_append_e4m3(const __grid_constant__ Params p) { kv_append<true>(p); }
-KERNEL __launch_bounds__(THREADS) kv_append_bf16(const __grid_constant__ Params p) { kv_append<false>(p); }
+KERNEL __launch_bounds__(THREADS) kv_append_e4m3(const __grid_constant__ Params p) { kv_append<true, 64>(p); }
+KERNEL __launch_bounds__(THREADS) kv_append_bf16(const __grid_constant__ Params p) { kv_append<false, 64>(p); }
+KERNEL __launch_bounds__(THREADS) kv_append_e4m3_128(const __grid_constant__ Params p) { kv_append<true, 128>(p); }
+KERNEL __launch_bounds__(THREADS) kv_append_bf16_128(const __grid_constant__ Params p) { kv_append<false, 128>(p); }

@@ -69,15 +69,21 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
     if !bench.wants("attention_prefill") {
         return Ok(());
     }
-    let portable = AttentionPrefill::load_portable(&bench.device)?;
-    let best = AttentionPrefill::load(&bench.device)?;
-    for (kind, kernel) in [("best", &best), ("portable", &portable)] {
-        case(bench, kind, kernel, 8, 0, 1024, None, 10)?;
-        case(bench, kind, kernel, 1, 0, 8192, None, 10)?;
-        case(bench, kind, kernel, 1, 24_576, 8192, None, 4)?;
-        case(bench, kind, kernel, 8, 0, 1024, Some(128), 10)?;
-        case(bench, kind, kernel, 1, 0, 8192, Some(128), 10)?;
+    let kernel = AttentionPrefill::load(&bench.device)?;
+    let portable = AttentionPrefill::load_portable(&bench.device, HEAD_DIM)?;
+    let cases = [
+        (1, 0, 1024, None, 20),
+        (8, 0, 1024, None, 10),
+        (1, 0, 8192, None, 6),
+        (1, 24_576, 8192, None, 2),
+        (1, 0, 32_768, None, 1),
+        (1, 0, 1024, Some(128), 20),
+        (8, 0, 1024, Some(128), 10),
+        (1, 0, 8192, Some(128), 10),
+    ];
+    for (count, start, rows, window, launches) in cases {
+        case(bench, "best", &kernel, count, start, rows, window, launches)?;
     }
-    case(bench, "best", &best, 1, 0, 32_768, None, 2)?;
-    Ok(())
+    case(bench, "portable", &portable, 1, 0, 8192, None, 4)?;
+    case(bench, "portable", &portable, 1, 0, 8192, Some(128), 4)
 }

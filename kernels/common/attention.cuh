@@ -8,7 +8,7 @@ constexpr float E4M3_MAX = 448.0f;
 
 // One layer of the cache (README.md, "KV pages").
 struct Cache {
-    char* data;     // [pages][2][kv_heads][page_size][64], bf16 or e4m3
+    char* data;     // [pages][2][kv_heads][page_size][head_dim], bf16 or e4m3
     float* scales;  // [pages][2][kv_heads][page_size] with e4m3
     int kv_heads;
     int page_shift;  // log2 of the page size, 4..8
@@ -28,7 +28,7 @@ DEVICE const int* table_of(const Tables& tables, int sequence) {
 
 DEVICE int first_visible(int position, int window) { return window > 0 && position >= window ? position + 1 - window : 0; }
 
-// Number of the head's token `offset` in `page`, keys (values: + kv_heads << page_shift). Times 64 it counts elements of
+// Number of the head's token `offset` in `page`, keys (values: + kv_heads << page_shift). Times the head's elements it counts those of
 // `data`; it also counts scales.
 DEVICE size_t token_of(const Cache& cache, int page, int head, int offset) {
     return (((static_cast<size_t>(page) * 2) * cache.kv_heads + head) << cache.page_shift) + offset;
@@ -52,9 +52,9 @@ struct Place {
     int run;                     // its first
 };
 
-// Which sequence holds line `at` of all that `sequences` have or, where ROWS is not 0, run `at` of that many rows. Each warp looks for itself,
-// a lane a sequence, so that nobody waits for a barrier.
-template <int ROWS> DEVICE Place find_place(const Sequences& sequences, int window, int at) {
+// Which sequence holds line `at` of all that `sequences` have or, with RUNS, run `at` of `length` rows. Each warp looks for itself, a lane a
+// sequence, so that nobody waits for a barrier.
+template <bool RUNS> DEVICE Place find_place(const Sequences& sequences, int window, int at, int length = 1) {
     const int lane = threadIdx.x % 32;
     int lines = 0, runs = 0;
     for (int base = 0; base < sequences.count; base += 32) {
@@ -62,7 +62,7 @@ template <int ROWS> DEVICE Place find_place(const Sequences& sequences, int wind
         const int first_row = sequences.first_row[s], rows = sequences.row_count[s], start = sequences.start[s];
         const bool there = base + lane < sequences.count;
         const int own_lines = there ? (start + rows - first_visible(start, window) + LINES - 1) / LINES * LINES : 0;
-        const int own_runs = there && ROWS ? (rows + (ROWS ? ROWS : 1) - 1) / (ROWS ? ROWS : 1) : 0;
+        const int own_runs = RUNS && there ? (rows + length - 1) / length : 0;
         int line_end = own_lines, run_end = own_runs;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
@@ -70,7 +70,7 @@ template <int ROWS> DEVICE Place find_place(const Sequences& sequences, int wind
             if (lane >= step) line_end += x, run_end += y;
         }
         line_end += lines, run_end += runs;
-        const int end = ROWS ? run_end : line_end, begin = end - (ROWS ? own_runs : own_lines);
+        const int end = RUNS ? run_end : line_end, begin = end - (RUNS ? own_runs : own_lines);
         const uint32_t found = __ballot_sync(~0u, at >= begin && at < end);
         if (found) {
             const int from = __ffs(found) - 1;
@@ -120,12 +120,18 @@ DEVICE uint2 load_shared_8(uint32_t at) {
     asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
     return v;
 }
+DEVICE uint32_t load_shared_32(uint32_t at) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+    return v;
+}
 DEVICE float load_shared_f32(uint32_t at) {
     float v;
     asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
     return v;
 }
 DEVICE void store_shared_32(uint32_t at, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
+DEVICE void store_shared_zeros(uint32_t at) { asm volatile("st.shared.v4.u32 [%0], {%1,%1,%1,%1};" ::"r"(at), "r"(0) : "memory"); }
 DEVICE void store_shared_16(uint32_t at, uint32_t v) {
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(static_cast<uint16_t>(v)) : "memory");
 }
@@ -161,35 +167,36 @@ DEVICE uint32_t transpose_8x8(uint32_t v) {
     return r;
 }
 
-// Address of column `col` (a multiple of 2) of row `row`, head `head`, in an output of bf16 [rows, heads * 64]: row-major, or
+// Address of column `col` (a multiple of 2) of row `row`, head `head`, in an output of bf16 [rows, heads * DIM]: row-major, or
 // panels of `capacity` rows where that is not 0.
-DEVICE char* output_at(void* out, int row, int head, int col, int heads, int capacity) {
+template <int DIM> DEVICE char* output_at(void* out, int row, int head, int col, int heads, int capacity) {
     char* base = static_cast<char*>(out);
-    if (capacity == 0) return base + ((static_cast<size_t>(row) * heads + head) * HEAD_DIM + col) * 2;
-    return base + panel_chunk(row, head * HEAD_DIM + (col & ~7), capacity) + (col & 7) * 2;
+    if (capacity == 0) return base + ((static_cast<size_t>(row) * heads + head) * DIM + col) * 2;
+    return base + panel_chunk(row, head * DIM + (col & ~7), capacity) + (col & 7) * 2;
 }
 
-// Two dimensions of a head, what its scores peak at, and the sum of its probabilities relative to that.
-struct Part {
-    float2 o;
-    float peak, sum;
+// Some dimensions of a head, what its scores peak at, and the sum of its probabilities relative to that.
+template <int DIMS> struct Part {
+    float o[DIMS] = {};
+    float peak = -INFINITY, sum = 0;
 };
-DEVICE Part nothing() { return Part{make_float2(0, 0), -INFINITY, 0}; }
 
-template <int N> DEVICE Part merge(Part into, const Part (&parts)[N]) {
-    float peak = into.peak;
+template <int DIMS, int N> DEVICE Part<DIMS> merge(const Part<DIMS>& into, const Part<DIMS> (&parts)[N]) {
+    Part<DIMS> all = into;
 #pragma unroll
-    for (int i = 0; i < N; ++i) peak = fmaxf(peak, parts[i].peak);
+    for (int i = 0; i < N; ++i) all.peak = fmaxf(all.peak, parts[i].peak);
     // Where nothing was seen all peaks are minus infinity.
-    const float safe = peak == -INFINITY ? 0 : peak;
+    const float safe = all.peak == -INFINITY ? 0 : all.peak;
     const float keep = exp2_fast(into.peak - safe);
-    Part all = {make_float2(into.o.x * keep, into.o.y * keep), peak, into.sum * keep};
+    all.sum *= keep;
+#pragma unroll
+    for (int d = 0; d < DIMS; ++d) all.o[d] *= keep;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
         const float weight = exp2_fast(parts[i].peak - safe);
-        all.o.x += parts[i].o.x * weight;
-        all.o.y += parts[i].o.y * weight;
         all.sum += parts[i].sum * weight;
+#pragma unroll
+        for (int d = 0; d < DIMS; ++d) all.o[d] += parts[i].o[d] * weight;
     }
     return all;
 }

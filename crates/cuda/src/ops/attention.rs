@@ -4,8 +4,10 @@ use ctxserve_backend::DeviceError;
 
 use crate::driver::Buffer;
 
-/// Elements of a head, which the kernels are made for.
+/// Elements of a head that kernels are loaded for where nothing else is asked.
 pub const HEAD_DIM: usize = 64;
+/// Elements of a head that there are kernels for.
+pub const HEAD_DIMS: [usize; 2] = [64, 128];
 /// Most query heads of one key/value head.
 pub const MOST_GROUP: usize = 8;
 
@@ -58,6 +60,18 @@ impl Cache {
             window: self.window.unwrap_or(0) as i32,
         })
     }
+}
+
+/// Which of the kernels for each of [`HEAD_DIMS`] to load.
+pub(super) fn kernel_of(
+    op: &'static str,
+    head_dim: usize,
+    names: [&'static str; 2],
+) -> Result<&'static str, DeviceError> {
+    let which = HEAD_DIMS.iter().zip(names).find(|(dim, _)| **dim == head_dim);
+    which
+        .map(|(_, name)| name)
+        .ok_or_else(|| DeviceError::new(op, format!("there are no kernels for heads of {head_dim} elements")))
 }
 
 /// Where the pages of each sequence are, for one group: position `p` of sequence `s` lives in page

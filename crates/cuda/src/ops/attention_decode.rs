@@ -2,13 +2,15 @@
 
 use ctxserve_backend::DeviceError;
 
-use super::attention::{Cache, CacheArguments, HEAD_DIM, MOST_GROUP, Tables, TablesArguments};
+use super::attention::{Cache, CacheArguments, HEAD_DIM, MOST_GROUP, Tables, TablesArguments, kernel_of};
 use crate::driver::{Buffer, Device, Facts, Kernel, Launch, Params};
 
 const OP: &str = "attention_decode";
 const STAGES: usize = 3;
 /// Floats of a cluster's part of the results of a row and key/value head.
-const PARTIAL: usize = MOST_GROUP * (HEAD_DIM + 2);
+const fn partial(head_dim: usize) -> usize {
+    MOST_GROUP * (head_dim + 2)
+}
 /// Splits that any number of rows may use; `Workspace` has room for them.
 const MANY_ROWS: usize = 4;
 /// Blocks of a large cluster.
@@ -71,9 +73,11 @@ impl Shape {
         Self { warps, cluster: 1, depth_shift }
     }
 
-    /// Bytes of shared memory of a block.
-    fn shared(self, fp8: bool) -> usize {
-        self.warps * STAGES * (4096 + if fp8 { 256 } else { 0 })
+    /// Bytes of shared memory of a block: stages of 32 keys and values of 64 bytes, or of 16 longer ones, and their scales.
+    fn shared(self, head_dim: usize, fp8: bool) -> usize {
+        let line = head_dim * if fp8 { 1 } else { 2 };
+        let keys = if line == 64 { 32 } else { 16 };
+        self.warps * STAGES * 2 * keys * (line + if fp8 { 4 } else { 0 })
     }
 }
 
@@ -83,6 +87,7 @@ pub struct AttentionDecode {
     four: [Kernel; 2],
     eight: [Kernel; 2],
     clusters: Option<[[Kernel; 2]; 2]>,
+    head_dim: usize,
 }
 
 /// Memory in which the parts of a row's result meet. One launch at a time uses it.
@@ -98,25 +103,39 @@ impl Workspace {
     /// # Errors
     /// Out of memory.
     pub fn new(device: &Device, rows: usize, kv_heads: usize, splits: usize) -> Result<Self, DeviceError> {
+        Self::new_for(device, HEAD_DIM, rows, kv_heads, splits)
+    }
+
+    /// The same for heads of `head_dim` elements.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new_for(
+        device: &Device,
+        head_dim: usize,
+        rows: usize,
+        kv_heads: usize,
+        splits: usize,
+    ) -> Result<Self, DeviceError> {
         let pairs = rows * kv_heads;
         Ok(Self {
-            partial: device.allocate(pairs * splits.max(MANY_ROWS) * PARTIAL)?,
+            partial: device.allocate(pairs * splits.max(MANY_ROWS) * partial(head_dim))?,
             arrived: device.zeros(pairs * MOST_GROUP)?,
         })
     }
 
     /// Bytes that `new` takes.
     pub fn bytes(rows: usize, kv_heads: usize, splits: usize) -> usize {
-        rows * kv_heads * 4 * (MOST_GROUP + splits.max(MANY_ROWS) * PARTIAL)
+        rows * kv_heads * 4 * (MOST_GROUP + splits.max(MANY_ROWS) * partial(HEAD_DIM))
     }
 }
 
 /// Appends each row's key and value to the cache, then attends over what the row sees.
 #[derive(Debug)]
 pub struct Call<'a> {
-    /// `[rows, heads * 64]`, bits of bf16, rotated.
+    /// `[rows, heads * head_dim]`, bits of bf16, rotated.
     pub q: &'a Buffer<u16>,
-    /// `[rows, 2 * kv_heads * 64]`: rotated keys, then values. Absent: they are in the cache.
+    /// `[rows, 2 * kv_heads * head_dim]`: rotated keys, then values. Absent: they are in the cache.
     pub kv: Option<&'a Buffer<f32>>,
     /// The layer's cache.
     pub cache: Cache,
@@ -130,7 +149,7 @@ pub struct Call<'a> {
     pub live: &'a Buffer<i32>,
     /// A logit for each query head that joins the denominator.
     pub sinks: Option<&'a Buffer<f32>>,
-    /// Bits of bf16 `[rows, heads * 64]`: row-major, or panels of `capacity` rows.
+    /// Bits of bf16 `[rows, heads * head_dim]`: row-major, or panels of `capacity` rows.
     pub out: &'a Buffer<u16>,
     /// Made for at least these rows, heads and splits.
     pub workspace: &'a Workspace,
@@ -168,27 +187,46 @@ pub fn splits(rows: usize, cache: &Cache, multiprocessors: usize) -> usize {
 }
 
 impl AttentionDecode {
-    /// Loads the kernels.
+    /// Loads the kernels for heads of 64 elements.
     ///
     /// # Errors
     /// No code for this device.
     pub fn load(device: &Device) -> Result<Self, DeviceError> {
-        let load = |names: [&'static str; 2], warps: usize| {
+        Self::load_for(device, HEAD_DIM)
+    }
+
+    /// Loads the kernels for heads of so many elements.
+    ///
+    /// # Errors
+    /// Heads that there are no kernels for, or no code for this device.
+    pub fn load_for(device: &Device, head_dim: usize) -> Result<Self, DeviceError> {
+        let load = |names: [[&'static str; 2]; 2], warps: usize| {
             let shape = Shape { warps, cluster: 1, depth_shift: 0 };
             let [e4m3, bf16] = names;
-            Ok([device.kernel(OP, e4m3, shape.shared(true))?, device.kernel(OP, bf16, shape.shared(false))?])
+            let kernel =
+                |names, fp8| device.kernel(OP, kernel_of(OP, head_dim, names)?, shape.shared(head_dim, fp8));
+            Ok([kernel(e4m3, true)?, kernel(bf16, false)?])
         };
+        macro_rules! names {
+            ($suffix:literal) => {
+                [
+                    [
+                        concat!("attention_decode_e4m3_", $suffix),
+                        concat!("attention_decode_e4m3_128_", $suffix),
+                    ],
+                    [
+                        concat!("attention_decode_bf16_", $suffix),
+                        concat!("attention_decode_bf16_128_", $suffix),
+                    ],
+                ]
+            };
+        }
         let clusters = if device.facts().capability >= (9, 0) {
-            let two = load(["attention_decode_e4m3_cluster_2", "attention_decode_bf16_cluster_2"], 8)?;
-            Some([two, load(["attention_decode_e4m3_cluster_8", "attention_decode_bf16_cluster_8"], 8)?])
+            Some([load(names!("cluster_2"), 8)?, load(names!("cluster_8"), 8)?])
         } else {
             None
         };
-        Ok(Self {
-            four: load(["attention_decode_e4m3_4", "attention_decode_bf16_4"], 4)?,
-            eight: load(["attention_decode_e4m3_8", "attention_decode_bf16_8"], 8)?,
-            clusters,
-        })
+        Ok(Self { four: load(names!("4"), 4)?, eight: load(names!("8"), 8)?, clusters, head_dim })
     }
 
     fn kernel(&self, shape: Shape) -> &[Kernel; 2] {
@@ -206,19 +244,19 @@ impl AttentionDecode {
     /// Buffers that are too small, or a device fault.
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
         let Call { rows, heads, splits, cache, workspace, .. } = *call;
-        let kv_heads = cache.kv_heads;
+        let (kv_heads, head_dim) = (cache.kv_heads, self.head_dim);
         let arguments = cache.arguments(OP)?;
         let fp8 = cache.is_fp8();
         let shape = Shape::of(rows * kv_heads, splits, device.facts());
-        let width = heads * HEAD_DIM;
+        let width = heads * head_dim;
         let clusters = splits / shape.cluster;
-        let parts = if clusters > 1 { rows * kv_heads * clusters * PARTIAL } else { 0 };
+        let parts = if clusters > 1 { rows * kv_heads * clusters * partial(head_dim) } else { 0 };
         let fits = heads.is_multiple_of(kv_heads)
             && (1..=MOST_GROUP).contains(&(heads / kv_heads))
             && (1..=65_535).contains(&rows)
             && splits >= 1
             && call.q.len() >= rows * width
-            && call.kv.is_none_or(|kv| kv.len() >= rows * 2 * kv_heads * HEAD_DIM)
+            && call.kv.is_none_or(|kv| kv.len() >= rows * 2 * kv_heads * head_dim)
             && call.tables.holds(rows)
             && call.position.len() >= rows
             && call.slot.len() >= rows
@@ -253,7 +291,7 @@ impl AttentionDecode {
         let launch = Launch {
             grid: [(shape.cluster * kv_heads) as u32, rows as u32, clusters as u32],
             block: shape.warps as u32 * 32,
-            shared: shape.shared(fp8) as u32,
+            shared: shape.shared(head_dim, fp8) as u32,
             overlap: true,
         };
         // SAFETY: every buffer was checked to be large enough; pages and slots are inside the cache by the caller's plan.

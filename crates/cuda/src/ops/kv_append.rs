@@ -2,7 +2,7 @@
 
 use ctxserve_backend::DeviceError;
 
-use super::attention::{Cache, CacheArguments, HEAD_DIM};
+use super::attention::{Cache, CacheArguments, HEAD_DIM, kernel_of};
 use crate::driver::{Buffer, Device, Kernel, Launch, Params};
 
 const OP: &str = "kv_append";
@@ -30,14 +30,15 @@ unsafe impl Params for Arguments {}
 pub struct KvAppend {
     e4m3: Kernel,
     bf16: Kernel,
+    head_dim: usize,
 }
 
 /// Rotates q and k, writes q, and k and v to the cache.
 #[derive(Debug)]
 pub struct Call<'a> {
-    /// `[rows, (heads + 2 * kv_heads) * 64]`, not rotated; in q and k heads the elements `i` and `i + 32` are adjacent.
+    /// `[rows, (heads + 2 * kv_heads) * head_dim]`, not rotated; in q and k heads the elements `i` and `i + head_dim / 2` are adjacent.
     pub qkv: &'a Buffer<f32>,
-    /// `[rows, heads * 64]`, bits of bf16, in natural order.
+    /// `[rows, heads * head_dim]`, bits of bf16, in natural order.
     pub q: &'a Buffer<u16>,
     /// The layer's cache.
     pub cache: Cache,
@@ -47,7 +48,7 @@ pub struct Call<'a> {
     pub slot: &'a Buffer<i32>,
     /// One integer: rows to do.
     pub live: &'a Buffer<i32>,
-    /// 32 frequencies.
+    /// `head_dim / 2` frequencies.
     pub inv_freq: &'a Buffer<f32>,
     /// Multiplies cosine and sine.
     pub mscale: f32,
@@ -58,13 +59,25 @@ pub struct Call<'a> {
 }
 
 impl KvAppend {
-    /// Loads the kernels.
+    /// Loads the kernels for heads of 64 elements.
     ///
     /// # Errors
     /// No code for this device.
     pub fn load(device: &Device) -> Result<Self, DeviceError> {
-        let kernel = |function| device.kernel(OP, function, 0);
-        Ok(Self { e4m3: kernel("kv_append_e4m3")?, bf16: kernel("kv_append_bf16")? })
+        Self::load_for(device, HEAD_DIM)
+    }
+
+    /// Loads the kernels for heads of so many elements.
+    ///
+    /// # Errors
+    /// Heads that there are no kernels for, or no code for this device.
+    pub fn load_for(device: &Device, head_dim: usize) -> Result<Self, DeviceError> {
+        let kernel = |names| device.kernel(OP, kernel_of(OP, head_dim, names)?, 0);
+        Ok(Self {
+            e4m3: kernel(["kv_append_e4m3", "kv_append_e4m3_128"])?,
+            bf16: kernel(["kv_append_bf16", "kv_append_bf16_128"])?,
+            head_dim,
+        })
     }
 
     /// Issues it.
@@ -76,12 +89,12 @@ impl KvAppend {
         let arguments = cache.arguments(OP)?;
         let fits = rows >= 1
             && heads >= 1
-            && call.qkv.len() >= rows * (heads + 2 * cache.kv_heads) * HEAD_DIM
-            && call.q.len() >= rows * heads * HEAD_DIM
+            && call.qkv.len() >= rows * (heads + 2 * cache.kv_heads) * self.head_dim
+            && call.q.len() >= rows * heads * self.head_dim
             && call.position.len() >= rows
             && call.slot.len() >= rows
             && !call.live.is_empty()
-            && call.inv_freq.len() >= HEAD_DIM / 2;
+            && call.inv_freq.len() >= self.head_dim / 2;
         if !fits {
             return Err(DeviceError::new(
                 OP,

@@ -3,7 +3,7 @@
 use ctxserve_backend::DeviceError;
 
 use super::attention::{
-    Cache, CacheArguments, HEAD_DIM, Sequences, SequencesArguments, Tables, TablesArguments,
+    Cache, CacheArguments, HEAD_DIM, Sequences, SequencesArguments, Tables, TablesArguments, kernel_of,
 };
 use crate::driver::{Buffer, Device, Kernel, Launch, Params};
 
@@ -31,6 +31,7 @@ unsafe impl Params for Arguments {}
 pub struct KvGather {
     e4m3: Kernel,
     bf16: Kernel,
+    head_dim: usize,
 }
 
 /// Lines that a sequence takes: the positions that its rows see, padded.
@@ -48,7 +49,7 @@ pub struct Call<'a> {
     pub tables: Tables<'a>,
     /// Whose rows; their lines follow one another in this order, [`lines_of`] each.
     pub sequences: Sequences<'a>,
-    /// `[kv_heads][lines][64]`, bits of bf16, chunks of a line swizzled by its number (kernels/README.md, panel layout).
+    /// `[kv_heads][head_dim / 64][lines][64]`, bits of bf16, chunks of a line swizzled by its number (kernels/README.md, panel layout).
     pub keys: &'a Buffer<u16>,
     /// The same, of values.
     pub values: &'a Buffer<u16>,
@@ -58,13 +59,25 @@ pub struct Call<'a> {
 }
 
 impl KvGather {
-    /// Loads the kernels.
+    /// Loads the kernels for heads of 64 elements.
     ///
     /// # Errors
     /// No code for this device.
     pub fn load(device: &Device) -> Result<Self, DeviceError> {
-        let kernel = |function| device.kernel(OP, function, 0);
-        Ok(Self { e4m3: kernel("kv_gather_e4m3")?, bf16: kernel("kv_gather_bf16")? })
+        Self::load_for(device, HEAD_DIM)
+    }
+
+    /// Loads the kernels for heads of so many elements.
+    ///
+    /// # Errors
+    /// Heads that there are no kernels for, or no code for this device.
+    pub fn load_for(device: &Device, head_dim: usize) -> Result<Self, DeviceError> {
+        let kernel = |names| device.kernel(OP, kernel_of(OP, head_dim, names)?, 0);
+        Ok(Self {
+            e4m3: kernel(["kv_gather_e4m3", "kv_gather_e4m3_128"])?,
+            bf16: kernel(["kv_gather_bf16", "kv_gather_bf16_128"])?,
+            head_dim,
+        })
     }
 
     /// Issues it.
@@ -78,8 +91,8 @@ impl KvGather {
         let fits = lines > 0
             && lines.is_multiple_of(LINES)
             && lines <= i32::MAX as usize
-            && call.keys.len() >= kv_heads * lines * HEAD_DIM
-            && call.values.len() >= kv_heads * lines * HEAD_DIM
+            && call.keys.len() >= kv_heads * lines * self.head_dim
+            && call.values.len() >= kv_heads * lines * self.head_dim
             && call.sequences.fit()
             && call.tables.holds(call.sequences.first + call.sequences.count);
         if !fits {

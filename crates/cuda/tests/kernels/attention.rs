@@ -1,7 +1,7 @@
 //! A paged cache on the host, for the tests of the attention kernels: scrambled pages, poison wherever no token is.
 
 use ctxserve_cuda::driver::{Buffer, Device};
-use ctxserve_cuda::ops::attention::{Cache, HEAD_DIM};
+use ctxserve_cuda::ops::attention::Cache;
 use half::bf16;
 
 use crate::common::Random;
@@ -53,6 +53,8 @@ pub struct Shape {
     pub kv_heads: usize,
     pub fp8: bool,
     pub window: Option<usize>,
+    /// Elements of a head.
+    pub dim: usize,
 }
 
 /// A layer of a pool, the tables of its sequences, and what every token stands for.
@@ -94,7 +96,7 @@ impl Paged {
             table.extend((first / size..len.div_ceil(size)).map(|_| free.pop().unwrap()));
         }
         let lines = pages * 2 * shape.kv_heads * size;
-        let bytes = vec![0xff; lines * if shape.fp8 { HEAD_DIM + 4 } else { HEAD_DIM * 2 }];
+        let bytes = vec![0xff; lines * if shape.fp8 { shape.dim + 4 } else { shape.dim * 2 }];
         let tokens = sequences.iter().map(|&(_, len)| vec![Vec::new(); len]).collect();
         Self { shape, pages, bytes, table_at, table_first, table, tokens }
     }
@@ -118,21 +120,21 @@ impl Paged {
         head: usize,
         values: bool,
     ) -> (std::ops::Range<usize>, std::ops::Range<usize>) {
-        let Shape { page_size, kv_heads, fp8, .. } = self.shape;
+        let Shape { page_size, kv_heads, fp8, dim, .. } = self.shape;
         let line = self.line(slot, head, values);
-        let width = if fp8 { HEAD_DIM } else { HEAD_DIM * 2 };
-        let scale = self.pages * 2 * kv_heads * page_size * HEAD_DIM + line * 4;
+        let width = if fp8 { dim } else { dim * 2 };
+        let scale = self.pages * 2 * kv_heads * page_size * dim + line * 4;
         (line * width..(line + 1) * width, if fp8 { scale..scale + 4 } else { 0..0 })
     }
 
-    /// Rounds a token's keys and values, `[kv_heads * 64]` each, remembers what they stand for and, if `stored`, puts them
+    /// Rounds a token's keys and values, `[kv_heads * dim]` each, remembers what they stand for and, if `stored`, puts them
     /// into the pool.
     pub fn put(&mut self, sequence: usize, position: usize, keys: &[f32], values: &[f32], stored: bool) {
         let slot = self.slot(sequence, position);
         self.tokens[sequence][position].clear();
+        let dim = self.shape.dim;
         for head in 0..self.shape.kv_heads {
-            let kinds =
-                [keys, values].map(|kind| round(&kind[head * HEAD_DIM..][..HEAD_DIM], self.shape.fp8));
+            let kinds = [keys, values].map(|kind| round(&kind[head * dim..][..dim], self.shape.fp8));
             for (kind, of_values) in kinds.iter().zip([false, true]) {
                 let (data, scale) = self.places(slot, head, of_values);
                 if stored {
@@ -148,7 +150,7 @@ impl Paged {
 
     /// Random tokens at `positions`.
     pub fn fill(&mut self, random: &mut Random, sequence: usize, positions: std::ops::Range<usize>) {
-        let width = self.shape.kv_heads * HEAD_DIM;
+        let width = self.shape.kv_heads * self.shape.dim;
         for position in positions {
             let loud = 2_f32.powf(random.unit() * 3.0);
             let (keys, values) = (random.units(width, loud), random.units(width, 1.0 / loud));
@@ -177,7 +179,7 @@ impl Paged {
             .collect();
         let peak = scores.iter().copied().fold(sink.unwrap_or(f64::NEG_INFINITY), f64::max);
         let mut total = sink.map_or(0.0, |sink| (sink - peak).exp());
-        let mut out = vec![0.0; HEAD_DIM];
+        let mut out = vec![0.0; self.shape.dim];
         for (token, score) in seen.iter().zip(&scores) {
             let p = (score - peak).exp();
             total += p;
@@ -192,9 +194,9 @@ impl Paged {
         let mut both = vec![0xff; self.bytes.len()];
         both.extend_from_slice(&self.bytes);
         let pool = device.upload(&both).unwrap();
-        let Shape { page_size, kv_heads, fp8, window } = self.shape;
+        let Shape { page_size, kv_heads, fp8, window, dim } = self.shape;
         let data = pool.address() + self.bytes.len() as u64;
-        let scales = if fp8 { data + (self.pages * 2 * kv_heads * page_size * HEAD_DIM) as u64 } else { 0 };
+        let scales = if fp8 { data + (self.pages * 2 * kv_heads * page_size * dim) as u64 } else { 0 };
         OnDevice {
             pool,
             table_at: device.upload(&self.table_at).unwrap(),

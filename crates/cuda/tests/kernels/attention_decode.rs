@@ -1,5 +1,4 @@
 use ctxserve_cuda::driver::Device;
-use ctxserve_cuda::ops::attention::HEAD_DIM;
 use ctxserve_cuda::ops::attention_decode::{AttentionDecode, Call, Workspace, splits};
 
 use crate::attention::{Paged, Shape, sinks};
@@ -17,12 +16,13 @@ struct Case {
     appends: bool,
 }
 
-const FULL: Shape = Shape { page_size: 16, kv_heads: 2, fp8: true, window: None };
+const FULL: Shape = Shape { page_size: 16, kv_heads: 2, fp8: true, window: None, dim: 64 };
 
 fn check(device: &Device, random: &mut Random, case: Case, lengths: &[usize]) {
     let Case { shape, group, splits, .. } = case;
+    let dim = shape.dim;
     let (live, heads) = (lengths.len(), shape.kv_heads * group);
-    let (rows, width, kv_width) = (live + 2, heads * HEAD_DIM, shape.kv_heads * HEAD_DIM);
+    let (rows, width, kv_width) = (live + 2, heads * dim, shape.kv_heads * dim);
     let name = format!("{case:?} {lengths:?}");
     let first = |len: usize| shape.window.map_or(0, |window| len.saturating_sub(window));
     let sequences: Vec<_> = lengths.iter().map(|&len| (first(len), len)).collect();
@@ -56,9 +56,9 @@ fn check(device: &Device, random: &mut Random, case: Case, lengths: &[usize]) {
     let (live_count, sinks_on_device) =
         (device.upload(&[live as i32]).unwrap(), device.upload(&sinks).unwrap());
     let (q_on_device, kv_on_device) = (device.upload(&q).unwrap(), device.upload(&kv).unwrap());
-    let workspace = Workspace::new(device, rows, shape.kv_heads, splits).unwrap();
+    let workspace = Workspace::new_for(device, dim, rows, shape.kv_heads, splits).unwrap();
     let mut out = device.allocate::<u16>(capacity * width).unwrap();
-    let kernel = AttentionDecode::load(device).unwrap();
+    let kernel = AttentionDecode::load_for(device, dim).unwrap();
     let mut runs = Vec::new();
     for _ in 0..2 {
         out.fill(0xff).unwrap();
@@ -91,7 +91,7 @@ fn check(device: &Device, random: &mut Random, case: Case, lengths: &[usize]) {
             for head in 0..shape.kv_heads {
                 for (of_values, at) in [(false, 0), (true, kv_width)] {
                     let (data, scale) = paged.places(paged.slot(row, len - 1), head, of_values);
-                    let values = &kv[row * 2 * kv_width + at + head * HEAD_DIM..][..HEAD_DIM];
+                    let values = &kv[row * 2 * kv_width + at + head * dim..][..dim];
                     let stored = crate::attention::round(values, shape.fp8);
                     want[data].copy_from_slice(&stored.bytes);
                     if shape.fp8 {
@@ -113,11 +113,11 @@ fn check(device: &Device, random: &mut Random, case: Case, lengths: &[usize]) {
     let q = from_bf16(&q);
     for (row, &len) in lengths.iter().enumerate() {
         for (head, &sink) in sinks.iter().enumerate().take(heads) {
-            let at = head * HEAD_DIM;
+            let at = head * dim;
             let sink = case.sinks.then(|| f64::from(sink));
-            let q = &q[row * width + at..][..HEAD_DIM];
+            let q = &q[row * width + at..][..dim];
             let mut line = paged.attend(row, len - 1, head / group, q, f64::from(scale), sink);
-            let bits: Vec<u16> = (at..at + HEAD_DIM).map(|col| runs[0][index(row, col)]).collect();
+            let bits: Vec<u16> = (at..at + dim).map(|col| runs[0][index(row, col)]).collect();
             let mut line_got = from_bf16(&bits);
             // Where the sink takes all, what is left is too small to compare by its own size.
             line.push(1e-4);
@@ -126,7 +126,7 @@ fn check(device: &Device, random: &mut Random, case: Case, lengths: &[usize]) {
             got.extend(line_got);
         }
     }
-    assert_rows(&name, &got, &want, HEAD_DIM + 1, 8e-3);
+    assert_rows(&name, &got, &want, dim + 1, 8e-3);
 }
 
 #[test]
@@ -148,13 +148,39 @@ fn attention_decode_equals_its_definition() {
             for (group, kv_heads, sinks, appends) in
                 [(8, 2, true, true), (4, 1, false, true), (1, 3, true, false)]
             {
-                let shape = Shape { page_size, kv_heads, fp8, window };
+                let shape = Shape { page_size, kv_heads, fp8, window, dim: 64 };
                 let case = Case { shape, group, splits, sinks, panels: sinks && appends, appends };
                 let lengths: Vec<usize> = edges.iter().map(|&edge| edge + 128 * random.below(2)).collect();
                 check(&device, &mut random, case, &lengths);
             }
         }
     }
+}
+
+#[test]
+fn attention_decode_takes_heads_of_128() {
+    let Some((device, _turn)) = device() else { return };
+    let mut random = Random::new();
+    let edges = [1, 2, 15, 16, 17, 31, 33, 65, 127, 128, 129, 257, 1000];
+    for fp8 in [true, false] {
+        for (page_size, splits, group, kv_heads, appends, window) in [
+            (16, 8, 4, 2, true, None),
+            (64, 2, 4, 1, true, None),
+            (64, 24, 8, 1, false, None),
+            (32, 1, 4, 8, true, None),
+            (256, 7, 1, 2, true, None),
+            (16, 1, 4, 2, true, Some(128)),
+        ] {
+            let shape = Shape { page_size, kv_heads, fp8, window, dim: 128 };
+            let case = Case { shape, group, splits, sinks: !appends, panels: group == 4, appends };
+            check(&device, &mut random, case, &edges);
+        }
+    }
+    let shape = Shape { page_size: 64, kv_heads: 8, fp8: true, window: None, dim: 128 };
+    let case = Case { shape, group: 4, splits: 4, sinks: false, panels: true, appends: true };
+    let lengths: Vec<usize> =
+        (0..40).map(|row| 1 + random.below(200) + if row == 3 { 3000 } else { 0 }).collect();
+    check(&device, &mut random, case, &lengths);
 }
 
 #[test]
@@ -181,7 +207,7 @@ fn attention_decode_at_the_models_shape() {
     let Some((device, _turn)) = device() else { return };
     let mut random = Random::new();
     for window in [None, Some(128)] {
-        let shape = Shape { page_size: 64, kv_heads: 8, fp8: window.is_none(), window };
+        let shape = Shape { page_size: 64, kv_heads: 8, fp8: window.is_none(), window, dim: 64 };
         let lengths: Vec<usize> = (0..20).map(|_| 1 + random.below(700)).collect();
         let case = Case { shape, group: 8, splits: 2, sinks: true, panels: true, appends: true };
         check(&device, &mut random, case, &lengths);

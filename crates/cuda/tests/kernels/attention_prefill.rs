@@ -1,5 +1,5 @@
 use ctxserve_cuda::driver::Device;
-use ctxserve_cuda::ops::attention::{HEAD_DIM, Sequences};
+use ctxserve_cuda::ops::attention::{HEAD_DIMS, Sequences};
 use ctxserve_cuda::ops::attention_prefill::{AttentionPrefill, Call};
 use ctxserve_cuda::ops::kv_gather::lines_of;
 use half::bf16;
@@ -14,6 +14,10 @@ struct Case {
     group: usize,
     sinks: bool,
     panels: bool,
+    /// Elements of a head.
+    dim: usize,
+    /// Scores grow this much larger.
+    steep: f32,
 }
 
 /// `parts`: position of the first row, and rows, of each sequence after one that takes no part. Every `step`-th row is compared.
@@ -25,17 +29,17 @@ fn check(
     parts: &[(usize, usize)],
     step: usize,
 ) {
-    let Case { window, kv_heads, group, .. } = case;
+    let Case { window, kv_heads, group, dim, .. } = case;
     let name = format!("{case:?} {parts:?}");
     let heads = kv_heads * group;
-    let width = heads * HEAD_DIM;
-    let shape = Shape { page_size: 16, kv_heads, fp8: false, window };
+    let width = heads * dim;
+    let shape = Shape { page_size: 16, kv_heads, fp8: false, window, dim };
     let seen = |start: usize| window.map_or(0, |window| (start + 1).saturating_sub(window));
     let sequences: Vec<_> = parts.iter().map(|&(start, rows)| (seen(start), start + rows)).collect();
     let mut paged = Paged::new(random, shape, &sequences);
     let lines: usize = parts.iter().map(|&(start, rows)| lines_of(start, rows, window)).sum::<usize>() + 128;
     // What is beyond a sequence's padding is poison.
-    let mut scratch = [(); 2].map(|()| vec![0xffff_u16; kv_heads * lines * HEAD_DIM]);
+    let mut scratch = [(); 2].map(|()| vec![0xffff_u16; kv_heads * lines * dim]);
     let mut line = 0;
     for (sequence, &(first, len)) in sequences.iter().enumerate() {
         paged.fill(random, sequence, first..len);
@@ -44,8 +48,9 @@ fn check(
         for (position, line) in (first..).zip(line..end) {
             for head in 0..kv_heads {
                 for (kind, scratch) in scratch.iter_mut().enumerate() {
-                    for d in 0..HEAD_DIM {
-                        let at = (head * lines + line) * HEAD_DIM + ((d / 8) ^ (line % 8)) * 8 + d % 8;
+                    for d in 0..dim {
+                        let panel = head * (dim / 64) + d / 64;
+                        let at = (panel * lines + line) * 64 + ((d % 64 / 8) ^ (line % 8)) * 8 + d % 8;
                         let value =
                             paged.tokens[sequence].get(position).map_or(0.0, |token| token[head][kind][d]);
                         scratch[at] = bf16::from_f64(value).to_bits();
@@ -66,7 +71,7 @@ fn check(
     let loud = 2_f32.powf(random.unit() * 2.0);
     let q = to_bf16(&random.units(rows * width, loud));
     let sinks = sinks(random, heads);
-    let scale = 0.125 * 2_f32.powf(random.unit());
+    let scale = case.steep * 0.125 * 2_f32.powf(random.unit());
     let capacity = rows.next_multiple_of(8) + 8;
     let mut out = device.allocate::<u16>(capacity * width).unwrap();
     out.fill(0xff).unwrap();
@@ -107,11 +112,11 @@ fn check(
         ours[first..first + count].fill(true);
         for n in (0..count).filter(|n| n % step == 0 || *n + 1 == count) {
             for head in (0..heads).filter(|head| step == 1 || random.below(heads) <= 4 || *head == 0) {
-                let (row, at) = (first + n, head * HEAD_DIM);
+                let (row, at) = (first + n, head * dim);
                 let sink = case.sinks.then(|| f64::from(sinks[head]));
-                let q = &q[row * width + at..][..HEAD_DIM];
+                let q = &q[row * width + at..][..dim];
                 let mut line = paged.attend(sequence, start + n, head / group, q, f64::from(scale), sink);
-                let bits: Vec<u16> = (at..at + HEAD_DIM).map(|col| bits[index(row, col)]).collect();
+                let bits: Vec<u16> = (at..at + dim).map(|col| bits[index(row, col)]).collect();
                 let mut line_got = from_bf16(&bits);
                 line.push(1e-4);
                 line_got.push(1e-4);
@@ -120,20 +125,27 @@ fn check(
             }
         }
     }
-    assert_rows(&name, &got, &want, HEAD_DIM + 1, 8e-3);
+    assert_rows(&name, &got, &want, dim + 1, 8e-3);
     for row in 0..capacity {
         let written = (0..width).filter(|&col| bits[index(row, col)] != 0xffff).count();
         assert!(ours[row] || written == 0, "{name}: row {row} of another sequence was written");
     }
 }
 
-fn suite(kernel: &AttentionPrefill, device: &Device, random: &mut Random) {
-    let base = Case { window: None, kv_heads: 1, group: 2, sinks: true, panels: true };
+fn suite(kernel: &AttentionPrefill, device: &Device, random: &mut Random, dim: usize) {
+    let base = Case { window: None, kv_heads: 1, group: 2, sinks: true, panels: true, dim, steep: 1.0 };
     let cases = [
         base,
         Case { window: Some(128), ..base },
         Case { window: Some(20), sinks: false, panels: false, ..base },
         Case { kv_heads: 2, group: 1, sinks: false, ..base },
+        Case { kv_heads: 1, group: 8, ..base },
+        Case { kv_heads: 2, group: 4, panels: false, ..base },
+        Case { kv_heads: 1, group: 8, window: Some(128), ..base },
+        Case { kv_heads: 1, group: 8, window: Some(20), panels: false, ..base },
+        Case { kv_heads: 1, group: 3, ..base },
+        Case { kv_heads: 1, group: 8, steep: 16.0, ..base },
+        Case { kv_heads: 1, group: 8, steep: 64.0, window: Some(200), ..base },
     ];
     for case in cases {
         check(device, random, kernel, case, &[(0, 1), (0, 2), (17, 16), (5, 63), (0, 64), (0, 65)], 1);
@@ -157,7 +169,10 @@ fn suite(kernel: &AttentionPrefill, device: &Device, random: &mut Random) {
 #[test]
 fn attention_prefill_portable_equals_its_definition() {
     let Some((device, _turn)) = device() else { return };
-    suite(&AttentionPrefill::load_portable(&device).unwrap(), &device, &mut Random::new());
+    let random = &mut Random::new();
+    for dim in HEAD_DIMS {
+        suite(&AttentionPrefill::load_portable(&device, dim).unwrap(), &device, random, dim);
+    }
 }
 
 #[test]
@@ -165,8 +180,11 @@ fn attention_prefill_hopper_equals_its_definition() {
     let Some((device, _turn)) = device() else { return };
     if !device.facts().is_hopper() {
         println!("skipped: {} is no Hopper device", device.facts().name);
-        AttentionPrefill::load_hopper(&device).unwrap_err();
+        AttentionPrefill::load_hopper(&device, 64).unwrap_err();
         return;
     }
-    suite(&AttentionPrefill::load_hopper(&device).unwrap(), &device, &mut Random::new());
+    let random = &mut Random::new();
+    for dim in HEAD_DIMS {
+        suite(&AttentionPrefill::load_hopper(&device, dim).unwrap(), &device, random, dim);
+    }
 }

@@ -5,18 +5,19 @@ use crate::attention::{Paged, Shape, round};
 use crate::common::{Random, assert_rows, device, from_bf16};
 
 /// Frequencies of gpt-oss without the long-context correction: from whole turns a token to a thousandth of one in all.
-fn frequencies() -> Vec<f32> {
-    (0..32).map(|i| 150_000_f64.powf(-2.0 * f64::from(i) / 64.0) as f32).collect()
+fn frequencies(dim: usize) -> Vec<f32> {
+    (0..dim / 2).map(|i| 150_000_f64.powf(-2.0 * i as f64 / dim as f64) as f32).collect()
 }
 
 /// A head in the order of the QKV rows, rotated into natural order, in float64 from an angle in float32.
 fn rotate(head: &[f32], position: i32, inv_freq: &[f32], mscale: f32) -> Vec<f64> {
-    let mut out = vec![0.0; HEAD_DIM];
-    for i in 0..32 {
+    let half = head.len() / 2;
+    let mut out = vec![0.0; head.len()];
+    for i in 0..half {
         let (sin, cos) = f64::from(position as f32 * inv_freq[i]).sin_cos();
         let (sin, cos) = (sin * f64::from(mscale), cos * f64::from(mscale));
         let (x, y) = (f64::from(head[2 * i]), f64::from(head[2 * i + 1]));
-        (out[i], out[i + 32]) = (x * cos - y * sin, y * cos + x * sin);
+        (out[i], out[i + half]) = (x * cos - y * sin, y * cos + x * sin);
     }
     out
 }
@@ -25,16 +26,19 @@ fn rotate(head: &[f32], position: i32, inv_freq: &[f32], mscale: f32) -> Vec<f64
 fn kv_append_equals_its_definition() {
     let Some((device, _turn)) = device() else { return };
     let mut random = Random::new();
-    for (fp8, heads, kv_heads, page_size, rows) in [
-        (true, 64, 8, 64, 37),
-        (false, 64, 8, 16, 9),
-        (true, 3, 1, 16, 5),
-        (false, 4, 2, 32, 1),
-        (true, 16, 4, 256, 3),
-        (true, 96, 8, 32, 2),
+    for (fp8, heads, kv_heads, page_size, rows, dim) in [
+        (true, 64, 8, 64, 37, 64),
+        (false, 64, 8, 16, 9, 64),
+        (true, 3, 1, 16, 5, 64),
+        (false, 4, 2, 32, 1, 64),
+        (true, 16, 4, 256, 3, 64),
+        (true, 96, 8, 32, 2, 64),
+        (true, 32, 8, 64, 9, 128),
+        (false, 32, 8, 16, 3, 128),
+        (true, 3, 1, 32, 5, 128),
     ] {
-        let shape = Shape { page_size, kv_heads, fp8, window: None };
-        let (live, width) = (rows.max(2) - 1, (heads + 2 * kv_heads) * HEAD_DIM);
+        let shape = Shape { page_size, kv_heads, fp8, window: None, dim };
+        let (live, width) = (rows.max(2) - 1, (heads + 2 * kv_heads) * dim);
         // One sequence of all rows, so that slots cross pages; positions of their own, up to the longest context.
         let paged = Paged::new(&mut random, shape, &[(0, rows + 3)]);
         let on_device = paged.upload(&device);
@@ -45,9 +49,9 @@ fn kv_append_equals_its_definition() {
         if rows > 4 {
             slot[3] = -1;
         }
-        let inv_freq = frequencies();
+        let inv_freq = frequencies(dim);
         let mscale = 1.346_573_6;
-        let mut q = device.allocate::<u16>((rows + 1) * heads * HEAD_DIM).unwrap();
+        let mut q = device.allocate::<u16>((rows + 1) * heads * dim).unwrap();
         q.fill(0xff).unwrap();
         let call = Call {
             qkv: &device.upload(&qkv).unwrap(),
@@ -61,24 +65,24 @@ fn kv_append_equals_its_definition() {
             rows,
             heads,
         };
-        KvAppend::load(&device).unwrap().issue(&device, &call).unwrap();
+        KvAppend::load_for(&device, dim).unwrap().issue(&device, &call).unwrap();
         let got = q.read(0, q.len()).unwrap();
-        let q_width = heads * HEAD_DIM;
+        let q_width = heads * dim;
         assert!(got[live * q_width..].iter().all(|&v| v == 0xffff), "rows beyond the live ones were written");
         let turned = |row: usize, head: usize| {
-            rotate(&qkv[row * width + head * HEAD_DIM..][..HEAD_DIM], position[row], &inv_freq, mscale)
+            rotate(&qkv[row * width + head * dim..][..dim], position[row], &inv_freq, mscale)
         };
         let want: Vec<f64> =
             (0..live).flat_map(|row| (0..heads).flat_map(move |head| turned(row, head))).collect();
         let name = format!("kv_append fp8 {fp8}, {heads} over {kv_heads}, {rows} rows");
-        assert_rows(&name, &from_bf16(&got[..live * q_width]), &want, HEAD_DIM, 3e-3);
+        assert_rows(&name, &from_bf16(&got[..live * q_width]), &want, dim, 3e-3);
 
         let (bytes, mut expected) = (on_device.read(), paged.bytes.clone());
         let (mut off, mut all) = (0, 0);
         for row in (0..live).filter(|&row| slot[row] >= 0) {
             for head in 0..kv_heads {
                 let keys: Vec<f32> = turned(row, heads + head).into_iter().map(|v| v as f32).collect();
-                let values = &qkv[row * width + (heads + kv_heads + head) * HEAD_DIM..][..HEAD_DIM];
+                let values = &qkv[row * width + (heads + kv_heads + head) * dim..][..dim];
                 for (kind, of_values) in [(&keys[..], false), (values, true)] {
                     let stored = round(kind, fp8);
                     let (data, scale) = paged.places(slot[row] as usize, head, of_values);
@@ -117,7 +121,7 @@ fn kv_append_equals_its_definition() {
 fn kv_append_stores_zeros_as_zeros() {
     let Some((device, _turn)) = device() else { return };
     let mut random = Random::new();
-    let shape = Shape { page_size: 16, kv_heads: 1, fp8: true, window: None };
+    let shape = Shape { page_size: 16, kv_heads: 1, fp8: true, window: None, dim: HEAD_DIM };
     let paged = Paged::new(&mut random, shape, &[(0, 1)]);
     let on_device = paged.upload(&device);
     let slot = paged.slot(0, 0);
@@ -128,7 +132,7 @@ fn kv_append_stores_zeros_as_zeros() {
         position: &device.upload(&[7]).unwrap(),
         slot: &device.upload(&[slot as i32]).unwrap(),
         live: &device.upload(&[1]).unwrap(),
-        inv_freq: &device.upload(&frequencies()).unwrap(),
+        inv_freq: &device.upload(&frequencies(HEAD_DIM)).unwrap(),
         mscale: 1.0,
         rows: 1,
         heads: 1,
