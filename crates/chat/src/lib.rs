@@ -9,10 +9,13 @@ mod format;
 pub mod formats;
 pub mod harmony;
 mod message;
+mod recovery;
+mod scan;
 mod segments;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod tokenizer;
+mod work;
 
 pub use collect::{Collector, Message as ParsedMessage, ParsedCall};
 pub use detokenize::{Detokenizer, Utf8Stream};

@@ -3,7 +3,7 @@
 use super::reader::Reader;
 use super::recovery::Notes;
 use super::words::{self, Channel};
-use super::work;
+use crate::work;
 
 /// A header longer than this is text whose message token is missing.
 const MAX_BYTES: usize = 512;

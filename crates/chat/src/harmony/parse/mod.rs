@@ -22,7 +22,6 @@ mod recovery;
 #[cfg(test)]
 mod tests;
 mod words;
-mod work;
 
 use std::sync::Arc;
 

@@ -1,15 +1,8 @@
 //! Names of everything the parser can forgive.
 
-macro_rules! recoveries {
-    ($($constant:ident = $name:literal, $meaning:literal;)*) => {
-        $(pub(super) const $constant: &str = $name;)*
+pub(super) use crate::recovery::Notes;
 
-        /// Every recovery that a parser can report, with its meaning. The names are fixed: they label metrics and log lines.
-        pub const RECOVERIES: &[(&str, &str)] = &[$(($name, $meaning)),*];
-    };
-}
-
-recoveries! {
+crate::recovery::recoveries! {
     CONTENT_TYPE_REPEATED = "content_type_repeated", "several words stood where one content type belongs";
     EMPTY_CHANNEL = "empty_channel", "nothing followed the channel token";
     STRAY_STOP = "stray_stop", "a message was ended where none was open";
@@ -50,26 +43,4 @@ recoveries! {
     UNKNOWN_CONTROL = "unknown_control", "a control token that the format does not know, or an id outside the vocabulary";
     END_OF_TEXT = "end_of_text", "the end-of-text token ended a message";
     EMPTY_ANSWER = "empty_answer", "nothing but a malformed header: its words were returned";
-}
-
-/// Names in the order of first use, without repeats.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Notes(Vec<&'static str>);
-
-impl Notes {
-    pub(super) fn add(&mut self, name: &'static str) {
-        if !self.0.contains(&name) {
-            self.0.push(name);
-        }
-    }
-
-    pub(super) fn append(&mut self, other: Self) {
-        for name in other.0 {
-            self.add(name);
-        }
-    }
-
-    pub(super) fn take(&mut self) -> Vec<&'static str> {
-        std::mem::take(&mut self.0)
-    }
 }

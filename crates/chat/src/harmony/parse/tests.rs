@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::{HarmonyParser, work};
+use super::HarmonyParser;
+use crate::work;
 use crate::harmony::HarmonyTokens;
 use crate::testing::demo_tokenizer;
 use crate::{End, ParserOptions, StreamParser};

@@ -7,7 +7,7 @@ thread_local! {
 
 /// Counts.
 #[inline]
-pub(super) fn count(bytes: usize) {
+pub(crate) fn count(bytes: usize) {
     #[cfg(test)]
     BYTES.with(|all| all.set(all.get() + bytes));
     #[cfg(not(test))]
@@ -16,6 +16,6 @@ pub(super) fn count(bytes: usize) {
 
 /// The count since the last call.
 #[cfg(test)]
-pub(super) fn take() -> usize {
+pub(crate) fn take() -> usize {
     BYTES.with(|all| all.replace(0))
 }
