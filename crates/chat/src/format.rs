@@ -1,5 +1,7 @@
 //! The protocol seam: rendering prompts and parsing answers.
 
+use std::sync::Arc;
+
 use ctxserve_core::TokenId;
 use thiserror::Error;
 
@@ -7,10 +9,10 @@ use crate::Conversation;
 
 /// A conversation that cannot be rendered: the client's mistake.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("messages[{message}]: {what}")]
+#[error("{}{what}", message.map(|index| format!("messages[{index}]: ")).unwrap_or_default())]
 pub struct RenderError {
-    /// Index of the message at fault.
-    pub message: usize,
+    /// Index of the message at fault, if it is one.
+    pub message: Option<usize>,
     /// What is wrong.
     pub what: String,
 }
@@ -33,6 +35,12 @@ pub enum FormatError {
         format: &'static str,
         /// The token's text.
         token: &'static str,
+    },
+    /// The chat template cannot be used.
+    #[error("the chat template cannot be used: {what}")]
+    Template {
+        /// Why.
+        what: String,
     },
 }
 
@@ -118,15 +126,20 @@ pub struct Outcome {
 }
 
 /// How a parser reads an answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParserOptions {
     /// Calls become [`Delta::CallStart`] and so on; otherwise their text is content (`tool_choice: "none"`).
     pub calls: bool,
+    /// Names of the functions on offer; `None` is not known. Formats whose calls are marked by text alone take a call
+    /// of any other function for text.
+    pub tools: Option<Arc<[String]>>,
+    /// The answer begins within the thinking: see [`ChatFormat::leaves_thinking_open`].
+    pub thinking: bool,
 }
 
 impl Default for ParserOptions {
     fn default() -> Self {
-        Self { calls: true }
+        Self { calls: true, tools: None, thinking: false }
     }
 }
 
@@ -151,9 +164,16 @@ pub trait ChatFormat: Send + Sync {
     /// A message that the format cannot express.
     fn render(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError>;
 
-    /// Ids that every rendered prompt ends with and that open the assistant's turn; `/tokenize` can leave them out.
-    fn turn_start(&self) -> &[TokenId] {
-        &[]
+    /// As [`ChatFormat::render`], without opening the assistant's turn.
+    ///
+    /// # Errors
+    /// A message that the format cannot express.
+    fn render_history(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError>;
+
+    /// Whether a prompt of [`ChatFormat::render`] ends within the thinking, so that the answer goes on with it.
+    fn leaves_thinking_open(&self, prompt: &[TokenId]) -> bool {
+        let _ = prompt;
+        false
     }
 
     /// Ids that end the assistant's turn, whatever the checkpoint's files say.

@@ -8,6 +8,8 @@ mod detokenize;
 mod format;
 pub mod formats;
 pub mod harmony;
+pub mod hermes;
+mod jinja;
 mod message;
 mod recovery;
 mod scan;
@@ -22,6 +24,7 @@ pub use detokenize::{Detokenizer, Utf8Stream};
 pub use format::{
     ChatFormat, Delta, End, Finish, FormatError, Outcome, ParserOptions, Place, RenderError, StreamParser,
 };
+pub use formats::PromptFiles;
 pub use message::{Conversation, FunctionTool, Message, ReasoningEffort, ToolCall};
 pub use segments::{Segment, SegmentError, end_of, segments_to_ids};
 pub use tokenizer::{Tokenizer, TokenizerError};

@@ -35,6 +35,19 @@ impl ReasoningEffort {
             _ => return None,
         })
     }
+
+    /// The API spelling.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Minimal => "minimal",
+            Self::Low => "low",
+            Self::Medium => "medium",
+            Self::High => "high",
+            Self::XHigh => "xhigh",
+            Self::Max => "max",
+        }
+    }
 }
 
 /// A function that the model may call.
@@ -46,6 +59,9 @@ pub struct FunctionTool {
     pub description: Option<String>,
     /// JSON Schema of the arguments, key order kept.
     pub parameters: Option<Value>,
+    /// The whole declaration as the client sent it: JSON, for formats that show it to the model as it is. Without it
+    /// they make one of the other fields.
+    pub declaration: Option<String>,
 }
 
 /// A call in an assistant turn of the history.
@@ -100,6 +116,8 @@ pub struct Conversation {
     pub tools: Vec<FunctionTool>,
     /// Asked-for effort; `None` is the format's default.
     pub reasoning_effort: Option<ReasoningEffort>,
+    /// Whether the model should think before it answers; `None` is what the effort says, else the format's default.
+    pub thinking: Option<bool>,
     /// `YYYY-MM-DD` for formats whose prompt states the date; `None` leaves it out.
     pub current_date: Option<String>,
     /// Keep reasoning of turns before the last final answer, which formats drop by default.

@@ -161,8 +161,27 @@ impl Value {
         self.clean.is_some()
     }
 
-    /// Whether the text is one JSON value.
-pub(crate) fn is_json(&self) -> bool {
+    /// Whether it is JSON, repaired if need be.
+    pub(crate) fn is_json(&self) -> bool {
         !self.broken && is_json(&self.fixed)
+    }
+
+    /// A bracket closed what it did not open.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Whether the next character stands in a string.
+    pub(crate) fn is_in_string(&self) -> bool {
+        !matches!(self.at, At::Outside)
+    }
+
+    /// The brackets that would make JSON of an unfinished value.
+    pub(crate) fn closers(&self) -> Option<String> {
+        if self.broken || self.is_in_string() {
+            return None;
+        }
+        let closers: String = self.open.iter().rev().collect();
+        is_json(&format!("{}{closers}", self.fixed)).then_some(closers)
     }
 }

@@ -29,7 +29,7 @@ fn cases() -> Vec<Case> {
 }
 
 fn run(tokenizer: &Arc<Tokenizer>) {
-    let format = format(tokenizer);
+    let format = format("harmony", tokenizer);
     let mut failures = Vec::new();
     for case in cases() {
         let ids = segments_to_ids(tokenizer, &case.segments).unwrap();

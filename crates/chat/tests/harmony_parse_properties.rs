@@ -13,7 +13,7 @@ use ctxserve_chat::{
 use proptest::prelude::*;
 use serde_json::Value;
 
-use support::{Answer, format, parse};
+use support::{check_order, format, parse, visible};
 
 const CONTROL: [&str; 9] = [
     "<|start|>",
@@ -100,54 +100,13 @@ fn ids(tokenizer: &Tokenizer, pieces: &[Piece]) -> (Vec<u32>, Vec<String>) {
     (ids, marks)
 }
 
-/// All that a client could see.
-fn visible(answer: &Answer) -> String {
-    let calls = answer.tool_calls.iter().map(|call| format!("{}\n{}\n", call.name, call.arguments));
-    let calls: String = calls.collect();
-    format!(
-        "{}\n{}\n{calls}",
-        answer.content.as_deref().unwrap_or(""),
-        answer.reasoning.as_deref().unwrap_or("")
-    )
-}
-
-/// The order that clients rely on.
-fn check_order(deltas: &[Delta], finish: &str) {
-    let mut calls: Vec<bool> = Vec::new();
-    for delta in deltas {
-        match delta {
-            Delta::CallStart { index, name } => {
-                assert_eq!(*index, calls.len());
-                assert!(!name.is_empty());
-                calls.push(false);
-            }
-            Delta::CallArguments { index, text } => {
-                assert_eq!(calls.get(*index), Some(&false), "{deltas:?}");
-                assert!(!text.is_empty());
-            }
-            Delta::CallEnd { index } => {
-                assert_eq!(calls.get(*index), Some(&false), "{deltas:?}");
-                calls[*index] = true;
-            }
-            Delta::Reasoning(text) => assert!(!text.is_empty()),
-            Delta::Content(_) => {}
-        }
-    }
-    if finish == "tool_calls" {
-        assert!(calls.contains(&true));
-    }
-    // Only the last message can be cut, and then the answer is.
-    let unfinished = calls.iter().filter(|done| !**done).count();
-    assert!(unfinished == 0 || (unfinished == 1 && finish != "tool_calls") || calls.contains(&true));
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4_000))]
 
     #[test]
     fn no_text_is_lost_and_no_markup_shown(pieces in pieces(), stop in any::<bool>()) {
         let tokenizer = demo_tokenizer();
-        let format = format(&tokenizer);
+        let format = format("harmony", &tokenizer);
         let (ids, marks) = ids(&tokenizer, &pieces);
         let end = if stop { End::Stop } else { End::Cut };
         let (deltas, answer) = parse(format.as_ref(), &ids, end, ParserOptions::default());
@@ -165,10 +124,10 @@ proptest! {
     #[test]
     fn without_calls_there_are_none(pieces in pieces(), stop in any::<bool>()) {
         let tokenizer = demo_tokenizer();
-        let format = format(&tokenizer);
+        let format = format("harmony", &tokenizer);
         let (ids, marks) = ids(&tokenizer, &pieces);
         let end = if stop { End::Stop } else { End::Cut };
-        let (deltas, answer) = parse(format.as_ref(), &ids, end, ParserOptions { calls: false });
+        let (deltas, answer) = parse(format.as_ref(), &ids, end, ParserOptions { calls: false, ..ParserOptions::default() });
         check_order(&deltas, &answer.finish_reason);
         prop_assert!(answer.tool_calls.is_empty() && answer.finish_reason != "tool_calls");
         let visible = visible(&answer);
@@ -186,7 +145,7 @@ proptest! {
     #[test]
     fn arguments_that_are_json_come_back_byte_for_byte(value in json(), pretty in any::<bool>()) {
         let tokenizer = demo_tokenizer();
-        let format = format(&tokenizer);
+        let format = format("harmony", &tokenizer);
         let text = if pretty { serde_json::to_string_pretty(&value) } else { serde_json::to_string(&value) }.unwrap();
         let mut ids = tokenizer.encode_with_control("<|channel|>commentary to=functions.f <|constrain|>json<|message|>");
         ids.extend(tokenizer.encode(&text));
@@ -202,7 +161,7 @@ proptest! {
         let text = text.replace('"', "'");
         let body = format!("{{\"k\":\"{}\"}}", text.trim_end_matches('\\'));
         let tokenizer = demo_tokenizer();
-        let format = format(&tokenizer);
+        let format = format("harmony", &tokenizer);
         let mut ids = tokenizer.encode_with_control("<|channel|>commentary to=functions.f json<|message|>");
         ids.extend(tokenizer.encode(&body));
         ids.extend(tokenizer.encode_with_control("<|call|>"));
@@ -263,7 +222,7 @@ fn json() -> impl Strategy<Value = Value> {
 }
 
 fn check_well_formed(tokenizer: &Arc<Tokenizer>, messages: &[Message]) {
-    let format = format(tokenizer);
+    let format = format("harmony", tokenizer);
     let mut parser = format.parser(ParserOptions::default());
     let mut deltas = Vec::new();
     let (mut content, mut reasoning, mut calls) = (String::new(), String::new(), Vec::new());
@@ -331,7 +290,7 @@ fn case_ids(tokenizer: &Tokenizer) -> Vec<Vec<u32>> {
 #[test]
 fn every_case_can_be_cut_anywhere() {
     let tokenizer = demo_tokenizer();
-    let format = format(&tokenizer);
+    let format = format("harmony", &tokenizer);
     for ids in case_ids(&tokenizer) {
         // Long cases differ from short ones in length alone.
         for cut in 0..ids.len().min(80) {
@@ -350,7 +309,7 @@ fn every_case_can_be_cut_anywhere() {
 #[test]
 fn every_split_into_pushes_gives_the_same_deltas() {
     let tokenizer = demo_tokenizer();
-    let format = format(&tokenizer);
+    let format = format("harmony", &tokenizer);
     for ids in case_ids(&tokenizer) {
         let end = end_of(&ids, format.stop_ids());
         let (whole, _) = parse(format.as_ref(), &ids, end, ParserOptions::default());
@@ -374,7 +333,7 @@ fn every_split_into_pushes_gives_the_same_deltas() {
 #[test]
 fn text_streams() {
     let tokenizer = demo_tokenizer();
-    let format = format(&tokenizer);
+    let format = format("harmony", &tokenizer);
     let call = "<|channel|>commentary to=functions.f json<|message|>";
     for (head, text) in [
         ("<|channel|>final<|message|>", "It was a dark and stormy night."),

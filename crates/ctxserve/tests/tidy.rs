@@ -24,6 +24,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("axum", &["server"]),
     ("clap", &["ctxserve"]),
     ("cudarc", &["cuda"]),
+    ("minijinja", &["chat"]),
     ("tokenizers", &["chat"]),
     ("ureq", &["ctxserve"]),
     ("anyhow", &["ctxserve"]),

@@ -21,7 +21,6 @@ pub const NAME: &str = "harmony";
 pub struct Harmony {
     tokenizer: Arc<Tokenizer>,
     tokens: HarmonyTokens,
-    turn_start: Vec<TokenId>,
 }
 
 impl Harmony {
@@ -31,8 +30,7 @@ impl Harmony {
     /// [`FormatError::MissingToken`].
     pub fn new(tokenizer: Arc<Tokenizer>) -> Result<Self, FormatError> {
         let tokens = HarmonyTokens::new(&tokenizer)?;
-        let turn_start = render::turn_start(&tokenizer, &tokens);
-        Ok(Self { tokenizer, tokens, turn_start })
+        Ok(Self { tokenizer, tokens })
     }
 }
 
@@ -42,11 +40,13 @@ impl ChatFormat for Harmony {
     }
 
     fn render(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError> {
-        render::render(conversation, &self.tokenizer, &self.tokens)
+        let mut ids = self.render_history(conversation)?;
+        ids.extend(render::turn_start(&self.tokenizer, &self.tokens));
+        Ok(ids)
     }
 
-    fn turn_start(&self) -> &[TokenId] {
-        &self.turn_start
+    fn render_history(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError> {
+        render::render(conversation, &self.tokenizer, &self.tokens)
     }
 
     fn stop_ids(&self) -> &[TokenId] {

@@ -55,7 +55,7 @@ impl Part {
     }
 }
 
-/// Prompt ids of the conversation, with the header of the answer begun.
+/// Prompt ids of the conversation.
 pub(super) fn render(
     conversation: &Conversation,
     tokenizer: &Tokenizer,
@@ -69,11 +69,10 @@ pub(super) fn render(
     for part in &parts {
         write(part, tokenizer, tokens, &mut ids);
     }
-    ids.extend(turn_start(tokenizer, tokens));
     Ok(ids)
 }
 
-/// What opens the assistant's turn and ends every prompt.
+/// What opens the assistant's turn.
 pub(super) fn turn_start(tokenizer: &Tokenizer, tokens: &HarmonyTokens) -> Vec<TokenId> {
     let mut ids = vec![tokens.start];
     tokenizer.encode_into("assistant", &mut ids);
@@ -83,7 +82,7 @@ pub(super) fn turn_start(tokenizer: &Tokenizer, tokens: &HarmonyTokens) -> Vec<T
 fn parts(conversation: &Conversation) -> Result<Vec<Part>, RenderError> {
     for (i, tool) in conversation.tools.iter().enumerate() {
         check_function_name(&tool.name)
-            .map_err(|what| RenderError { message: 0, what: format!("tools[{i}]: {what}") })?;
+            .map_err(|what| RenderError { message: None, what: format!("tools[{i}]: {what}") })?;
     }
     // The first instructions head the conversation, beside the tools; later ones keep their place.
     let first =
@@ -102,7 +101,7 @@ fn parts(conversation: &Conversation) -> Result<Vec<Part>, RenderError> {
 
     let mut calls: HashMap<&str, &str> = HashMap::new();
     for (index, message) in conversation.messages.iter().enumerate() {
-        let error = |what: String| RenderError { message: index, what };
+        let error = |what: String| RenderError { message: Some(index), what };
         match message {
             Message::System(_) | Message::Developer(_) if Some(index) == first => {}
             Message::System(text) | Message::Developer(text) => {

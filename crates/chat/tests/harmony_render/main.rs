@@ -11,12 +11,13 @@ use std::sync::Arc;
 
 use ctxserve_chat::testing::o200k_tokenizer;
 use ctxserve_chat::{
-    ChatFormat, Conversation, FunctionTool, Message, ReasoningEffort, RenderError, ToolCall, formats,
+    ChatFormat, Conversation, FunctionTool, Message, PromptFiles, ReasoningEffort, RenderError, ToolCall,
+    formats,
 };
 use openai_harmony::chat::{Author, Message as Reference, ReasoningEffort as Effort, Role, SystemContent};
 
 fn harmony() -> Arc<dyn ChatFormat> {
-    formats::open("harmony", o200k_tokenizer()).unwrap()
+    formats::open("harmony", o200k_tokenizer(), &PromptFiles::default()).unwrap()
 }
 
 fn render(conversation: &Conversation) -> Result<Vec<u32>, RenderError> {
@@ -53,7 +54,12 @@ fn result(id: &str, content: &str) -> Message {
 }
 
 fn tool(name: &str, description: Option<&str>, parameters: Option<serde_json::Value>) -> FunctionTool {
-    FunctionTool { name: name.to_owned(), description: description.map(str::to_owned), parameters }
+    FunctionTool {
+        name: name.to_owned(),
+        description: description.map(str::to_owned),
+        parameters,
+        declaration: None,
+    }
 }
 
 fn weather() -> FunctionTool {

@@ -1,7 +1,7 @@
 //! What the reference has no say in: client text stays text, and what cannot be rendered is an error that says where.
 
 use ctxserve_chat::testing::{demo_tokenizer, o200k_tokenizer};
-use ctxserve_chat::{Conversation, FunctionTool, Message, formats};
+use ctxserve_chat::{Conversation, FunctionTool, Message, PromptFiles, formats};
 use serde_json::json;
 
 use super::{answer, calls, render, result, tool, user};
@@ -32,6 +32,7 @@ fn everywhere(fill: &str) -> Conversation {
             answer(Some(fill), Some(fill)),
         ],
         tools,
+        thinking: None,
         reasoning_effort: None,
         current_date: Some(fill.to_owned()),
         keep_reasoning: true,
@@ -41,7 +42,7 @@ fn everywhere(fill: &str) -> Conversation {
 #[test]
 fn client_text_never_becomes_a_control_token() {
     for tokenizer in [o200k_tokenizer(), demo_tokenizer()] {
-        let format = formats::open("harmony", tokenizer.clone()).unwrap();
+        let format = formats::open("harmony", tokenizer.clone(), &PromptFiles::default()).unwrap();
         let controls = |text: &str| -> Vec<u32> {
             let ids = format.render(&everywhere(text)).unwrap();
             ids.into_iter().filter(|id| tokenizer.is_special(*id)).collect()
@@ -68,7 +69,7 @@ fn every_special_token_of_the_vocabulary_is_text_in_a_message() {
 fn a_result_needs_an_earlier_call() {
     let fails = |messages: Vec<Message>, at: usize| {
         let error = render(&Conversation { messages, ..Conversation::default() }).unwrap_err();
-        assert_eq!(error.message, at, "{error}");
+        assert_eq!(error.message, Some(at), "{error}");
         assert!(error.what.contains("tool_call_id"), "{error}");
     };
     fails(vec![result("a", "orphan")], 0);
@@ -109,7 +110,7 @@ fn names_that_would_be_structure_are_refused() {
             ..Conversation::default()
         };
         let error = render(&history).unwrap_err();
-        assert_eq!(error.message, 1, "{error}");
+        assert_eq!(error.message, Some(1), "{error}");
 
         let offered = Conversation {
             messages: vec![user("Hi")],
@@ -121,7 +122,7 @@ fn names_that_would_be_structure_are_refused() {
     for name in ["", "a b", "a<b", "to\n", long.as_str()] {
         let message = Message::User { name: Some(name.to_owned()), content: "Hi".to_owned() };
         let error = render(&Conversation { messages: vec![message], ..Conversation::default() }).unwrap_err();
-        assert_eq!(error.message, 0, "{error}");
+        assert_eq!(error.message, Some(0), "{error}");
     }
     let longest = "n".repeat(64);
     for name in ["f", "ns.f-1_B", longest.as_str()] {
@@ -151,7 +152,7 @@ fn empty_pieces_say_nothing() {
 
 #[test]
 fn stop_ids_are_those_that_end_a_turn() {
-    let format = formats::open("harmony", o200k_tokenizer()).unwrap();
+    let format = formats::open("harmony", o200k_tokenizer(), &PromptFiles::default()).unwrap();
     assert_eq!(format.stop_ids(), [200_002, 200_012, 199_999]);
     assert_eq!(format.name(), "harmony");
 }

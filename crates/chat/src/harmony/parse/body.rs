@@ -1,6 +1,6 @@
 //! Where the text of a message goes.
 
-use crate::{Delta, ParserOptions, Place};
+use crate::{Delta, Place};
 
 use super::arguments::{Arguments, Pieces};
 use super::header::Header;
@@ -52,9 +52,9 @@ pub(super) enum Body {
 
 impl Body {
     /// Where a complete header sends its message's text.
-    pub(super) fn of(header: &Header, options: ParserOptions) -> Self {
+    pub(super) fn of(header: &Header, calls: bool) -> Self {
         if let Some(name) = &header.function {
-            if !options.calls {
+            if !calls {
                 return Self::Content;
             }
             return Self::Call(Box::new(Call {

@@ -70,7 +70,8 @@ enum Why {
 pub struct HarmonyParser {
     tokenizer: Arc<Tokenizer>,
     tokens: HarmonyTokens,
-    options: ParserOptions,
+    /// Calls are calls and not content.
+    calls: bool,
     state: State,
     utf8: Utf8Stream,
     said: Said,
@@ -92,7 +93,7 @@ impl HarmonyParser {
         Self {
             tokenizer,
             tokens,
-            options,
+            calls: options.calls,
             state: State::Header(Origin::Prompt, Items::default()),
             utf8: Utf8Stream::default(),
             said: Said::default(),
@@ -196,7 +197,7 @@ impl HarmonyParser {
         self.said.reasoning(std::mem::take(&mut header.extra), out);
         self.drop_words(&header);
         self.empty_final |= header.channel == Some(Channel::Final) && header.function.is_none();
-        self.state = State::Body(Body::of(&header, self.options));
+        self.state = State::Body(Body::of(&header, self.calls));
     }
 
     /// A token that ends a message.
@@ -289,7 +290,7 @@ impl HarmonyParser {
                 Body::Undecided(String::new())
             }
             None if !is_call && !items.is_marked() => Body::Content,
-            _ => Body::of(&header, self.options),
+            _ => Body::of(&header, self.calls),
         };
         self.said.text(&mut body, &header.rest, out);
         self.state = State::Body(body);

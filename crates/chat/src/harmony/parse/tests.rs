@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::HarmonyParser;
-use crate::work;
 use crate::harmony::HarmonyTokens;
 use crate::testing::demo_tokenizer;
+use crate::work;
 use crate::{End, ParserOptions, StreamParser};
 
 /// Bytes looked at and bytes made while parsing `unit`, `times` times, behind `head`.

@@ -1,0 +1,72 @@
+//! ChatML turns rendered by a chat template, and calls in `<tool_call>` tags: the protocol of Qwen3 and FastContext.
+
+pub mod parse;
+mod render;
+mod tokens;
+
+use std::sync::Arc;
+
+use ctxserve_core::TokenId;
+
+use crate::{
+    ChatFormat, Conversation, FormatError, ParserOptions, PromptFiles, RenderError, StreamParser, Tokenizer,
+};
+
+pub use tokens::HermesTokens;
+
+use render::Renderer;
+
+/// The format's name in profiles and flags.
+pub const NAME: &str = "hermes";
+
+/// Where the thinking of the answer to come is looked for: behind the last turn's start, within so many tokens.
+const TURN_HEAD: usize = 64;
+
+/// The format on a tokenizer that has its control tokens.
+pub struct Hermes {
+    tokenizer: Arc<Tokenizer>,
+    tokens: HermesTokens,
+    renderer: Renderer,
+}
+
+impl Hermes {
+    /// Binds the format. Without a chat template among the files, that of Qwen3's Instruct models is used.
+    ///
+    /// # Errors
+    /// [`FormatError::MissingToken`], and [`FormatError::Template`] for a template that does not compile.
+    pub fn new(tokenizer: Arc<Tokenizer>, files: &PromptFiles) -> Result<Self, FormatError> {
+        let tokens = HermesTokens::new(&tokenizer)?;
+        let renderer = Renderer::new(files, &tokenizer)?;
+        Ok(Self { tokenizer, tokens, renderer })
+    }
+}
+
+impl ChatFormat for Hermes {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn render(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError> {
+        self.renderer.render(conversation, &self.tokenizer, true)
+    }
+
+    fn render_history(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError> {
+        self.renderer.render(conversation, &self.tokenizer, false)
+    }
+
+    fn leaves_thinking_open(&self, prompt: &[TokenId]) -> bool {
+        let head = prompt.len().saturating_sub(TURN_HEAD);
+        let tail = prompt.get(head..).unwrap_or_default();
+        let Some(start) = tail.iter().rposition(|id| *id == self.tokens.start) else { return false };
+        let text = self.tokenizer.decode(&tail[start..], false);
+        text.rfind("<think>") > text.rfind("</think>")
+    }
+
+    fn stop_ids(&self) -> &[TokenId] {
+        self.tokens.stop_ids()
+    }
+
+    fn parser(&self, options: ParserOptions) -> Box<dyn StreamParser> {
+        Box::new(parse::HermesParser::new(Arc::clone(&self.tokenizer), self.tokens.clone(), options))
+    }
+}

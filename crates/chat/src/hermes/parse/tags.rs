@@ -1,0 +1,23 @@
+//! The tags of an answer.
+
+/// A tag. Models write them as single tokens or spelt out; both are the same text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Tag {
+    Call,
+    CallEnd,
+    Think,
+    ThinkEnd,
+}
+
+impl Tag {
+    pub(super) const ALL: [Self; 4] = [Self::Call, Self::CallEnd, Self::Think, Self::ThinkEnd];
+
+    pub(super) fn text(self) -> &'static str {
+        match self {
+            Self::Call => "<tool_call>",
+            Self::CallEnd => "</tool_call>",
+            Self::Think => "<think>",
+            Self::ThinkEnd => "</think>",
+        }
+    }
+}
