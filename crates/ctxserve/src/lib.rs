@@ -15,6 +15,7 @@ pub mod logging;
 pub mod memory;
 pub mod model;
 pub mod profile;
+pub mod prompts;
 pub mod sampling;
 pub mod serve;
 mod signals;

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use ctxserve_chat::{ChatFormat, Tokenizer, demo_tokenizer_json, formats};
+use ctxserve_chat::{ChatFormat, PromptFiles, Tokenizer, demo_tokenizer_json, formats};
 use ctxserve_checkpoint::Checkpoint;
 use ctxserve_core::TokenId;
 use ctxserve_engine::ScriptedRunner;
@@ -18,12 +18,13 @@ use crate::cli::options::ModelOptions;
 use crate::hub::Want;
 use crate::lines::sequences;
 use crate::profile;
+use crate::prompts;
 use crate::source::{Source, download};
 
 /// Chat formats of model families, where neither flag nor profile names one.
-const FAMILY_FORMATS: &[(&str, &str)] = &[("gpt_oss", "harmony")];
+const FAMILY_FORMATS: &[(&str, &str)] = &[("gpt_oss", "harmony"), ("qwen3", "hermes")];
 /// Format of scripts and of the demo.
-const DEFAULT_FORMAT: &str = "harmony";
+pub const DEFAULT_FORMAT: &str = "harmony";
 /// Context of a scripted model.
 const REPLAY_CONTEXT: usize = 131_072;
 const DEMO_SEED: u64 = 1;
@@ -49,6 +50,8 @@ pub struct Model {
     pub name: String,
     /// Where it came from, for people and `/v1/models`.
     pub root: String,
+    /// Where files beside the tokenizer are, if anywhere.
+    prompts: Option<PathBuf>,
 }
 
 impl std::fmt::Debug for Model {
@@ -77,7 +80,7 @@ impl Model {
 
     fn demo(options: &ModelOptions) -> anyhow::Result<Self> {
         let tokenizer = tokenizer(options.tokenizer.as_deref(), || Ok(Some(demo_tokenizer_json().to_vec())))?;
-        let format = formats::open(DEFAULT_FORMAT, Arc::clone(&tokenizer))?;
+        let format = formats::open(DEFAULT_FORMAT, Arc::clone(&tokenizer), &PromptFiles::default())?;
         let spec = demo_spec(&tokenizer, &*format);
         let checkpoint = demo::checkpoint(&spec).context("making the demo model")?;
         Ok(Self {
@@ -86,6 +89,7 @@ impl Model {
             default_format: DEFAULT_FORMAT,
             name: "demo".to_owned(),
             root: "demo (random weights, made in memory)".to_owned(),
+            prompts: options.tokenizer.as_deref().map(beside),
         })
     }
 
@@ -113,6 +117,7 @@ impl Model {
             default_format: DEFAULT_FORMAT,
             name: "replay".to_owned(),
             root,
+            prompts: options.tokenizer.as_deref().map(beside),
         })
     }
 
@@ -132,16 +137,22 @@ impl Model {
             default_format: DEFAULT_FORMAT,
             name: name.to_owned(),
             root: dir.display().to_string(),
+            prompts: Some(options.tokenizer.as_deref().map_or_else(|| dir.to_owned(), beside)),
         })
     }
 
-    /// The chat format asked for, or that of the family.
+    /// The chat format asked for, or that of the family; `template` is the user's, a file or a template itself.
     ///
     /// # Errors
-    /// An unknown format, or one whose control tokens the tokenizer lacks.
-    pub fn format(&self, asked: Option<&str>, family: Option<&str>) -> anyhow::Result<Arc<dyn ChatFormat>> {
+    /// An unknown format, one whose control tokens the tokenizer lacks, and a template that cannot be used.
+    pub fn format(
+        &self,
+        asked: Option<&str>,
+        family: Option<&str>,
+        template: Option<&str>,
+    ) -> anyhow::Result<Arc<dyn ChatFormat>> {
         let name = asked.unwrap_or_else(|| family.map_or(self.default_format, format_of));
-        Ok(formats::open(name, Arc::clone(&self.tokenizer))?)
+        open_format(name, &self.tokenizer, self.prompts.as_deref(), template)
     }
 
     /// `generation_config.json`, if the model has one.
@@ -150,6 +161,35 @@ impl Model {
             Body::Checkpoint(checkpoint) => checkpoint.generation_config(),
             Body::Script(_) => None,
         }
+    }
+}
+
+/// Binds a chat format to a tokenizer and the files beside it.
+///
+/// # Errors
+/// As [`Model::format`].
+pub fn open_format(
+    name: &str,
+    tokenizer: &Arc<Tokenizer>,
+    dir: Option<&Path>,
+    template: Option<&str>,
+) -> anyhow::Result<Arc<dyn ChatFormat>> {
+    let files = if formats::uses_template(name) {
+        prompts::files(dir, template)?
+    } else if template.is_some() {
+        bail!("--chat-template: {name} renders prompts token by token, without a template");
+    } else {
+        PromptFiles::default()
+    };
+    Ok(formats::open(name, Arc::clone(tokenizer), &files)?)
+}
+
+/// The directory of a tokenizer, which may be named itself.
+fn beside(tokenizer: &Path) -> PathBuf {
+    if tokenizer.is_dir() {
+        tokenizer.to_owned()
+    } else {
+        tokenizer.parent().map(Path::to_owned).unwrap_or_default()
     }
 }
 
@@ -203,26 +243,27 @@ fn tokenizer_file(path: &Path) -> PathBuf {
     if path.is_dir() { path.join("tokenizer.json") } else { path.to_owned() }
 }
 
-/// The tokenizer that `--model` of `render` and `parse` names; the demo's without one.
+/// The tokenizer that `--model` of `render` and `parse` names, the demo's without one, and where it is.
 ///
 /// # Errors
 /// No tokenizer there.
-pub fn tokenizer_of(model: Option<&str>) -> anyhow::Result<Arc<Tokenizer>> {
+pub fn tokenizer_of(model: Option<&str>) -> anyhow::Result<(Arc<Tokenizer>, Option<PathBuf>)> {
     let Some(model) = model.filter(|&model| model != "demo") else {
-        return tokenizer(None, || Ok(Some(demo_tokenizer_json().to_vec())));
+        return Ok((tokenizer(None, || Ok(Some(demo_tokenizer_json().to_vec())))?, None));
     };
-    if Path::new(model).exists() {
-        return tokenizer(Some(Path::new(model)), || Ok(None));
+    let mut path = PathBuf::from(model);
+    if !path.exists() {
+        let profile = profile::find(model)?;
+        let repo = profile.as_ref().and_then(|(_, values)| values.text("model")).unwrap_or(model);
+        path = match Source::from_str(repo)? {
+            Source::Repository(repo) => {
+                let options = ModelOptions { revision: "main".to_owned(), ..ModelOptions::default() };
+                download(&repo, &options, Want::Tokenizer)?
+            }
+            _ => bail!("{model} has no tokenizer of its own"),
+        };
     }
-    let profile = profile::find(model)?;
-    let repo = profile.as_ref().and_then(|(_, values)| values.text("model")).unwrap_or(model);
-    match Source::from_str(repo)? {
-        Source::Repository(repo) => {
-            let options = ModelOptions { revision: "main".to_owned(), ..ModelOptions::default() };
-            tokenizer(Some(&download(&repo, &options, Want::Tokenizer)?), || Ok(None))
-        }
-        _ => bail!("{model} has no tokenizer of its own"),
-    }
+    Ok((tokenizer(Some(&path), || Ok(None))?, Some(beside(&path))))
 }
 
 #[cfg(test)]
@@ -237,9 +278,12 @@ mod tests {
     fn the_demo_opens_without_any_file() {
         let model = Model::open(&Source::Demo, "demo", &options()).unwrap();
         assert_eq!(model.name, "demo");
-        assert_eq!(model.format(None, Some("gpt_oss")).unwrap().name(), "harmony");
-        let error = model.format(Some("nonsense"), None).err().unwrap();
-        assert!(error.to_string().contains("nonsense"), "{error}");
+        assert_eq!(model.format(None, Some("gpt_oss"), None).unwrap().name(), "harmony");
+        let error =
+            |asked, family, template| model.format(asked, family, template).err().unwrap().to_string();
+        assert!(error(Some("nonsense"), None, None).contains("nonsense"));
+        assert!(error(None, Some("qwen3"), None).contains("hermes needs the token <|im_start|>"));
+        assert!(error(None, None, Some("{{ a }}")).contains("--chat-template: harmony"));
     }
 
     #[test]
@@ -293,9 +337,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tokenizer.json");
         std::fs::write(&path, demo_tokenizer_json()).unwrap();
-        let demo = tokenizer_of(None).unwrap().len();
+        let demo = tokenizer_of(None).unwrap().0.len();
         for place in [dir.path(), path.as_path()] {
-            assert_eq!(tokenizer_of(place.to_str()).unwrap().len(), demo);
+            let (tokenizer, beside) = tokenizer_of(place.to_str()).unwrap();
+            assert_eq!((tokenizer.len(), beside.as_deref()), (demo, Some(dir.path())));
         }
         assert!(tokenizer_of(Some("word")).is_err());
     }

@@ -8,6 +8,10 @@ const PROFILES: &[(&str, &str)] = &[
     ("context-1-mxfp4", include_str!("../../../configs/context-1-mxfp4.toml")),
     ("gpt-oss-20b", include_str!("../../../configs/gpt-oss-20b.toml")),
     ("gpt-oss-120b", include_str!("../../../configs/gpt-oss-120b.toml")),
+    ("fastcontext-1.0-4b-nvfp4", include_str!("../../../configs/fastcontext-1.0-4b-nvfp4.toml")),
+    ("fastcontext-1.0-4b", include_str!("../../../configs/fastcontext-1.0-4b.toml")),
+    ("qwen3-4b-instruct-2507", include_str!("../../../configs/qwen3-4b-instruct-2507.toml")),
+    ("qwen3-4b-thinking-2507", include_str!("../../../configs/qwen3-4b-thinking-2507.toml")),
 ];
 
 /// Names of the profiles.

@@ -83,7 +83,9 @@ impl Asked {
         let (plan, info, Sized { engine, room }) = settle(&mut options, &values, &model, plan)?;
         let load = load_options(&plan);
         let family = info.as_ref().map(|info| info.family);
-        let format = model.format(options.model.chat_format.as_deref(), family)?;
+        let (asked, template) =
+            (options.model.chat_format.as_deref(), options.model.chat_template.as_deref());
+        let format = model.format(asked, family, template)?;
         ServeOptions::check_parsers(&values, format.name())?;
         describe(&model, info.as_ref(), format.name());
         let server = server_config(&options, &model, info.as_ref(), &*format)?;

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context;
-use ctxserve_chat::{ChatFormat, Collector, ParserOptions, Tokenizer, end_of, formats};
+use ctxserve_chat::{ChatFormat, Collector, ParserOptions, Tokenizer, end_of};
 use ctxserve_core::TokenId;
 use ctxserve_server::{PromptDate, ServerConfig, conversation_from_json};
 use serde::{Deserialize, Deserializer};
@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 
 use crate::cli::ToolArgs;
 use crate::lines::sequences;
-use crate::model::tokenizer_of;
+use crate::model::{DEFAULT_FORMAT, open_format, tokenizer_of};
+use crate::profile;
 
 /// Prints the prompt of a chat request.
 ///
@@ -103,8 +104,11 @@ fn message(format: &dyn ChatFormat, ids: &[TokenId], line: usize) -> Value {
 }
 
 fn open(args: &ToolArgs) -> anyhow::Result<(Arc<Tokenizer>, Arc<dyn ChatFormat>)> {
-    let tokenizer = tokenizer_of(args.model.as_deref())?;
-    let format = formats::open(&args.format, Arc::clone(&tokenizer))?;
+    let (tokenizer, dir) = tokenizer_of(args.model.as_deref())?;
+    let profile = args.model.as_deref().map(profile::find).transpose()?.flatten();
+    let of_profile = profile.as_ref().and_then(|(_, values)| values.text("chat-format"));
+    let name = args.format.as_deref().or(of_profile).unwrap_or(DEFAULT_FORMAT);
+    let format = open_format(name, &tokenizer, dir.as_deref(), args.template.as_deref())?;
     Ok((tokenizer, format))
 }
 
@@ -127,7 +131,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lines.jsonl");
         std::fs::write(&path, lines).unwrap();
-        let args = ToolArgs { model: None, format: "harmony".to_owned(), input: Some(path) };
+        let args = ToolArgs { model: None, format: None, template: None, input: Some(path) };
         let mut out = Vec::new();
         let all_read = parse(&args, &mut out).unwrap();
         let text = String::from_utf8(out).unwrap();

@@ -172,7 +172,8 @@ impl From<ParamError> for ApiError {
 
 impl From<RenderError> for ApiError {
     fn from(error: RenderError) -> Self {
-        Self::invalid(format!("messages[{}]", error.message), error.to_string())
+        let at = error.message.map_or_else(|| "messages".to_owned(), |index| format!("messages[{index}]"));
+        Self::invalid(at, error.to_string())
     }
 }
 

@@ -19,7 +19,7 @@ use values::{Given, Origin, Values};
 
 const SUBCOMMANDS: [&str; 6] = ["serve", "bench", "convert", "inspect", "render", "parse"];
 
-const MODEL_HELP: &str = "A directory with a checkpoint, a profile (context-1-mxfp4, gpt-oss-20b, gpt-oss-120b), a Hugging \
+const MODEL_HELP: &str = "A directory with a checkpoint, a profile (context-1-mxfp4, fastcontext-1.0-4b-nvfp4, gpt-oss-20b, ...), a Hugging \
      Face repository owner/name, demo (a small model with random weights), or replay:FILE (scripted answers). \
      Without one, demo is served";
 
@@ -50,8 +50,10 @@ pub enum Invocation {
 pub struct ToolArgs {
     /// Where the tokenizer comes from: as for `serve`, or a tokenizer.json; `None` is the demo tokenizer.
     pub model: Option<String>,
-    /// Chat format.
-    pub format: String,
+    /// Chat format; `None` is the profile's, or harmony.
+    pub format: Option<String>,
+    /// Chat template, if not the tokenizer's: a file, or a template itself.
+    pub template: Option<String>,
     /// Input file; `None` is standard input.
     pub input: Option<PathBuf>,
 }
@@ -184,8 +186,13 @@ fn tool_command(name: &'static str, about: &'static str, input: &'static str) ->
                 .long("format")
                 .visible_alias("chat-format")
                 .value_name("NAME")
-                .default_value("harmony")
-                .help("Chat format"),
+                .help("Chat format: harmony or hermes [default: the profile's, or harmony]"),
+        )
+        .arg(
+            Arg::new("chat-template")
+                .long("chat-template")
+                .value_name("FILE")
+                .help("Template of prompts, for formats that have one [default: the tokenizer's]"),
         )
 }
 
@@ -193,7 +200,8 @@ fn tool_args(matches: &ArgMatches) -> ToolArgs {
     let text = |name| matches.get_one::<String>(name).cloned();
     ToolArgs {
         model: text("model"),
-        format: text("format").unwrap_or_default(),
+        format: text("format"),
+        template: text("chat-template"),
         input: text("INPUT").or_else(|| text("input")).filter(|path| path != "-").map(PathBuf::from),
     }
 }

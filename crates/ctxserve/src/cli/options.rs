@@ -22,6 +22,8 @@ pub struct ModelOptions {
     pub tokenizer: Option<PathBuf>,
     /// Chat format, if not the family's.
     pub chat_format: Option<String>,
+    /// Chat template, if not the model's: a file, or a template itself.
+    pub chat_template: Option<String>,
     /// Cache to download into.
     pub download_dir: Option<PathBuf>,
     /// Hugging Face token.
@@ -247,6 +249,7 @@ fn model(values: &Values) -> Result<ModelOptions, OptionError> {
         revision: values.text("revision").unwrap_or("main").to_owned(),
         tokenizer: path("tokenizer"),
         chat_format: values.text("chat-format").map(str::to_owned),
+        chat_template: values.text("chat-template").map(str::to_owned),
         download_dir: path("download-dir"),
         token: values.text("hf-token").map(str::to_owned),
         quantization: values.text("quantization").map(str::to_ascii_lowercase),
@@ -377,6 +380,43 @@ mod tests {
         let keys = |line| ServeOptions::new(&values(line), env).unwrap().http.api_keys;
         assert_eq!(keys(""), ["from-env"]);
         assert_eq!(keys("--api-key a b --api-key c"), ["a", "b", "c"]);
+    }
+
+    /// The command lines of the model cards, with `serve` after another program's name.
+    #[test]
+    fn command_lines_of_model_cards_are_taken() {
+        let fastcontext = options(
+            "r0b0tlab/FastContext-1.0-4B-RL-NVFP4 --quantization modelopt --tensor-parallel-size 1 \
+             --trust-remote-code --dtype auto --kv-cache-dtype fp8 --attention-backend flashinfer \
+             --gpu-memory-utilization 0.40 --max-model-len 131072 --max-num-seqs 16 --enable-chunked-prefill \
+             --enable-auto-tool-choice --tool-call-parser hermes --port 30000",
+        )
+        .unwrap();
+        assert_eq!(fastcontext.model.model.as_deref(), Some("r0b0tlab/FastContext-1.0-4B-RL-NVFP4"));
+        assert_eq!(fastcontext.model.quantization.as_deref(), Some("modelopt"));
+        assert_eq!(fastcontext.engine.max_model_len, Some(131_072));
+        assert_eq!((fastcontext.http.port, fastcontext.http.auto_tools), (30_000, true));
+        assert_eq!((fastcontext.device.kv_dtype, fastcontext.device.gpu_share), (KvChoice::Fp8, 0.4));
+        let noted = fastcontext.notes.join("\n");
+        assert_eq!(fastcontext.notes.len(), 2, "{noted}");
+        assert!(noted.contains("--trust-remote-code") && noted.contains("--attention-backend"), "{noted}");
+        let context = options(
+            "evilfreelancer/context-1-mxfp4 --served-model-name evilfreelancer/context-1-mxfp4 --trust-remote-code \
+             --dtype auto --gpu-memory-utilization 0.9 --max-model-len 64000 --max-num-batched-tokens 64000 \
+             --kv-cache-dtype fp8 --enable-auto-tool-choice --tool-call-parser openai",
+        )
+        .unwrap();
+        assert_eq!(context.engine.max_model_len, Some(64_000));
+        let line = values("--tool-call-parser hermes --reasoning-parser qwen3");
+        assert!(ServeOptions::check_parsers(&line, "hermes").is_ok());
+    }
+
+    #[test]
+    fn templates_are_files_or_text() {
+        let template = |line: &str| options(line).unwrap().model.chat_template;
+        assert_eq!(template("--chat-template a/b.jinja").as_deref(), Some("a/b.jinja"));
+        assert_eq!(template("--chat-template={{messages}}").as_deref(), Some("{{messages}}"));
+        assert_eq!(template(""), None);
     }
 
     #[test]

@@ -70,7 +70,6 @@ const NO_PYTHON: &str = "it names Python code, and no code but the server's own 
 const NO_LORA: &str = "adapters are not supported";
 const NO_TLS: &str = "the server speaks plain HTTP; put a TLS proxy in front of it";
 const NO_CORS: &str = "cross-origin requests from browsers are not allowed";
-const NO_TEMPLATE: &str = "prompts are rendered token by token by --chat-format, not by a template";
 const NO_EVENTS: &str = "only the HTTP port is opened";
 
 /// How a model is loaded and run: flags of every subcommand that does.
@@ -223,7 +222,11 @@ pub const RUNNING: &[Flag] = &[
 pub const SERVING: &[Flag] = &[
     // Requests.
     honoured("served-model-name", List("NAME"), "Names the API knows the model by [default: MODEL]"),
-    honoured("chat-format", Value("NAME"), "Chat protocol: harmony [default: what the model was trained on]"),
+    honoured(
+        "chat-format",
+        Value("NAME"),
+        "Chat protocol: harmony or hermes [default: what the model was trained on]",
+    ),
     honoured(
         "generation-config",
         Value("SRC"),
@@ -243,9 +246,13 @@ pub const SERVING: &[Flag] = &[
         "a request without a seed draws a fresh one; send seed in the request for a repeatable answer",
     ),
     // Chat.
-    honoured("tool-call-parser", Value("NAME"), "openai (Harmony); must fit --chat-format"),
+    honoured("tool-call-parser", Value("NAME"), "openai (Harmony) or hermes; must fit --chat-format"),
     honoured("enable-auto-tool-choice", Switch, "Let the model choose to call tools [default: on]"),
-    honoured("reasoning-parser", Value("NAME"), "openai_gptoss (Harmony); must fit --chat-format"),
+    honoured(
+        "reasoning-parser",
+        Value("NAME"),
+        "openai_gptoss (Harmony) or qwen3 (hermes); must fit --chat-format",
+    ),
     only(
         "exclude-tools-when-tool-choice-none",
         Switch,
@@ -253,9 +260,13 @@ pub const SERVING: &[Flag] = &[
         "tools stay in the prompt when tool_choice is none",
     ),
     only("tool-strict-level", Value("LEVEL"), &["auto"], "calls are not constrained by grammar yet"),
-    refused("chat-template", Value("FILE"), NO_TEMPLATE),
-    no_op("chat-template-content-format", Value("KIND"), NO_TEMPLATE),
-    refused("default-chat-template-kwargs", Value("JSON"), NO_TEMPLATE),
+    honoured(
+        "chat-template",
+        Value("FILE"),
+        "Jinja template of prompts, or the template itself; hermes has one, Harmony none [default: the model's]",
+    ),
+    no_op("chat-template-content-format", Value("KIND"), "templates always see content as text"),
+    refused("default-chat-template-kwargs", Value("JSON"), "send chat_template_kwargs in the request"),
     refused("reasoning-effort-map", Value("JSON"), "every reasoning_effort has one documented meaning"),
     only("response-role", Value("ROLE"), &["assistant"], "answers are written by the assistant"),
     only(

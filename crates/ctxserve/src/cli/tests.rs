@@ -93,7 +93,9 @@ fn tools_read_a_file_or_standard_input() {
     };
     let args = tool("parse lines.jsonl --format harmony --model dir");
     assert_eq!((args.input, args.model.as_deref()), (Some("lines.jsonl".into()), Some("dir")));
-    assert_eq!(tool("render").format, "harmony");
+    assert_eq!(tool("render").format, None);
+    let args = tool("render --chat-format hermes --chat-template t.jinja");
+    assert_eq!((args.format.as_deref(), args.template.as_deref()), (Some("hermes"), Some("t.jinja")));
     assert_eq!(tool("parse -").input, None);
     assert_eq!(tool("render --input a.json").input, Some("a.json".into()));
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ctxserve_backend::{KvDtype, KvSpec};
-use ctxserve_chat::{Tokenizer, formats};
+use ctxserve_chat::Tokenizer;
 use ctxserve_checkpoint::{Checkpoint, Want};
 use ctxserve_core::TokenId;
 use ctxserve_engine::Bytes;
@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::cli::checkpoints::InspectArgs;
-use crate::model::format_of;
+use crate::model::{format_of, open_format};
 use crate::source;
 use fit::Fit;
 
@@ -95,7 +95,7 @@ fn look(dir: &Path) -> anyhow::Result<Findings> {
     let tokenizer = tokenizer(&checkpoint);
     let known = tokenizer.as_ref().ok().and_then(Option::as_ref);
     let stop_ids = known
-        .and_then(|tokenizer| formats::open(chat_format, Arc::clone(tokenizer)).ok())
+        .and_then(|tokenizer| open_format(chat_format, tokenizer, Some(dir), None).ok())
         .map(|format| format.stop_ids().to_vec());
     let odd = odd::find(&odd::Looked {
         dir,

@@ -37,7 +37,8 @@ struct Prepared {
     options: Options,
     prompt: Arc<[TokenId]>,
     max_tokens: usize,
-    calls: Calls,
+    /// How answers are read.
+    parser: ParserOptions,
     one_call: bool,
     hide_reasoning: bool,
 }
@@ -87,16 +88,22 @@ fn prepare(state: &ServerState, body: &[u8]) -> Result<Prepared, ApiError> {
     refused::check(Route::Chat, text)?;
     let max_tokens = fields.max_completion_tokens.map(|most| (most, "max_completion_tokens"));
     let options = options(state, shared, max_tokens, logprobs(&fields)?)?;
-    let tools = tools::tools(state.config(), fields.tools)?;
+    let tools = tools::tools(state.config(), fields.tools, text)?;
     let calls = tools::choice(state, fields.tool_choice.as_ref(), !tools.is_empty())?;
     let effort = fields.reasoning_effort.as_deref();
     let kwargs = fields.chat_template_kwargs.as_ref();
+    let names: Vec<String> = tools.iter().map(|tool| tool.name.clone()).collect();
     let conversation = history::conversation(state.config(), fields.messages, tools, effort, kwargs)?;
     let prompt: Arc<[TokenId]> = state.format().render(&conversation)?.into();
+    let parser = ParserOptions {
+        calls: calls == Calls::Auto,
+        tools: Some(names.into()),
+        thinking: state.format().leaves_thinking_open(&prompt),
+    };
     let max_tokens = room(state, &options, state.config().default_max_tokens, prompt.len(), PARAM)?;
     let one_call = fields.parallel_tool_calls == Some(false);
     let hide_reasoning = fields.include_reasoning == Some(false);
-    Ok(Prepared { options, prompt, max_tokens, calls, one_call, hide_reasoning })
+    Ok(Prepared { options, prompt, max_tokens, parser, one_call, hide_reasoning })
 }
 
 fn logprobs(fields: &ChatFields) -> Result<Option<(usize, &'static str)>, ApiError> {
@@ -149,9 +156,12 @@ fn start(
         one_call: prepared.one_call,
         hide_reasoning: prepared.hide_reasoning,
     };
-    let parser = ParserOptions { calls: prepared.calls == Calls::Auto };
     Generation::start(state, &job, accepted, || {
-        Choice::new(state.format().parser(parser), reading.clone(), Arc::clone(&options.stop))
+        Choice::new(
+            state.format().parser(prepared.parser.clone()),
+            reading.clone(),
+            Arc::clone(&options.stop),
+        )
     })
 }
 

@@ -35,7 +35,7 @@ fn tokenized(state: &ServerState, body: &[u8]) -> Result<TokenizeResponse, ApiEr
             if chat.messages.is_none() {
                 return Err(ApiError::invalid("prompt", "either prompt or messages is required"));
             }
-            rendered(state, chat, fields.add_generation_prompt.unwrap_or(true))?
+            rendered(state, chat, text, fields.add_generation_prompt.unwrap_or(true))?
         }
     };
     let tokenizer = state.tokenizer();
@@ -45,8 +45,13 @@ fn tokenized(state: &ServerState, body: &[u8]) -> Result<TokenizeResponse, ApiEr
     Ok(TokenizeResponse { count: tokens.len(), max_model_len, tokens, token_strs })
 }
 
-fn rendered(state: &ServerState, chat: ChatFields, open_turn: bool) -> Result<Vec<TokenId>, ApiError> {
-    let tools = tools::tools(state.config(), chat.tools)?;
+fn rendered(
+    state: &ServerState,
+    chat: ChatFields,
+    body: &str,
+    open_turn: bool,
+) -> Result<Vec<TokenId>, ApiError> {
+    let tools = tools::tools(state.config(), chat.tools, body)?;
     let effort = chat.reasoning_effort.as_deref();
     let conversation = history::conversation(
         state.config(),
@@ -55,14 +60,8 @@ fn rendered(state: &ServerState, chat: ChatFields, open_turn: bool) -> Result<Ve
         effort,
         chat.chat_template_kwargs.as_ref(),
     )?;
-    let mut ids = state.format().render(&conversation)?;
-    if !open_turn {
-        let opening = state.format().turn_start();
-        if ids.ends_with(opening) {
-            ids.truncate(ids.len() - opening.len());
-        }
-    }
-    Ok(ids)
+    let format = state.format();
+    Ok(if open_turn { format.render(&conversation) } else { format.render_history(&conversation) }?)
 }
 
 /// Text of ids, control tokens shown.

@@ -178,6 +178,8 @@ impl Choice {
     fn deliver(&mut self, deltas: Vec<Delta>, step: &mut Step) -> Option<Cut> {
         for delta in deltas {
             match delta {
+                // Says that the content is empty and not absent.
+                Delta::Content(text) if text.is_empty() => step.deltas.push(Delta::Content(text)),
                 Delta::Content(text) => {
                     self.align.produced(text.len());
                     let released = self.options.stop.push(&text);

@@ -29,10 +29,12 @@ pub(crate) fn conversation(
         let turn = turn(index, message, &turns)?;
         turns.push(turn);
     }
+    let (reasoning_effort, thinking) = template_arguments(effort, kwargs)?;
     Ok(Conversation {
         messages: turns,
         tools,
-        reasoning_effort: reasoning_effort(effort, kwargs)?,
+        reasoning_effort,
+        thinking,
         current_date: config.prompt_date.date(),
         keep_reasoning: config.keep_reasoning,
     })
@@ -167,12 +169,13 @@ fn latest_call(earlier: &[Message], name: &str) -> Option<String> {
     })
 }
 
-/// Template arguments are an allowlist: nothing of the renderer can be reached through them.
-fn reasoning_effort(
+/// Effort, and whether to think. Template arguments are an allowlist: nothing of the renderer can be reached through
+/// them.
+fn template_arguments(
     effort: Option<&str>,
     kwargs: Option<&Map<String, Value>>,
-) -> Result<Option<ReasoningEffort>, ApiError> {
-    let mut from_kwargs = None;
+) -> Result<(Option<ReasoningEffort>, Option<bool>), ApiError> {
+    let (mut from_kwargs, mut thinking) = (None, None);
     for (key, value) in kwargs.into_iter().flatten() {
         let invalid =
             || ApiError::invalid("chat_template_kwargs", format!("'{key}' has a value of the wrong kind"));
@@ -181,9 +184,11 @@ fn reasoning_effort(
             ("reasoning_effort", Value::String(text)) => {
                 from_kwargs = Some(level(text, "chat_template_kwargs")?);
             }
-            ("enable_thinking", Value::Bool(true)) => {}
-            ("enable_thinking", Value::Bool(false)) => {
-                from_kwargs = from_kwargs.or(Some(ReasoningEffort::None));
+            ("enable_thinking", Value::Bool(on)) => {
+                thinking = Some(*on);
+                if !on {
+                    from_kwargs = from_kwargs.or(Some(ReasoningEffort::None));
+                }
             }
             ("reasoning_effort" | "enable_thinking", _) => return Err(invalid()),
             _ => {
@@ -193,10 +198,8 @@ fn reasoning_effort(
             }
         }
     }
-    match effort {
-        Some(text) => Ok(Some(level(text, "reasoning_effort")?)),
-        None => Ok(from_kwargs),
-    }
+    let effort = effort.map(|text| level(text, "reasoning_effort")).transpose()?;
+    Ok((effort.or(from_kwargs), thinking))
 }
 
 fn level(text: &str, param: &str) -> Result<ReasoningEffort, ApiError> {

@@ -18,8 +18,9 @@ use crate::wire::read::{json, text};
 /// # Errors
 /// What the route would answer.
 pub fn conversation_from_json(config: &ServerConfig, body: &[u8]) -> Result<Conversation, ApiError> {
-    let fields: ChatFields = json(text(body)?)?;
-    let tools = tools::tools(config, fields.tools)?;
+    let body = text(body)?;
+    let fields: ChatFields = json(body)?;
+    let tools = tools::tools(config, fields.tools, body)?;
     let (effort, kwargs) = (fields.reasoning_effort.as_deref(), fields.chat_template_kwargs.as_ref());
     history::conversation(config, fields.messages, tools, effort, kwargs)
 }

@@ -6,7 +6,7 @@ use serde_json::Value;
 use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::state::ServerState;
-use crate::wire::chat_request::WireTool;
+use crate::wire::chat_request::{WireTool, declarations};
 
 /// Longest function name, OpenAI's. Names land in message headers.
 pub(crate) const MAX_NAME: usize = 64;
@@ -20,21 +20,29 @@ pub(crate) enum Calls {
     None,
 }
 
-/// Checks the declarations.
+/// Checks the declarations; `body` is what they were read from.
 ///
 /// # Errors
 /// 400 naming the part of `tools`.
 pub(crate) fn tools(
     config: &ServerConfig,
     tools: Option<Vec<WireTool>>,
+    body: &str,
 ) -> Result<Vec<FunctionTool>, ApiError> {
     let tools = tools.unwrap_or_default();
+    if tools.is_empty() {
+        return Ok(Vec::new());
+    }
     let most = config.max_tools;
     if tools.len() > most {
         let message = format!("{} tools in one request, at most {most} are allowed", tools.len());
         return Err(ApiError::invalid("tools", message));
     }
-    tools.into_iter().enumerate().map(|(index, tool)| function(index, tool)).collect()
+    let mut functions = Vec::with_capacity(tools.len());
+    for ((index, tool), declaration) in tools.into_iter().enumerate().zip(declarations(body)) {
+        functions.push(FunctionTool { declaration: Some(declaration.to_owned()), ..function(index, tool)? });
+    }
+    Ok(functions)
 }
 
 fn function(index: usize, tool: WireTool) -> Result<FunctionTool, ApiError> {
@@ -62,7 +70,12 @@ fn function(index: usize, tool: WireTool) -> Result<FunctionTool, ApiError> {
             ));
         }
     }
-    Ok(FunctionTool { name, description: function.description, parameters: function.parameters })
+    Ok(FunctionTool {
+        name,
+        description: function.description,
+        parameters: function.parameters,
+        declaration: None,
+    })
 }
 
 fn is_name(name: &str) -> bool {

@@ -1,6 +1,7 @@
 //! `POST /v1/chat/completions` and the messages of `POST /tokenize`.
 
 use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::content::Content;
@@ -62,4 +63,15 @@ pub(crate) struct WireFunction {
     pub(crate) name: Option<String>,
     pub(crate) description: Option<String>,
     pub(crate) parameters: Option<Value>,
+}
+
+/// The declarations of a body that has already been read once, each as the client wrote it.
+pub(crate) fn declarations(body: &str) -> Vec<&str> {
+    #[derive(Deserialize)]
+    struct Declared<'a> {
+        #[serde(borrow)]
+        tools: Option<Vec<&'a RawValue>>,
+    }
+    let declared = serde_json::from_str::<Declared<'_>>(body).ok().and_then(|declared| declared.tools);
+    declared.into_iter().flatten().map(RawValue::get).collect()
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Method, Request, StatusCode};
-use ctxserve_chat::{Tokenizer, demo_tokenizer_json, formats};
+use ctxserve_chat::{PromptFiles, Tokenizer, demo_tokenizer_json, formats};
 use ctxserve_core::TokenId;
 use ctxserve_engine::{Engine, EngineConfig, EngineHandle, Runner, ScriptedRunner};
 use ctxserve_server::{PromptDate, ServerConfig, ServerState, router};
@@ -23,9 +23,19 @@ pub(crate) struct Setup {
     pub(crate) engine: EngineConfig,
     pub(crate) server: ServerConfig,
     pub(crate) context: usize,
+    pub(crate) format: &'static str,
+    pub(crate) tokenizer: Arc<Tokenizer>,
 }
 
 impl Setup {
+    /// As [`Setup::new`], with the hermes format.
+    pub(crate) fn hermes(script: &[&str]) -> Self {
+        let json = include_bytes!("../../../chat/tests/data/qwen/tokenizer.json");
+        let tokenizer = Arc::new(Tokenizer::from_bytes(json).unwrap());
+        let lines = script.iter().map(|line| tokenizer.encode_with_control(line)).collect();
+        Self { format: "hermes", tokenizer, ..Self::ids(lines) }
+    }
+
     /// Answers are the lines of `script`, with control tokens spelled out.
     pub(crate) fn new(script: &[&str]) -> Self {
         let tokenizer = tokenizer();
@@ -38,21 +48,29 @@ impl Setup {
             prompt_date: PromptDate::Fixed("2026-05-12".to_owned()),
             ..ServerConfig::default()
         };
-        Self { lines, pace: Duration::ZERO, engine: EngineConfig::default(), server, context: CONTEXT }
+        Self {
+            lines,
+            pace: Duration::ZERO,
+            engine: EngineConfig::default(),
+            server,
+            context: CONTEXT,
+            format: "harmony",
+            tokenizer: tokenizer(),
+        }
     }
 
     pub(crate) fn start(self) -> Server {
-        let tokenizer = tokenizer();
         let (lines, context) = (self.lines.clone(), self.context);
-        let runner = ScriptedRunner::new(tokenizer.len(), context, lines).with_pace(self.pace);
+        let runner = ScriptedRunner::new(self.tokenizer.len(), context, lines).with_pace(self.pace);
         self.start_with(Box::new(runner))
     }
 
     /// With another model in place of the script.
     pub(crate) fn start_with(self, runner: Box<dyn Runner>) -> Server {
-        let tokenizer = tokenizer();
+        let tokenizer = self.tokenizer;
         let engine = Engine::start(runner, self.engine).unwrap();
-        let format = formats::open("harmony", Arc::clone(&tokenizer)).unwrap();
+        let files = PromptFiles::default();
+        let format = formats::open(self.format, Arc::clone(&tokenizer), &files).unwrap();
         let state = ServerState::new(engine.clone(), Arc::clone(&tokenizer), format, self.server).unwrap();
         Server { app: router(state.clone()), state, engine, tokenizer }
     }
