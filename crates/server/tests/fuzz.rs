@@ -125,8 +125,17 @@ fn any_json() -> impl Strategy<Value = Value> {
 
 #[test]
 fn no_json_is_a_server_error() {
+    no_json_fails(Setup::new(&["<|channel|>final<|message|>ok<|return|>"]));
+}
+
+#[test]
+fn nor_is_any_with_the_hermes_format() {
+    no_json_fails(Setup::hermes(&["<tool_call>{\"name\": \"f\"}</tool_call>ok<|im_end|>"]));
+}
+
+fn no_json_fails(setup: Setup) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let server = runtime.block_on(async { Setup::new(&["<|channel|>final<|message|>ok<|return|>"]).start() });
+    let server = runtime.block_on(async { setup.start() });
     let messages = json!([{"role": "user", "content": "hi"}]);
     let bases = [
         ("/v1/chat/completions", json!({"messages": messages, "max_tokens": 3})),
