@@ -4,7 +4,6 @@ use ctxserve_backend::DeviceError;
 use ctxserve_cuda::driver::{Buffer, Device};
 use ctxserve_cuda::ops::moe_down::{Call as DownCall, MoeDown};
 use ctxserve_cuda::ops::moe_gate_up::{Call, MoeGateUp, Shape, Split};
-use ctxserve_cuda::ops::moe_pair::{Call as PairCall, MoePair};
 use ctxserve_cuda::ops::pack_mxfp4::{Rows, Strips};
 
 use crate::harness::{Bench, Work};
@@ -83,7 +82,6 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
     }
     let device = &bench.device;
     let (gate_up, down) = (MoeGateUp::load(device)?, MoeDown::load(device)?);
-    let pair = MoePair::load(device)?;
     let held = inputs(bench)?;
     let Shape { top_k, hidden, inner, .. } = SHAPE;
     for rows in [1, 2, 4, 8, 16, 24, 32, 48, 64, 96] {
@@ -149,14 +147,6 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                     down.issue_as(device, &down_call(i), split)
                 })?;
             }
-        }
-        if bench.wants("moe_pair") {
-            bench.time(
-                &format!("moe_pair {rows} rows, {active:.1} experts, together"),
-                both,
-                CHOICES,
-                |i| pair.issue(device, &PairCall { gate_up: &gate_up_call(i), down: &down_call(i) }),
-            )?;
         }
     }
     Ok(())

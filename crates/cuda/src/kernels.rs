@@ -16,7 +16,6 @@ use crate::ops::moe_combine::MoeCombine;
 use crate::ops::moe_down::MoeDown;
 use crate::ops::moe_gate_up::MoeGateUp;
 use crate::ops::moe_gemm::MoeGemm;
-use crate::ops::moe_pair::MoePair;
 use crate::ops::moe_scatter::MoeScatter;
 use crate::ops::moe_sort::MoeSort;
 use crate::ops::pack_panels::PackPanels;
@@ -38,7 +37,6 @@ pub(crate) struct Kernels {
     pub(crate) route: Route,
     pub(crate) gate_up: MoeGateUp,
     pub(crate) down: MoeDown,
-    pub(crate) pair: MoePair,
     pub(crate) sort: MoeSort,
     pub(crate) experts: MoeGemm,
     pub(crate) combine: MoeCombine,
@@ -76,7 +74,6 @@ impl Kernels {
             route: Route::load(device)?,
             gate_up: MoeGateUp::load(device)?,
             down: MoeDown::load(device)?,
-            pair: MoePair::load(device)?,
             sort: MoeSort::load(device)?,
             experts: MoeGemm::load(device)?,
             combine: MoeCombine::load(device)?,

@@ -6,7 +6,7 @@ use super::missing;
 use crate::backend::{CudaBackend, NormKey};
 use crate::driver::Buffer;
 use crate::ops::moe_gemm::{self, height};
-use crate::ops::{moe_combine, moe_down, moe_gate_up, moe_pair, moe_scatter, moe_sort, route};
+use crate::ops::{moe_combine, moe_down, moe_gate_up, moe_scatter, moe_sort, route};
 use crate::workspace::{EXPERT_ROWS, GEMV_ROWS};
 
 impl CudaBackend {
@@ -76,12 +76,11 @@ impl CudaBackend {
                 rows,
                 shape,
             };
-            if moe_pair::plan(rows, &shape, device.facts()).is_some() {
-                let pair = moe_pair::Call { gate_up: &gate_up, down: &down };
-                // Fewer rows are normed where they are read.
-                let next = next.filter(|_| rows > GEMV_ROWS);
-                let Some((weight, eps)) = next else { return kernels.pair.issue(device, &pair) };
-                kernels.pair.issue_products(device, &pair)?;
+            kernels.gate_up.issue(device, &gate_up)?;
+            // Fewer rows are normed where they are read.
+            let next = next.filter(|_| rows > GEMV_ROWS);
+            let Some((weight, eps)) = next else { return kernels.down.issue(device, &down) };
+            if kernels.down.issue_products(device, &down)? {
                 kernels.combine.issue(
                     device,
                     &moe_combine::Call {
@@ -104,10 +103,8 @@ impl CudaBackend {
                     },
                 )?;
                 self.normed = Some(NormKey::new(weight, eps));
-                return Ok(());
             }
-            kernels.gate_up.issue(device, &gate_up)?;
-            return kernels.down.issue(device, &down);
+            return Ok(());
         }
         self.issue_many_experts(moe, next)
     }

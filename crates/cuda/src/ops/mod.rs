@@ -15,7 +15,6 @@ pub mod moe_combine;
 pub mod moe_down;
 pub mod moe_gate_up;
 pub mod moe_gemm;
-pub mod moe_pair;
 pub mod moe_scatter;
 pub mod moe_sort;
 pub mod pack_mxfp4;

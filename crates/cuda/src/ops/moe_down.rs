@@ -142,15 +142,10 @@ impl MoeDown {
     }
 
     /// `x += ` the weighted products.
-    pub(super) fn combine(
-        &self,
-        device: &Device,
-        rows: usize,
-        arguments: &Arguments,
-    ) -> Result<(), DeviceError> {
+    fn combine(&self, device: &Device, rows: usize, arguments: &Arguments) -> Result<(), DeviceError> {
         let grid = [(arguments.hidden as u32).div_ceil(4 * COMBINE_THREADS), rows as u32, 1];
         let launch = Launch { grid, block: COMBINE_THREADS, shared: 0, overlap: true };
-        // SAFETY: `issue_as` and `MoePair` check that every buffer is large enough.
+        // SAFETY: `issue_as` checks that every buffer is large enough.
         unsafe { device.launch(&self.combine, &launch, arguments) }
     }
 
@@ -159,15 +154,30 @@ impl MoeDown {
     /// # Errors
     /// As [`MoeDown::issue`].
     pub fn issue_as(&self, device: &Device, call: &Call<'_>, wish: Option<Split>) -> Result<(), DeviceError> {
+        let plan = plan(call.rows, &call.shape, device.facts(), wish);
+        if self.multiply(device, call, &plan)? {
+            return self.combine(device, call.rows, &call.arguments(&plan));
+        }
+        Ok(())
+    }
+
+    /// Issues all but the sum of products. Whether there is one left to do: few rows are summed where they are computed.
+    ///
+    /// # Errors
+    /// As [`MoeDown::issue`].
+    pub fn issue_products(&self, device: &Device, call: &Call<'_>) -> Result<bool, DeviceError> {
+        self.multiply(device, call, &plan(call.rows, &call.shape, device.facts(), None))
+    }
+
+    fn multiply(&self, device: &Device, call: &Call<'_>, plan: &Plan) -> Result<bool, DeviceError> {
         let Call { rows, shape, .. } = *call;
-        let plan = plan(rows, &shape, device.facts(), wish);
-        if !call.fits(&plan) {
+        if !call.fits(plan) {
             return Err(DeviceError::new(OP, format!("{rows} rows of {shape:?} do not fit")));
         }
         if rows == 0 {
-            return Ok(());
+            return Ok(false);
         }
-        let arguments = call.arguments(&plan);
+        let arguments = call.arguments(plan);
         let kernel = match plan.split {
             Split::Piece => &self.few,
             Split::Pieces => &self.wide,
@@ -179,11 +189,7 @@ impl MoeDown {
             Launch { grid: [plan.blocks, 1, 1], block: plan.warps * 32, shared: plan.shared, overlap: true };
         // SAFETY: every buffer was checked to be large enough; the kernel bounds experts and pairs itself.
         unsafe { device.launch(kernel, &launch, &arguments) }?;
-        // Few rows are summed where they are computed.
-        if plan.sums > 0 {
-            return Ok(());
-        }
-        self.combine(device, rows, &arguments)
+        Ok(plan.sums == 0)
     }
 }
 

@@ -23,6 +23,8 @@ const OWN_BARRIERS: usize = BARRIERS + 64;
 const STAGED: usize = 16;
 /// Most rows of the kernels that split a strip's columns over warps.
 const FEW: usize = 8;
+/// Rows from which on strips go through the pipe, where there is one: a row alone is as fast without, and needs no second launch for down.
+const PIPED: usize = 2;
 /// Most rows of this path.
 pub const MOST_ROWS: usize = 128;
 // As in kernels/common/pipe.cuh.
@@ -152,7 +154,7 @@ pub(super) fn plan_strips(
     };
     let pieces = cols.div_ceil(64 * PIECE);
     let piped = match wish {
-        None => rows > FEW,
+        None => rows >= PIPED,
         Some(split) => split == Split::Pipe,
     };
     if piped && let Some(plan) = plan_pipe(pairs, cols, facts) {

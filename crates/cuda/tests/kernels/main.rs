@@ -26,7 +26,6 @@ mod moe_combine;
 mod moe_down;
 mod moe_gate_up;
 mod moe_gemm;
-mod moe_pair;
 mod moe_scatter;
 mod moe_sort;
 mod pack_mxfp4;

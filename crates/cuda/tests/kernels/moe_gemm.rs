@@ -313,7 +313,13 @@ fn check_of_real_shapes(device: &Device, gemm: &MoeGemm) {
         let want: Vec<f64> = places.iter().map(|&(row, out)| case.definition(kind, row, out)).collect();
         let sample: Vec<f64> = places.iter().map(|&(row, out)| got[row * 2880 + out]).collect();
         assert!(got.iter().all(|v| v.is_finite()));
-        assert_rows(&format!("{kind:?} {rows}x2880 height {height}"), &sample, &want, want.len(), limit(kind));
+        assert_rows(
+            &format!("{kind:?} {rows}x2880 height {height}"),
+            &sample,
+            &want,
+            want.len(),
+            limit(kind),
+        );
     }
 }
 
