@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail};
 use ctxserve_backend::conformance::Like;
 use ctxserve_backend::{Backend, KvDtype};
-use ctxserve_checkpoint::Checkpoint;
+use ctxserve_checkpoint::{Checkpoint, Shape};
 use ctxserve_core::Encoding;
 use ctxserve_cpu::{ActivationQuant, CpuBackend, CpuOptions, Precision};
 use ctxserve_cuda::driver::Device as Gpu;
 use ctxserve_cuda::{Capacity, CudaBackend, CudaOptions, Widths};
 use ctxserve_engine::{Bytes, ModelRunner, Runner};
-use ctxserve_models::{LoadOptions, LoadProgress, ModelInfo, load};
+use ctxserve_models::{LoadOptions, LoadProgress, ModelInfo, load, wants};
 
 use crate::cli::options::{Device, DeviceOptions, KvChoice};
 use crate::memory::free_bytes;
@@ -162,6 +162,27 @@ fn cpu_plan(options: &DeviceOptions, chunk: Option<usize>, mut notes: Vec<String
 }
 
 impl Target {
+    /// Whether there are kernels for this model, as far as its first expert shows. Reads that.
+    ///
+    /// # Errors
+    /// What there are no kernels for; weights that cannot be read.
+    pub fn takes(&self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
+        if matches!(self, Self::Cpu) {
+            return Ok(());
+        }
+        let wants = wants(checkpoint)?;
+        let Some(experts) = wants.iter().find(|want| matches!(want.shape, Shape::Experts { .. })) else {
+            bail!("there are no kernels yet for models without experts; --device cpu takes them");
+        };
+        let found = checkpoint.rows(experts, 0..1)?.encoding();
+        if found != Encoding::Mxfp4 {
+            bail!(
+                "there are kernels for experts in MXFP4, and these are {found:?}; --device cpu takes them, and convert --to mxfp4 makes them so"
+            );
+        }
+        Ok(())
+    }
+
     /// Memory that is left beside the weights, before they are loaded.
     ///
     /// # Errors

@@ -221,7 +221,11 @@ fn settle(
             Body::Checkpoint(checkpoint) => Some(inspect(checkpoint, &load_options(&plan))?),
             Body::Script(_) => None,
         };
-        let why = match engine_config(options, info.as_ref(), &plan) {
+        let taken = match &model.body {
+            Body::Checkpoint(checkpoint) => plan.target.takes(checkpoint),
+            Body::Script(_) => Ok(()),
+        };
+        let why = match taken.and_then(|()| engine_config(options, info.as_ref(), &plan)) {
             Ok(sized) => return Ok((plan, info, sized)),
             Err(why) => why,
         };
