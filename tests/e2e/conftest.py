@@ -7,6 +7,7 @@ import pytest
 from server import BINARY, ROOT, Server
 
 GOLDEN = ROOT / "tests" / "golden" / "served"
+MLX = ROOT / "tests" / "golden" / "mlx"
 QWEN = ROOT / "tests" / "golden" / "qwen3_served"
 DEMO_TOKENIZER = ROOT / "crates" / "chat" / "assets" / "demo-tokenizer.json"
 
@@ -31,6 +32,12 @@ def golden():
 def qwen_flags():
     """Its tokenizer is not one of Qwen's, so it must be told to speak what the tokenizer knows."""
     return [QWEN, "--tokenizer", DEMO_TOKENIZER, "--chat-format", "harmony", "--served-model-name", "golden"]
+
+
+@pytest.fixture(scope="session")
+def mlx():
+    with Server(MLX, "--tokenizer", DEMO_TOKENIZER, "--served-model-name", "golden") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

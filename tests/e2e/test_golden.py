@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from conftest import DEMO_TOKENIZER, GOLDEN, QWEN, qwen_flags
+from conftest import DEMO_TOKENIZER, GOLDEN, MLX, QWEN, qwen_flags
 from server import Server, run
 
 
@@ -36,6 +36,11 @@ def test_greedy_ids_are_the_reference_s(golden, case):
 @pytest.mark.parametrize("case", cases(QWEN), ids=lambda case: f"{len(case['prompt'])} tokens")
 def test_those_of_qwen3_in_nvfp4_too(qwen, case):
     assert greedy(qwen.client(), case["prompt"], len(case["greedy"])) == case["greedy"]
+
+
+@pytest.mark.parametrize("case", cases(MLX), ids=lambda case: f"{len(case['prompt'])} tokens")
+def test_those_of_an_mlx_checkpoint_too(mlx, case):
+    assert greedy(mlx.client(), case["prompt"], len(case["greedy"])) == case["greedy"]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])

@@ -75,9 +75,9 @@ GOLDENS = {
     "served": dict(config=base(vocab_size=3072, num_hidden_layers=2), seed=6, prompts=[30, 180], norms=torch.bfloat16,
                    eos=[3058, 3057, 3064]),
     # As mlx-lm writes them: experts split, the router in 8 bits.
-    "mlx": dict(config=base(vocab_size=256, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+    "mlx": dict(config=base(vocab_size=3072, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
                             num_local_experts=6, num_experts_per_tok=2),
-                seed=9, prompts=[12, 150], norms=torch.bfloat16, mlx="affine"),
+                seed=9, prompts=[12, 150], norms=torch.bfloat16, mlx="affine", eos=[3058, 3057, 3064], every=6),
     "mlx_mxfp4": dict(config=base(vocab_size=256, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
                                   intermediate_size=96, num_local_experts=6, num_experts_per_tok=2),
                       seed=10, prompts=[12, 150], norms=torch.bfloat16, mlx="mxfp4"),
@@ -307,7 +307,7 @@ def make(name):
         return
     if "mlx" in golden:
         config = hf_config(golden["config"], eos, False, SPELLING[name]) | quantization
-        write_checkpoint(name, config, stored)
+        write_checkpoint(name, config, stored, eos=eos)
         write_expected(name, cases, logits)
         return
     config = hf_config(golden["config"], eos, True, SPELLING[name])
