@@ -47,7 +47,7 @@ def try_prompt(model, golden, length, seed, margins):
     """One prompt's expectations, or None where a tie is too near for float32 to decide."""
     generator = torch.Generator().manual_seed(seed)
     # Never the end-of-turn ids, nor the tokenizer's other control tokens where one goes with the checkpoint.
-    prompt = torch.randint(0, min(golden["config"]["vocab_size"], 3056), (length,), generator=generator).tolist()
+    prompt = torch.randint(0, golden.get("texts", min(golden["config"]["vocab_size"], 3056)), (length,), generator=generator).tolist()
     if margins:
         margins.least = float("inf")
     ids, rows = generate(model, prompt)

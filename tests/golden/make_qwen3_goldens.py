@@ -41,10 +41,10 @@ GOLDENS = {
         config=base(hidden_size=64, intermediate_size=96, head_dim=64, num_attention_heads=2, num_key_value_heads=1,
                     tie_word_embeddings=False, vocab_size=256),
         seed=24, prompts=[9, 200], nvfp4="compressed-tensors"),
-    # As wide as the demo tokenizer's vocabulary, so that it can be served.
+    # For a small tokenizer of Qwen's kind, whose control tokens begin at 640, so that it can be served.
     "qwen3_served": dict(
-        config=base(vocab_size=3072, head_dim=64, num_attention_heads=4, num_key_value_heads=2), seed=25, prompts=[30, 180],
-        nvfp4="modelopt", eos=[3058, 3057], every=6),
+        config=base(vocab_size=672, head_dim=64, num_attention_heads=4, num_key_value_heads=2), seed=25, prompts=[30, 180],
+        nvfp4="modelopt", texts=640, eos=[642, 640]),
 }
 
 

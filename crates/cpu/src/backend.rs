@@ -19,11 +19,11 @@ use crate::rows::Rows;
 /// How products with weights are computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
-    /// f32 activations, weights decoded to f32 in registers, f32 accumulation.
+    /// f32 activations, weights as they are stored and decoded to f32 in registers, f32 accumulation.
     #[default]
     Exact,
-    /// Activations quantised to int8 per 32 inputs, MXFP4 codes used as integers, bf16 and f32 matrices of more
-    /// than 256 rows (all but routers) quantised to int8 at load. Faster, about 1 % relative error per product.
+    /// Activations quantised to int8 per 32 inputs, FP4 codes used as integers, other matrices of more than 256
+    /// rows (all but routers) quantised to int8 at load. Faster, about 1 % relative error per product.
     Int8,
 }
 
