@@ -9,6 +9,7 @@ from server import BINARY, ROOT, Server
 GOLDEN = ROOT / "tests" / "golden" / "served"
 MLX = ROOT / "tests" / "golden" / "mlx"
 QWEN = ROOT / "tests" / "golden" / "qwen3_served"
+QWEN_TOKENIZER = ROOT / "crates" / "chat" / "tests" / "data" / "qwen" / "tokenizer.json"
 DEMO_TOKENIZER = ROOT / "crates" / "chat" / "assets" / "demo-tokenizer.json"
 
 
@@ -29,11 +30,6 @@ def golden():
         yield server
 
 
-def qwen_flags():
-    """Its tokenizer is not one of Qwen's, so it must be told to speak what the tokenizer knows."""
-    return [QWEN, "--tokenizer", DEMO_TOKENIZER, "--chat-format", "harmony", "--served-model-name", "golden"]
-
-
 @pytest.fixture(scope="session")
 def mlx():
     with Server(MLX, "--tokenizer", DEMO_TOKENIZER, "--served-model-name", "golden") as server:
@@ -42,5 +38,5 @@ def mlx():
 
 @pytest.fixture(scope="session")
 def qwen():
-    with Server(*qwen_flags()) as server:
+    with Server(QWEN, "--tokenizer", QWEN_TOKENIZER, "--served-model-name", "golden") as server:
         yield server

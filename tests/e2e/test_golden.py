@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from conftest import DEMO_TOKENIZER, GOLDEN, MLX, QWEN, qwen_flags
+from conftest import DEMO_TOKENIZER, GOLDEN, MLX, QWEN, QWEN_TOKENIZER
 from server import Server, run
 
 
@@ -36,6 +36,20 @@ def test_greedy_ids_are_the_reference_s(golden, case):
 @pytest.mark.parametrize("case", cases(QWEN), ids=lambda case: f"{len(case['prompt'])} tokens")
 def test_those_of_qwen3_in_nvfp4_too(qwen, case):
     assert greedy(qwen.client(), case["prompt"], len(case["greedy"])) == case["greedy"]
+
+
+def test_qwen3_speaks_hermes_unless_told_otherwise(qwen):
+    assert any("hermes" in line for line in qwen.log), qwen.log
+    answer = qwen.client().chat.completions.create(
+        model="golden",
+        messages=[{"role": "user", "content": "where is it?"}],
+        max_tokens=8,
+        temperature=0,
+        extra_body={"return_token_ids": True, "ignore_eos": True},
+    )
+    # `<|im_start|>`, as the tokenizer of these tests numbers it, opens the question and the answer.
+    assert answer.model_extra["prompt_token_ids"].count(641) == 2
+    assert answer.usage.completion_tokens == 8 and answer.choices[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("case", cases(MLX), ids=lambda case: f"{len(case['prompt'])} tokens")
@@ -96,7 +110,9 @@ def test_int8_serves_too():
 
 def test_activations_are_quantised_on_request():
     """Rounded inputs give other logits, and after a while other tokens."""
-    with Server(*qwen_flags(), "--activation-quant", "nvfp4") as server:
+    with Server(
+        QWEN, "--tokenizer", QWEN_TOKENIZER, "--served-model-name", "golden", "--activation-quant", "nvfp4"
+    ) as server:
         answers = [greedy(server.client(), case["prompt"], len(case["greedy"])) for case in cases(QWEN)]
         assert "NVFP4 activations" in "".join(server.log)
     assert all(len(answer) == len(case["greedy"]) for answer, case in zip(answers, cases(QWEN)))
