@@ -45,18 +45,6 @@ pub enum LoadError {
     /// The checkpoint lacks a tensor, has one too many, or cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// Matrices that are fused into one are stored differently.
-    #[error("{name}: stored as {found:?} while {first} is {expected:?}")]
-    MixedEncodings {
-        /// The matrix at odds with the first.
-        name: String,
-        /// How it is stored.
-        found: ctxserve_core::Encoding,
-        /// The first of the fused matrices.
-        first: String,
-        /// How that is stored.
-        expected: ctxserve_core::Encoding,
-    },
     /// The device refused the weights.
     #[error(transparent)]
     Device(#[from] DeviceError),

@@ -74,8 +74,7 @@ impl<'a> Reader<'a> {
         let mut bias = biased.then(Vec::new);
         for (name, rows) in parts {
             let weight = format!("{name}.weight");
-            let matrix = self.checkpoint.matrix(&weight, *rows, cols)?;
-            matrices.push((weight, matrix));
+            matrices.push(self.checkpoint.matrix(&weight, *rows, cols)?);
             if let Some(bias) = &mut bias {
                 bias.extend(self.checkpoint.vector(&format!("{name}.bias"), *rows)?);
             }
@@ -145,17 +144,18 @@ pub(crate) fn ahead<T: Send, E: Send>(
     })
 }
 
-/// Puts matrices of equal width below one another.
-fn stack(parts: Vec<(String, Matrix)>) -> Result<Matrix, LoadError> {
-    let mut parts = parts.into_iter();
-    let Some((first, top)) = parts.next() else {
+/// Puts matrices of equal width below one another. Where their encodings differ, as in checkpoints that leave single
+/// projections in floats, all become bfloat16.
+fn stack(parts: Vec<Matrix>) -> Result<Matrix, LoadError> {
+    let mixed = parts.first().is_some_and(|first| parts.iter().any(|part| !alike(first, part)));
+    let mut parts = parts.into_iter().map(|part| if mixed { to_bf16(part) } else { part });
+    let Some(top) = parts.next() else {
         return Err(DeviceError::new("load_matrix", "no rows to fuse").into());
     };
-    let (mut rows, cols, expected) = (top.rows(), top.cols(), top.encoding());
+    let (mut rows, cols) = (top.rows(), top.cols());
     let mut elements = top.into_elements();
-    for (name, part) in parts {
+    for part in parts {
         rows += part.rows();
-        let found = part.encoding();
         match (&mut elements, part.into_elements()) {
             (Elements::F32(all), Elements::F32(more)) => all.extend(more),
             (Elements::Bf16(all), Elements::Bf16(more)) => all.extend(more),
@@ -175,24 +175,29 @@ fn stack(parts: Vec<(String, Matrix)>) -> Result<Matrix, LoadError> {
                 runs.extend(more_runs);
             }
             (
-                Elements::Affine { bits, group, codes, scales, offsets },
-                Elements::Affine {
-                    bits: more_bits,
-                    group: more_group,
-                    codes: more_codes,
-                    scales: more_scales,
-                    offsets: more_offsets,
-                },
-            ) if *bits == more_bits && *group == more_group => {
+                Elements::Affine { codes, scales, offsets, .. },
+                Elements::Affine { codes: more_codes, scales: more_scales, offsets: more_offsets, .. },
+            ) => {
                 codes.extend(more_codes);
                 scales.extend(more_scales);
                 offsets.extend(more_offsets);
             }
-            _ => return Err(LoadError::MixedEncodings { name, found, first, expected }),
+            _ => return Err(DeviceError::new("load_matrix", "fused rows are stored differently").into()),
         }
     }
     Matrix::new(rows, cols, elements)
         .ok_or_else(|| DeviceError::new("load_matrix", "fused widths differ").into())
+}
+
+/// Whether rows of both can lie in one matrix as they are stored.
+fn alike(a: &Matrix, b: &Matrix) -> bool {
+    match (a.elements(), b.elements()) {
+        (
+            Elements::Affine { bits, group, .. },
+            Elements::Affine { bits: other_bits, group: other_group, .. },
+        ) => (bits, group) == (other_bits, other_group),
+        _ => a.encoding() == b.encoding(),
+    }
 }
 
 #[cfg(test)]
@@ -200,6 +205,7 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
+    use ctxserve_core::Nvfp4Run;
     use half::bf16;
 
     use super::*;
@@ -244,23 +250,60 @@ mod tests {
         assert_eq!(ahead(0, Err::<(), _>, |()| Ok(())), Ok(()));
     }
 
-    fn f32s(name: &str, values: &[f32]) -> (String, Matrix) {
-        (name.to_owned(), Matrix::new(values.len() / 2, 2, Elements::F32(values.to_vec())).unwrap())
+    fn f32s(values: &[f32]) -> Matrix {
+        Matrix::new(values.len() / 2, 2, Elements::F32(values.to_vec())).unwrap()
     }
 
     #[test]
     fn fused_rows_keep_their_order() {
-        let matrix =
-            stack(vec![f32s("q", &[1.0, 2.0, 3.0, 4.0]), f32s("k", &[5.0, 6.0]), f32s("v", &[7.0, 8.0])])
-                .unwrap();
+        let matrix = stack(vec![f32s(&[1.0, 2.0, 3.0, 4.0]), f32s(&[5.0, 6.0]), f32s(&[7.0, 8.0])]).unwrap();
         assert_eq!((matrix.rows(), matrix.cols()), (4, 2));
         assert_eq!(matrix.elements(), &Elements::F32(vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]));
+        assert!(stack(Vec::new()).is_err());
+        let wider = Matrix::new(1, 3, Elements::F32(vec![0.0; 3])).unwrap();
+        assert!(stack(vec![f32s(&[1.0, 2.0]), wider]).is_err());
     }
 
     #[test]
-    fn fused_rows_must_be_stored_alike() {
-        let short = Matrix::new(1, 2, Elements::Bf16(vec![bf16::ONE; 2])).unwrap();
-        let error = stack(vec![f32s("q", &[1.0, 2.0]), ("k".to_owned(), short)]).unwrap_err();
-        assert_eq!(error.to_string(), "k: stored as Bf16 while q is F32");
+    fn rows_that_are_stored_differently_become_bfloat16() {
+        let nvfp4 = |factor: f32| {
+            // 1 in E4M3, and the codes of 0.5 and 1.
+            let runs = vec![Nvfp4Run { rows: 1, weight: factor, input: Some(3.0) }];
+            let elements = Elements::Nvfp4 { codes: vec![0x21; 8], scales: vec![0x38], runs };
+            Matrix::new(1, 16, elements).unwrap()
+        };
+        let plain = Matrix::new(1, 16, Elements::Bf16(vec![bf16::from_f32(-0.75); 16])).unwrap();
+        let affine = |bits: usize, code: u8| {
+            let elements = Elements::Affine {
+                bits,
+                group: 16,
+                codes: vec![code; 2 * bits],
+                scales: vec![2.0],
+                offsets: vec![-1.0],
+            };
+            Matrix::new(1, 16, elements).unwrap()
+        };
+        let half = |a: f32, b: f32| [a, b].map(bf16::from_f32).repeat(8);
+        for (parts, wanted) in [
+            (
+                vec![nvfp4(4.0), plain.clone(), nvfp4(8.0)],
+                [half(2.0, 4.0), half(-0.75, -0.75), half(4.0, 8.0)],
+            ),
+            (
+                vec![plain.clone(), nvfp4(1.0), plain.clone()],
+                [half(-0.75, -0.75), half(0.5, 1.0), half(-0.75, -0.75)],
+            ),
+            // Bits that differ by module, as MLX's overrides have them.
+            (
+                vec![affine(4, 0x32), affine(8, 5), affine(4, 0)],
+                [half(3.0, 5.0), half(9.0, 9.0), half(-1.0, -1.0)],
+            ),
+        ] {
+            let matrix = stack(parts).unwrap();
+            assert_eq!((matrix.rows(), matrix.cols()), (3, 16));
+            assert_eq!(matrix.elements(), &Elements::Bf16(wanted.concat()));
+        }
+        let alike = stack(vec![nvfp4(4.0), nvfp4(8.0)]).unwrap();
+        assert_eq!(alike.encoding(), Encoding::Nvfp4);
     }
 }
