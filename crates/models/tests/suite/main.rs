@@ -13,4 +13,6 @@ mod ledger;
 #[cfg(test)]
 mod loading;
 #[cfg(test)]
+mod mixed;
+#[cfg(test)]
 mod qwen3;
