@@ -1,6 +1,6 @@
 // Dense weights in strips of NVFP4 (README.md): sizes, codes and block scales to operands in bf16.
 //
-// A code becomes the bf16 number code * 2^-126 (code 1 is subnormal), a scale the bf16 number scale * 2^119; their product has at most five
+// A code becomes the bf16 number code * 2^-126 (code 1 is subnormal), a scale the bf16 number scale * 2^119; their product has at most six
 // significant bits and is code * scale * 2^-7 exactly, from 2^-17 to 21. A sum of products is therefore 2^-7 of the true one: multiply it
 // by NV_UNIT and by the factor of its row, once, at the end.
 #pragma once
