@@ -14,6 +14,7 @@ use crate::kv::CpuKv;
 use crate::linear::{CpuMatrix, Weights};
 use crate::ops::{self, CpuExperts};
 use crate::packed::Packed;
+use crate::peaks::InputPeaks;
 use crate::rows::Rows;
 
 /// How products with weights are computed.
@@ -56,6 +57,7 @@ pub struct CpuOptions {
 pub struct CpuBackend {
     pub(crate) fast: Option<Fast>,
     activations: ActivationQuant,
+    peaks: Option<InputPeaks>,
 }
 
 /// What the kernels need: threads, instructions, precision.
@@ -91,12 +93,17 @@ impl CpuBackend {
         let asked = options.isa.filter(|isa| Isa::available().contains(isa));
         let isa = asked.unwrap_or_else(Isa::detect);
         let fast = Some(Fast { pool, threads, isa, int8: precision == Precision::Int8 });
-        Ok(Self { fast, activations })
+        Ok(Self { fast, activations, peaks: None })
     }
 
     /// The definitions: plain loops on one thread.
     pub fn plain() -> Self {
-        Self { fast: None, activations: ActivationQuant::None }
+        Self { fast: None, activations: ActivationQuant::None, peaks: None }
+    }
+
+    /// From now on, keeps the largest input of each matrix that is loaded. Experts are not observed, their router is.
+    pub fn observe_inputs(&mut self) -> InputPeaks {
+        self.peaks.get_or_insert_default().clone()
     }
 
     /// The factors by which inputs of `matrix` are to be quantised, with the rows that each holds for; empty where they
@@ -154,7 +161,7 @@ impl Backend for CpuBackend {
         &mut self,
         matrix: Matrix,
         bias: Option<Vec<f32>>,
-        _role: Role<'_>,
+        role: Role<'_>,
     ) -> Result<CpuMatrix, DeviceError> {
         let (rows, cols) = (matrix.rows(), matrix.cols());
         if rows == 0 || cols == 0 || bias.as_ref().is_some_and(|bias| bias.len() != rows) {
@@ -165,7 +172,8 @@ impl Backend for CpuBackend {
         }
         let int8 = self.fast.as_ref().is_some_and(|fast| fast.int8) && rows > EXACT_ROWS;
         let input_factors = self.input_factors(&matrix)?;
-        Ok(CpuMatrix { weights: self.keep(matrix, 1, int8)?, bias, input_factors, rows, cols })
+        let peak = self.peaks.as_ref().map(|peaks| peaks.add(role));
+        Ok(CpuMatrix { weights: self.keep(matrix, 1, int8)?, bias, input_factors, peak, rows, cols })
     }
 
     fn load_vector(&mut self, values: Vec<f32>) -> Result<Vec<f32>, DeviceError> {

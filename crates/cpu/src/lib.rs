@@ -13,6 +13,7 @@ mod kv;
 mod linear;
 mod ops;
 mod packed;
+mod peaks;
 mod quantised;
 mod rows;
 
@@ -21,4 +22,5 @@ pub use isa::Isa;
 pub use kv::CpuKv;
 pub use linear::CpuMatrix;
 pub use ops::{CpuExperts, sample_row, uniform};
+pub use peaks::{InputPeaks, Product};
 pub use rows::Rows;

@@ -11,6 +11,7 @@ use crate::backend::Fast;
 use crate::decode::decode_row;
 use crate::kernels::{self, Tokens};
 use crate::packed::{BLOCK, PANEL, Packed};
+use crate::peaks::Peak;
 use crate::quantised::{QuantRow, Quantised};
 use crate::rows::Rows;
 
@@ -30,6 +31,8 @@ pub struct CpuMatrix {
     pub(crate) bias: Option<Vec<f32>>,
     /// Rows, and the factor by which their inputs are rounded to NVFP4; empty where they are not.
     pub(crate) input_factors: Vec<(usize, f32)>,
+    /// The largest input so far, where inputs are observed.
+    pub(crate) peak: Option<Peak>,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
 }
@@ -60,6 +63,9 @@ pub(crate) fn linear(
     x: &Rows,
 ) -> Result<Rows, DeviceError> {
     x.expect(op, x.rows(), matrix.cols)?;
+    if let Some(peak) = &matrix.peak {
+        peak.meet(x.data());
+    }
     let mut out = match matrix.input_factors.as_slice() {
         [] => product(op, fast, &matrix.weights, x)?,
         factors => rounded_product(op, fast, matrix, factors, x)?,

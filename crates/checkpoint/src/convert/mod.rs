@@ -13,6 +13,7 @@ mod plan;
 mod report;
 mod write;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -39,8 +40,8 @@ const REPORT: &str = "convert-report.json";
 pub enum Target {
     /// Hugging Face MXFP4: expert stacks packed, the rest BF16.
     Mxfp4,
-    /// NVFP4 in ModelOpt's layout: the projections of dense layers packed, the rest BF16. Inputs are not calibrated:
-    /// `input_scale` is 1.
+    /// NVFP4 in ModelOpt's layout: the projections of dense layers packed, the rest BF16. `input_scale` comes from
+    /// [`Conversion::inputs`].
     Nvfp4,
     /// All in BF16.
     Bf16,
@@ -89,6 +90,10 @@ pub struct Conversion<'a> {
     pub to: &'a Path,
     /// Most bytes of a file of weights, one tensor at least.
     pub shard_bytes: u64,
+    /// The largest magnitude that each module, such as `model.layers.0.mlp.up_proj`, met in its inputs. NVFP4's `input_scale`
+    /// is made of it, of the largest where several modules have the same input. Where nothing is known of a module, the source's
+    /// factor is kept, and is 1 if it had none.
+    pub inputs: &'a BTreeMap<String, f32>,
 }
 
 /// How far a conversion has come.
@@ -106,19 +111,21 @@ pub struct ConvertProgress<'a> {
 ///
 /// # Errors
 /// A target that is there already or lies in the source, a model that the format cannot hold, weights that cannot be read
-/// or are not finite, a refusal of the system. The source is as it was, and what was finished is kept for the next run.
+/// or are not finite, inputs that were not, a refusal of the system. The source is as it was, and what was finished is kept for the next run.
 pub fn convert(
     conversion: &Conversion<'_>,
     progress: &mut dyn FnMut(ConvertProgress<'_>),
 ) -> Result<ConvertReport, CheckpointError> {
-    let Conversion { source, wants, target, to, shard_bytes } = *conversion;
+    let Conversion { source, wants, target, to, shard_bytes, inputs } = *conversion;
     source.check(wants)?;
     let (partial, parent) = places(source, to)?;
-    let plan = plan::plan(wants, target, shard_bytes)
-        .map_err(|problem| CheckpointError::File { file: to.display().to_string(), problem })?;
+    let refused = |problem| CheckpointError::File { file: to.display().to_string(), problem };
+    let plan = plan::plan(wants, target, shard_bytes).map_err(refused)?;
+    let inputs = plan.inputs(inputs).map_err(refused)?;
+    let calibrated = inputs.iter().filter(|input| input.is_some()).count();
     let mut journal = Journal::open(&partial, &fingerprint(conversion)?)?;
     tidy(&partial, &plan)?;
-    let mut writer = write::Writer::new(source, &plan, progress)?;
+    let mut writer = write::Writer::new(source, &plan, &inputs, progress)?;
     let mut tensors = Vec::new();
     for shard in &plan.shards {
         if let Some(done) = journal.finished(&partial, &shard.file)? {
@@ -134,7 +141,7 @@ pub fn convert(
     }
     index(&plan.shards, &partial)?;
     files::write(source, target, &plan.excluded, &partial)?;
-    let report = ConvertReport::new(source.format_name(), target, tensors);
+    let report = ConvertReport::new(source.format_name(), target, calibrated, tensors);
     files::write_json(&partial.join(REPORT), &report.to_json())?;
     // What cannot be opened here is not handed over.
     Checkpoint::open(&partial)?.check(wants)?;
@@ -220,11 +227,11 @@ fn index(shards: &[Shard], partial: &Path) -> Result<(), CheckpointError> {
 
 /// Says which conversion it is: of these files, in this state, to this.
 fn fingerprint(conversion: &Conversion<'_>) -> Result<String, CheckpointError> {
-    let Conversion { source, wants, target, shard_bytes, .. } = *conversion;
+    let Conversion { source, wants, target, shard_bytes, inputs, .. } = *conversion;
     let mut hash = Sha256::new();
     let version = env!("CARGO_PKG_VERSION");
     let configuration = [Some(source.config()), source.generation_config()];
-    hash.update(format!("{TOOL} {version} {target} {shard_bytes} {configuration:?} {wants:?}"));
+    hash.update(format!("{TOOL} {version} {target} {shard_bytes} {configuration:?} {wants:?} {inputs:?}"));
     source.describe_files(&mut |line| hash.update(line))?;
     Ok(journal::hex(&hash.finalize()))
 }

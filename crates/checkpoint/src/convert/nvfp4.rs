@@ -11,8 +11,8 @@ const ONE: u8 = 0x38;
 /// E4M3's largest.
 const MOST: u8 = 0x7e;
 
-/// The factor (`weight_scale_2`) of matrices whose largest magnitude is `amax`. A matrix of zeros gets 1: readers divide by
-/// it.
+/// The factor of matrices (`weight_scale_2`) or of inputs (`input_scale`) whose largest magnitude is `amax`. Nothing but zeros
+/// gets 1: readers divide by it.
 pub(super) fn factor(amax: f32) -> f32 {
     if amax == 0.0 { 1.0 } else { (amax / RANGE).max(f32::MIN_POSITIVE) }
 }

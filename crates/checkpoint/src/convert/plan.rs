@@ -1,6 +1,6 @@
 //! What is written: which tensors become what, in which file.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use ctxserve_core::{MXFP4_BLOCK, NVFP4_BLOCK};
 
@@ -44,6 +44,19 @@ pub(super) enum Rule {
     Mxfp4,
     /// A matrix as `weight`, `weight_scale`, `weight_scale_2`, `input_scale`; the number of its group.
     Nvfp4(usize),
+}
+
+impl Plan {
+    /// The largest input of each group, of its modules' in `inputs`; `None` where nothing is known. The error names one that is
+    /// no magnitude.
+    pub(super) fn inputs(&self, inputs: &BTreeMap<String, f32>) -> Result<Vec<Option<f32>>, String> {
+        if let Some((module, input)) = inputs.iter().find(|(_, input)| !(input.is_finite() && **input >= 0.0))
+        {
+            return Err(format!("{module}: an input of {input} cannot be stored"));
+        }
+        let module = |want: &Want| projection(&want.name).and_then(|module| inputs.get(module)).copied();
+        Ok(self.groups.iter().map(|group| group.iter().filter_map(module).reduce(f32::max)).collect())
+    }
 }
 
 /// Decides for every tensor. The error says why the model cannot be stored so.
@@ -213,6 +226,15 @@ mod tests {
         let excluded: Vec<&str> = plan.excluded.iter().map(String::as_str).collect();
         assert_eq!(excluded, ["lm_head", "model.layers.3.mlp.odd_proj", "model.layers.3.mlp.router"]);
         let names: Vec<&str> = plan.shards[0].items[1].specs.iter().map(|spec| spec.name.as_str()).collect();
+        let input = |name: &str, value| (layer(name), value);
+        let inputs =
+            [("self_attn.q_proj", 1.0), ("self_attn.v_proj", 3.0), ("mlp.down_proj", 0.0), ("x", 9.0)];
+        let inputs = BTreeMap::from(inputs.map(|(name, value)| input(name, value)));
+        assert_eq!(plan.inputs(&inputs).unwrap(), [Some(3.0), None, None, Some(0.0)]);
+        for bad in [f32::NAN, f32::INFINITY, -1.0] {
+            let error = plan.inputs(&BTreeMap::from([input("mlp.up_proj", bad)])).unwrap_err();
+            assert!(error.contains("layers.3.mlp.up_proj"), "{error}");
+        }
         let q = "model.layers.3.self_attn.q_proj";
         let wanted =
             ["weight", "weight_scale", "weight_scale_2", "input_scale"].map(|leaf| format!("{q}.{leaf}"));

@@ -27,13 +27,15 @@ pub struct ConvertReport {
     pub from: String,
     /// The format that was written.
     pub to: Target,
+    /// Products whose `input_scale` was calibrated.
+    pub calibrated: usize,
     /// Every tensor, in the order of the model.
     pub tensors: Vec<TensorReport>,
 }
 
 impl ConvertReport {
-    pub(super) fn new(from: &str, to: Target, tensors: Vec<TensorReport>) -> Self {
-        Self { from: from.to_owned(), to, tensors }
+    pub(super) fn new(from: &str, to: Target, calibrated: usize, tensors: Vec<TensorReport>) -> Self {
+        Self { from: from.to_owned(), to, calibrated, tensors }
     }
 
     /// The `count` tensors that lost most, the worst first; those that lost nothing are left out.
@@ -47,8 +49,15 @@ impl ConvertReport {
     /// What is written beside the weights.
     pub(super) fn to_json(&self) -> Value {
         let worst: Vec<&str> = self.worst(10).into_iter().map(|tensor| tensor.name.as_str()).collect();
-        let input = (self.to == Target::Nvfp4)
-            .then_some("1.0 in every module that had none: inputs were not calibrated");
+        let input = match (self.to, self.calibrated) {
+            (Target::Nvfp4, 0) => {
+                Some("1.0 in every module that had none: inputs were not calibrated".to_owned())
+            }
+            (Target::Nvfp4, count) => {
+                Some(format!("{count} products calibrated: their largest input / 2688"))
+            }
+            _ => None,
+        };
         json!({
             "tool": format!("{TOOL} {}", env!("CARGO_PKG_VERSION")),
             "from": self.from,
@@ -74,7 +83,7 @@ mod tests {
             relative_error,
         };
         let tensors = vec![tensor("a", 0.1), tensor("b", 0.0), tensor("d", 0.3), tensor("c", 0.3)];
-        let report = ConvertReport::new("dense", Target::Mxfp4, tensors);
+        let report = ConvertReport::new("dense", Target::Mxfp4, 0, tensors);
         let names = |count| report.worst(count).into_iter().map(|t| t.name.as_str()).collect::<Vec<_>>();
         assert_eq!(names(10), ["c", "d", "a"]);
         assert_eq!(names(2), ["c", "d"]);

@@ -36,6 +36,8 @@ enum Factor {
 pub(super) struct Writer<'a> {
     source: &'a Checkpoint,
     groups: &'a [Vec<Want>],
+    /// The largest input of each group, where it is known.
+    inputs: &'a [Option<f32>],
     factors: HashMap<usize, Factor>,
     progress: &'a mut dyn FnMut(ConvertProgress<'_>),
     done: u64,
@@ -46,11 +48,12 @@ impl<'a> Writer<'a> {
     pub(super) fn new(
         source: &'a Checkpoint,
         plan: &'a Plan,
+        inputs: &'a [Option<f32>],
         progress: &'a mut dyn FnMut(ConvertProgress<'_>),
     ) -> Result<Self, CheckpointError> {
         let shards = plan.shards.iter().map(|shard| stored_bytes(source, shard));
         let total = shards.sum::<Result<u64, _>>()?;
-        Ok(Self { source, groups: &plan.groups, factors: HashMap::new(), progress, done: 0, total })
+        Ok(Self { source, groups: &plan.groups, inputs, factors: HashMap::new(), progress, done: 0, total })
     }
 
     /// Counts a file that an earlier run has finished.
@@ -66,7 +69,7 @@ impl<'a> Writer<'a> {
         let mut file = SafetensorsWriter::create(&dir.join(&shard.file), &specs, &[("format", "pt")])?;
         let mut reports = Vec::with_capacity(shard.items.len());
         for item in &shard.items {
-            let mut passage = Passage { item, file: &mut file, error: Error::default() };
+            let mut passage = Passage { item, file: &mut file, input: None, error: Error::default() };
             reports.push(self.item(&mut passage)?);
         }
         file.finish()?;
@@ -84,10 +87,13 @@ impl<'a> Writer<'a> {
                 len
             }
             Shape::Matrix { rows: units, cols: size } | Shape::Experts { experts: units, cols: size, .. } => {
-                let factor = match *rule {
-                    Rule::Nvfp4(group) => Some(self.factor(group)?),
-                    _ => None,
+                let (factor, input) = match *rule {
+                    Rule::Nvfp4(group) => {
+                        (Some(self.factor(group)?), self.inputs.get(group).copied().flatten())
+                    }
+                    _ => (None, None),
                 };
+                passage.input = input.map(nvfp4::factor);
                 let mut elements = 0;
                 for range in pieces(want, units, size) {
                     let matrix = self.source.rows(want, range.clone())?;
@@ -150,6 +156,8 @@ impl<'a> Writer<'a> {
 struct Passage<'a> {
     item: &'a Item,
     file: &'a mut SafetensorsWriter,
+    /// The factor of its inputs, where they were measured.
+    input: Option<f32>,
     error: Error,
 }
 
@@ -162,7 +170,8 @@ impl Passage<'_> {
             (Rule::Nvfp4(_), Some(factor)) => {
                 if first {
                     let (Factor::Kept(weight) | Factor::New(weight)) = factor;
-                    let input = run(&matrix).and_then(|run| run.input).unwrap_or(UNCALIBRATED);
+                    let stored = || run(&matrix).and_then(|run| run.input);
+                    let input = self.input.or_else(stored).unwrap_or(UNCALIBRATED);
                     self.write(2, &weight.to_le_bytes())?;
                     self.write(3, &input.to_le_bytes())?;
                 }

@@ -33,7 +33,7 @@ fn run(
     split: bool,
 ) -> Result<ConvertReport, CheckpointError> {
     let shard_bytes = if split { 1 } else { u64::MAX };
-    convert(&Conversion { source, wants, target, to, shard_bytes }, &mut |_| ())
+    convert(&Conversion { source, wants, target, to, shard_bytes, inputs: &BTreeMap::new() }, &mut |_| ())
 }
 
 /// Stored bytes by name, of one file.
@@ -88,6 +88,7 @@ fn mxfp4_is_byte_for_byte_what_numpy_makes_of_it() {
         target: Target::Mxfp4,
         to: &to,
         shard_bytes: u64::MAX,
+        inputs: &BTreeMap::new(),
     };
     let report = convert(&conversion, &mut |progress| seen.push((progress.done, progress.total))).unwrap();
     assert!(
@@ -173,6 +174,38 @@ fn nvfp4_is_byte_for_byte_what_modelopt_makes_of_it() {
     assert!(
         json_of(&to.join("convert-report.json"))["input_scale"].as_str().unwrap().contains("not calibrated")
     );
+}
+
+#[test]
+fn measured_inputs_become_factors() {
+    let (tensors, config) = quantised::modelopt();
+    let wants = quantised::nvfp4_wants();
+    let source = Checkpoint::in_memory(config, tensors).unwrap();
+    let projections: Vec<&str> = wants.iter().filter_map(|want| want.name.strip_suffix(".weight")).collect();
+    let (root, to) = place();
+    let inputs = BTreeMap::from([(projections[0].to_owned(), 13.44_f32)]);
+    let mut conversion = Conversion {
+        source: &source,
+        wants: &wants,
+        target: Target::Nvfp4,
+        to: &to,
+        shard_bytes: u64::MAX,
+        inputs: &inputs,
+    };
+    let report = convert(&conversion, &mut |_| ()).unwrap();
+    assert_eq!(report.calibrated, 1);
+    let found = stored(&std::fs::read(to.join("model.safetensors")).unwrap());
+    let factor =
+        |module: &str| f32::from_le_bytes(found[&format!("{module}.input_scale")].2[..].try_into().unwrap());
+    assert_eq!(factor(projections[0]), 13.44 / 2688.0);
+    let written = json_of(&to.join("convert-report.json"));
+    assert_eq!(written["input_scale"], "1 products calibrated: their largest input / 2688");
+    // What was finished with other inputs, or without, is another conversion.
+    let bad = BTreeMap::from([(projections[0].to_owned(), f32::NAN)]);
+    let other = root.path().join("other");
+    (conversion.inputs, conversion.to) = (&bad, &other);
+    let message = convert(&conversion, &mut |_| ()).unwrap_err().to_string();
+    assert!(message.contains(projections[0]) && message.contains("NaN") && !other.exists(), "{message}");
 }
 
 /// The values of every wanted tensor.
@@ -278,8 +311,14 @@ fn what_was_finished_survives_and_the_end_is_the_same() {
     let partial = root.path().join("out.partial");
     // Ends in the middle of the third tensor, as a crash would: nothing is unwound.
     let mut left = 3;
-    let conversion =
-        Conversion { source: &source, wants: &wants, target: Target::Bf16, to: &to, shard_bytes: 1 };
+    let conversion = Conversion {
+        source: &source,
+        wants: &wants,
+        target: Target::Bf16,
+        to: &to,
+        shard_bytes: 1,
+        inputs: &BTreeMap::new(),
+    };
     let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         convert(&conversion, &mut |progress| {
             left -= usize::from(!progress.tensor.is_empty());
@@ -316,8 +355,14 @@ fn another_conversion_is_not_continued() {
     write(&weights, &tensors);
     let (root, to) = place();
     let source = Checkpoint::open(from.path()).unwrap();
-    let conversion =
-        Conversion { source: &source, wants: &wants, target: Target::Bf16, to: &to, shard_bytes: 1 };
+    let conversion = Conversion {
+        source: &source,
+        wants: &wants,
+        target: Target::Bf16,
+        to: &to,
+        shard_bytes: 1,
+        inputs: &BTreeMap::new(),
+    };
     let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         convert(&conversion, &mut |_| panic!("ended on purpose"))
     }));
