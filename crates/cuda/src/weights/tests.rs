@@ -1,4 +1,4 @@
-use ctxserve_backend::AttentionSpec;
+use ctxserve_backend::{AttentionSpec, ExpertSpec, ExpertWeights};
 
 use super::*;
 
