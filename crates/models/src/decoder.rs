@@ -1,7 +1,7 @@
 //! What decoders in Hugging Face's layout have in common: an embedding, blocks that begin with attention, a norm and a
 //! head; how their weights are called, counted and loaded.
 
-use ctxserve_backend::{AttentionInput, AttentionSpec, Backend, DeviceError, HeadNorms, Role};
+use ctxserve_backend::{AttentionInput, AttentionSpec, Backend, Batch, DeviceError, HeadNorms, Role};
 use ctxserve_checkpoint::{Checkpoint, Shape, Want};
 
 use crate::fields::Fields;
@@ -77,6 +77,12 @@ enum Part<H> {
 /// The name of a tensor or module of a block.
 pub(crate) fn in_block(layer: usize, name: &str) -> String {
     format!("{BLOCKS}{layer}.{name}")
+}
+
+/// Whether a step is done once this layer's keys and values are in the cache: in the last layer nothing but logits needs the rest,
+/// and the chunks of a prompt before its last have none.
+pub(crate) fn is_cached(layer: usize, layers: usize, batch: &Batch) -> bool {
+    layer + 1 == layers && batch.logit_rows().next().is_none()
 }
 
 impl Heads {

@@ -3,6 +3,7 @@
 use ctxserve_backend::{AttentionSpec, Backend, Batch, DeviceError, RopeTable};
 
 use super::weights::Weights;
+use crate::decoder::is_cached;
 use crate::{Model, ModelInfo};
 
 /// gpt-oss on a backend.
@@ -27,6 +28,9 @@ impl<B: Backend> Model<B> for GptOss<B> {
         for (layer, (block, spec)) in weights.blocks.iter().zip(&self.attention).enumerate() {
             let q =
                 backend.attention_input(layer, &block.attention.input, spec, &self.rope, &x, kv, batch)?;
+            if is_cached(layer, weights.blocks.len(), batch) {
+                break;
+            }
             let heads = backend.attention(layer, spec, Some(&block.sinks), &q, kv, batch)?;
             backend.attention_output(&block.attention.output, &heads, &mut x)?;
             match weights.blocks.get(layer + 1).zip(self.attention.get(layer + 1)) {

@@ -3,6 +3,7 @@
 use ctxserve_backend::{AttentionSpec, Backend, Batch, DeviceError, RopeTable};
 
 use super::weights::Weights;
+use crate::decoder::is_cached;
 use crate::{Model, ModelInfo};
 
 /// Qwen3 on a backend.
@@ -25,6 +26,9 @@ impl<B: Backend> Model<B> for Qwen3<B> {
         for (layer, block) in weights.blocks.iter().enumerate() {
             let q =
                 backend.attention_input(layer, &block.attention.input, spec, &self.rope, &x, kv, batch)?;
+            if is_cached(layer, weights.blocks.len(), batch) {
+                break;
+            }
             let heads = backend.attention(layer, spec, None, &q, kv, batch)?;
             backend.attention_output(&block.attention.output, &heads, &mut x)?;
             backend.mlp(&block.mlp, &mut x)?;

@@ -1,12 +1,21 @@
 //! A backend without arithmetic: it writes down what it is given and asked for.
 
+use std::sync::Arc;
+
 use ctxserve_backend::{
     AttentionInput, AttentionSpec, Backend, Batch, DeviceError, ExpertSpec, ExpertWeights, KvPlan, Mlp, Moe,
-    Role, RopeTable, SampleError, Sampled,
+    Role, RopeTable, SampleError, SampleRow, Sampled, SequenceSlice,
 };
 use ctxserve_core::{Encoding, Matrix};
 
 type Done<T = ()> = Result<T, DeviceError>;
+
+/// A batch of one row, inside a prompt or at its end.
+pub(crate) fn one_row(ends: bool) -> Batch {
+    let sample = ends.then(|| SampleRow::new(Arc::default()));
+    let slice = SequenceSlice { key: 0, rows: 0..1, start: 0, feed: None, tables: Arc::default(), sample };
+    Batch { tokens: vec![0], sequences: vec![slice] }
+}
 
 /// What arrived, and which ops ran, in order.
 #[derive(Debug)]

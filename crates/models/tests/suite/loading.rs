@@ -1,7 +1,7 @@
 //! From checkpoint to backend: what arrives there, and what is refused before it does.
 
 use crate::common::{golden_dir, open};
-use crate::ledger::Ledger;
+use crate::ledger::{Ledger, one_row};
 use ctxserve_backend::{Batch, KvDtype};
 use ctxserve_checkpoint::{Checkpoint, CheckpointError, Dtype, MemoryTensor};
 use ctxserve_core::Encoding;
@@ -72,7 +72,7 @@ fn weights_arrive_in_the_order_of_the_model() {
     let expected = [&["Bf16 [512, 64] bias None"][..], &block, &block, &["[64]", "Bf16 [512, 64] bias None"]];
     assert_eq!(ledger.loads, expected.concat());
 
-    model.forward(&mut ledger, &mut (), &Batch::default()).unwrap();
+    model.forward(&mut ledger, &mut (), &one_row(true)).unwrap();
     let expected = [
         "begin 512",
         "embed Bf16 [512, 64] bias None",
@@ -87,6 +87,11 @@ fn weights_arrive_in_the_order_of_the_model() {
         "logits [64] Bf16 [512, 64] bias None",
     ];
     assert_eq!(ledger.ops, expected);
+
+    // Inside a prompt the last layer has nothing to do beyond its keys and values.
+    ledger.ops.clear();
+    model.forward(&mut ledger, &mut (), &one_row(false)).unwrap();
+    assert_eq!(ledger.ops, [&expected[..7], &expected[10..]].concat());
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Qwen3's configuration, and what reaches a backend of it.
 
 use crate::common::open;
-use crate::ledger::Ledger;
-use ctxserve_backend::{Batch, KvDtype, KvGroup};
+use crate::ledger::{Ledger, one_row};
+use ctxserve_backend::{KvDtype, KvGroup};
 use ctxserve_core::Encoding;
 use ctxserve_models::qwen3::Config;
 use ctxserve_models::{LoadOptions, Yarn, inspect, load};
@@ -166,7 +166,7 @@ fn weights_arrive_in_the_order_of_the_model() {
     let expected = [&["Bf16 [512, 64] bias None"][..], &block, &block, &["[64]"]];
     assert_eq!(ledger.loads, expected.concat());
 
-    model.forward(&mut ledger, &mut (), &Batch::default()).unwrap();
+    model.forward(&mut ledger, &mut (), &one_row(true)).unwrap();
     let layer = |n: usize| {
         [
             format!("input {n} None 64, norms of heads"),
@@ -178,6 +178,10 @@ fn weights_arrive_in_the_order_of_the_model() {
     let table = "Bf16 [512, 64] bias None";
     let ends = [vec!["begin 512".to_owned(), format!("embed {table}")], vec![format!("logits [64] {table}")]];
     assert_eq!(ledger.ops, [&ends[0][..], &layer(0), &layer(1), &ends[1]].concat());
+
+    ledger.ops.clear();
+    model.forward(&mut ledger, &mut (), &one_row(false)).unwrap();
+    assert_eq!(ledger.ops, [&ends[0][..], &layer(0), &layer(1)[..1], &ends[1]].concat());
 }
 
 #[test]
