@@ -140,6 +140,12 @@ template <int N> struct Wgmma;
                          : F                                                                                                  \
                          : "l"(a), "l"(b));                                                                                   \
         }                                                                                                                     \
+        static DEVICE_MEMBER void bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {                                \
+            asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" D                                       \
+                         "}, {" P0 "," P1 "," P2 "," P3 "}, " P4 ", 1, 1, 1, 0;"                                              \
+                         : F                                                                                                  \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                               \
+        }                                                                                                                     \
         static DEVICE_MEMBER void fp16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b) {                               \
             asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" D                                         \
                          "}, {" P0 "," P1 "," P2 "," P3 "}, " P4 ", 1, 1, 1, 0;"                                              \

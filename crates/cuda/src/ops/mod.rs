@@ -5,6 +5,7 @@ pub mod attention_decode;
 pub mod attention_prefill;
 pub mod embed;
 pub mod gemm;
+pub mod gemm_nvfp4;
 pub mod gemv;
 pub mod gemv_head;
 pub mod gemv_out;

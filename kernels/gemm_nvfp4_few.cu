@@ -1,0 +1,121 @@
+// Dense products of NVFP4 weights by few tokens, on Hopper: as gemm_nvfp4.cu, but the SPLIT blocks of a cluster share the columns of a tile of
+// QUADS quads (64 rows a warpgroup) by up to MAX tokens. Of each strip's sums, pieces of 16 rows by eight tokens are dealt to the blocks; each
+// sends the others theirs and adds up its own, in the order of the blocks.
+#include "common/gemm_nvfp4.cuh"
+#include "common/inbox.cuh"
+#include "common/wgmma_more.cuh"
+
+#ifdef HOPPER
+
+template <int QUADS, int MAX, int SPLIT, int STAGES> DEVICE void gemm_nvfp4_few(const Params& p) {
+    constexpr int CONSUMERS = QUADS * 4, PIECES = (CONSUMERS * (MAX / 8) + SPLIT - 1) / SPLIT, STAGE_BYTES = MAX * 128;
+    // After the ring: pieces of 512 bytes from each block.
+    extern __shared__ __align__(1024) char shared[];
+    __shared__ __align__(8) uint64_t barriers[2 * STAGES + 1];
+    const uint32_t stages = shared_address(shared), inbox = shared_address(barriers + 2 * STAGES);
+    Ring<STAGES, 1, CONSUMERS> ring(shared_address(barriers));
+    const int rank = cluster_rank(), tile = blockIdx.x / SPLIT, tiles = (p.tokens + p.height - 1) / p.height;
+    const int quad = tile / tiles * QUADS, token = tile % tiles * p.height;
+    const int strips = p.rows / STRIP_ROWS, all = p.cols / 64;
+    const int begin = all * rank / SPLIT, steps = all * (rank + 1) / SPLIT - begin;
+    const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
+    const int strip = min(quad * 4 + warp, strips - 1);
+    if (threadIdx.x == CONSUMERS * 32) ring.init();
+    Weights weights;
+    if (warp < CONSUMERS && steps > 0) {
+        // The first weights do not wait for the kernel before.
+        const char* from = p.w + strip * nv_strip_bytes(all);
+        weights.enter(from, begin, all);
+        weights.fill(steps);
+        const int held = (steps - 1) % GROUP + 1, more = min(steps - held, p.ahead);
+        if (more > 0) {
+            prefetch(from + (begin + held) * NV_TILE_CODES, more * NV_TILE_CODES);
+            prefetch(from + all * NV_TILE_CODES + (begin + held) * NV_TILE_SCALES, more * NV_TILE_SCALES);
+        }
+    }
+    if (p.launch == 0) pdl_launch();
+    __syncthreads();
+    pdl_wait();
+    const int live = uniform(min(*p.live, p.tokens)), tokens = max(0, min(p.height, live - token)), blocks = (tokens + 7) / 8;
+    // Pieces of this tile, and of those, how many this block adds up.
+    const int pieces = CONSUMERS * blocks, mine = (pieces - rank + SPLIT - 1) / SPLIT;
+    if (threadIdx.x == 0) inbox_open(inbox, SPLIT * mine * 512);
+    __syncwarp();
+    // Inboxes are open once all have come here.
+    cluster_arrive();
+    if (warp == CONSUMERS) {
+        if (lane == 0 && tokens > 0) {
+            global_proxy_fence();
+            const char* x = static_cast<const char*>(p.x) + (static_cast<size_t>(begin) * p.capacity + token) * 128;
+            for (int k = 0; k < steps; ++k) {
+                ring.wait_empty();
+                barrier_expect(ring.full(), blocks * 1024);
+                bulk_load(stages + ring.stage * STAGE_BYTES, x, blocks * 1024, ring.full());
+                x += static_cast<size_t>(p.capacity) * 128;
+                ring.advance();
+            }
+        }
+        __syncwarp();
+        if (p.launch > 0) pdl_launch();
+        cluster_wait();
+        return;
+    }
+    if (tokens == 0) {
+        cluster_wait();
+        return;
+    }
+    for_columns<MAX>(tokens, [&](auto columns) {
+        constexpr int N = columns.value;
+        float d[N / 2];
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) d[i] = 0;
+        if (steps > 0) multiply<N, MAX, -1>(d, ring, weights, nullptr, wgmma_descriptor(stages), steps, 0);
+        cluster_wait();
+        const uint32_t to = stages + STAGES * STAGE_BYTES + rank * (PIECES * 512) + lane * 16;
+        int owner = warp * blocks % SPLIT, place = warp * blocks / SPLIT;
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) {
+            if (j >= blocks) break;
+            send(to + place * 512, inbox, owner, make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]));
+            if (++owner == SPLIT) owner = 0, ++place;
+        }
+    });
+    inbox_wait(inbox);
+    for (int place = warp; place < mine; place += CONSUMERS) {
+        const int piece = place * SPLIT + rank, of = quad * 4 + piece / blocks, at = token + piece % blocks * 8;
+        if (of >= strips) continue;
+        const Rows rows(p, of);
+        float v[4] = {};
+#pragma unroll
+        for (int source = 0; source < SPLIT; ++source) {
+            const float4 part = *reinterpret_cast<const float4*>(shared + STAGES * STAGE_BYTES + (source * PIECES + place) * 512 + lane * 16);
+            v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
+        }
+        if (p.output == STORE_F32) put<STORE_F32>(p, v, rows, of, at, token + tokens);
+        else if (p.output == ADD_F32) put<ADD_F32>(p, v, rows, of, at, token + tokens);
+        else put<SWIGLU>(p, v, rows, of, at, token + tokens);
+    }
+}
+
+#define BODY(QUADS, MAX, SPLIT, STAGES) gemm_nvfp4_few<QUADS, MAX, SPLIT, STAGES>(p)
+#define CLUSTER(SPLIT) __cluster_dims__(SPLIT, 1, 1)
+#else
+#define BODY(QUADS, MAX, SPLIT, STAGES)
+#define CLUSTER(SPLIT)
+#endif
+
+// QUADS quads by MAX tokens, SPLIT blocks of a cluster, BLOCKS of a multiprocessor.
+#define DEFINE(QUADS, MAX, SPLIT, STAGES, BLOCKS)                                                                                 \
+    KERNEL CLUSTER(SPLIT) __launch_bounds__(QUADS * 128 + 32, BLOCKS)                                                             \
+        gemm_nvfp4_few_##QUADS##x##MAX##_##SPLIT(const __grid_constant__ Params p) { BODY(QUADS, MAX, SPLIT, STAGES); }
+DEFINE(2, 64, 4, 6, 2)
+DEFINE(2, 64, 6, 6, 2)
+DEFINE(2, 64, 8, 6, 2)
+DEFINE(4, 64, 4, 12, 1)
+DEFINE(4, 64, 5, 12, 1)
+DEFINE(4, 64, 8, 12, 1)
+DEFINE(5, 64, 2, 12, 1)
+DEFINE(2, 128, 4, 6, 1)
+DEFINE(2, 128, 6, 6, 1)
+DEFINE(3, 128, 2, 6, 1)
+DEFINE(3, 128, 4, 6, 1)
