@@ -1,5 +1,5 @@
-// RMSNorm of the residual stream into the experts' operand: y[position[row, slot]] = x[row] * scale[row] * w for every slot, fp16 panels, in
-// float32 until the last rounding; route.cu found the scales. One block a row. Padding rows among the sorted ones keep what they
+// RMSNorm of the residual stream into the experts' operand: y[position[row, slot]] = x[row] * scale[row] * w for every slot, panels of fp16 or
+// bf16, in float32 until the last rounding; route.cu found the scales. One block a row. Padding rows among the sorted ones keep what they
 // hold: the products of a row depend on no other row, and nobody reads theirs.
 //
 // `moe_scatter` goes by positions that moe_sort.cu found. `moe_scatter_sorting`, of few rows, saves that launch: each block counts all
@@ -19,7 +19,7 @@ struct Params {
     const float* x;       // [rows, cols]
     const float* weight;  // [cols]
     const float* scale;   // [rows]
-    void* y;              // panels of [capacity, cols], fp16
+    void* y;              // panels of [capacity, cols], fp16 or bf16
     int* position;        // [rows, slots]: rows of y; `moe_scatter_sorting` writes them
     const int* live;      // rows to do
     int cols;             // multiple of 64
@@ -40,12 +40,12 @@ struct Piece {
         const float4* const weight = reinterpret_cast<const float4*>(p.weight + col);
         a = x[0], b = x[1], v = __ldg(weight), w = __ldg(weight + 1);
     }
-    __device__ __forceinline__ void put(const Params& p, int col, float scale, const int (&position)[SLOTS]) const {
+    template <class T> __device__ __forceinline__ void put(const Params& p, int col, float scale, const int (&position)[SLOTS]) const {
         uint4 packed;
-        packed.x = pack2<__half>(a.x * scale * v.x, a.y * scale * v.y);
-        packed.y = pack2<__half>(a.z * scale * v.z, a.w * scale * v.w);
-        packed.z = pack2<__half>(b.x * scale * w.x, b.y * scale * w.y);
-        packed.w = pack2<__half>(b.z * scale * w.z, b.w * scale * w.w);
+        packed.x = pack2<T>(a.x * scale * v.x, a.y * scale * v.y);
+        packed.y = pack2<T>(a.z * scale * v.z, a.w * scale * v.w);
+        packed.z = pack2<T>(b.x * scale * w.x, b.y * scale * w.y);
+        packed.w = pack2<T>(b.z * scale * w.z, b.w * scale * w.w);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             if (slot >= p.slots) break;
@@ -59,7 +59,7 @@ DEVICE void read_slots(int (&to)[SLOTS], const int* from, int slots) {
     for (int slot = 0; slot < SLOTS; ++slot) to[slot] = slot < slots ? from[slot] : 0;
 }
 
-KERNEL __launch_bounds__(THREADS) moe_scatter(const __grid_constant__ Params p) {
+template <class T> DEVICE void scatter(const Params& p) {
     pdl_wait();
     pdl_launch();
     const int row = blockIdx.x;
@@ -71,7 +71,7 @@ KERNEL __launch_bounds__(THREADS) moe_scatter(const __grid_constant__ Params p) 
     for (int col = threadIdx.x * 8; col < p.cols; col += THREADS * 8) {
         const Piece piece(p, row, col);
         if (row >= live) return;
-        piece.put(p, col, scale, position);
+        piece.template put<T>(p, col, scale, position);
     }
 }
 
@@ -118,7 +118,7 @@ template <int EACH> DEVICE void place_experts(const Sort& sort, int (&counts)[MO
     }
 }
 
-KERNEL __launch_bounds__(THREADS) moe_scatter_sorting(const __grid_constant__ Params p) {
+template <class T> DEVICE void scatter_sorting(const Params& p) {
     __shared__ int counts[MOST_EXPERTS];  // of rows; later the first sorted row
     __shared__ int before[SLOTS];         // choices of this row's experts by rows before it
     const Sort& sort = p.sort;
@@ -169,6 +169,12 @@ KERNEL __launch_bounds__(THREADS) moe_scatter_sorting(const __grid_constant__ Pa
         for (int slot = 0; slot < SLOTS; ++slot)
             if (slot < p.slots) p.position[static_cast<size_t>(row) * p.slots + slot] = position[slot];
     }
-    if (thread * 8 < p.cols) piece.put(p, thread * 8, scale, position);
-    for (int col = (thread + THREADS) * 8; col < p.cols; col += THREADS * 8) Piece(p, row, col).put(p, col, scale, position);
+    if (thread * 8 < p.cols) piece.template put<T>(p, thread * 8, scale, position);
+    for (int col = (thread + THREADS) * 8; col < p.cols; col += THREADS * 8) Piece(p, row, col).template put<T>(p, col, scale, position);
 }
+
+#define DEFINE(SUFFIX, T)                                                                                                             \
+    KERNEL __launch_bounds__(THREADS) moe_scatter##SUFFIX(const __grid_constant__ Params p) { scatter<T>(p); }                     \
+    KERNEL __launch_bounds__(THREADS) moe_scatter_sorting##SUFFIX(const __grid_constant__ Params p) { scatter_sorting<T>(p); }
+DEFINE(, __half)
+DEFINE(_bf16, __nv_bfloat16)

@@ -87,6 +87,7 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                 weight: &bias,
                 scale: &scale,
                 y: &act,
+                bf16: false,
                 position: &position,
                 live: &live,
                 rows,

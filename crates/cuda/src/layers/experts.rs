@@ -152,6 +152,7 @@ impl CudaBackend {
                 weight,
                 scale: &work.scale,
                 y: &work.sorted_h,
+                bf16: false,
                 position: &work.position,
                 live,
                 rows,

@@ -38,8 +38,10 @@ unsafe impl Params for Arguments {}
 /// The loaded kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct MoeScatter {
-    plain: Kernel,
-    sorting: Kernel,
+    /// To fp16, to bf16.
+    plain: [Kernel; 2],
+    /// The same.
+    sorting: [Kernel; 2],
 }
 
 /// What `moe_sort` would have done, for few rows.
@@ -69,8 +71,10 @@ pub struct Call<'a> {
     pub weight: &'a Buffer<f32>,
     /// `[rows]`: of the norm, as `route` found it.
     pub scale: &'a Buffer<f32>,
-    /// Panel layout of `[capacity, cols]`, bits of fp16.
+    /// Panel layout of `[capacity, cols]`, bits of fp16 or bf16.
     pub y: &'a Buffer<u16>,
+    /// Whether these are bf16.
+    pub bf16: bool,
     /// `[rows, slots]`: rows of `y`, of `moe_sort`, or written if `sort` is there.
     pub position: &'a Buffer<i32>,
     /// One integer: rows to do.
@@ -93,7 +97,11 @@ impl MoeScatter {
     /// # Errors
     /// No code for this device.
     pub fn load(device: &Device) -> Result<Self, DeviceError> {
-        Ok(Self { plain: device.kernel(OP, OP, 0)?, sorting: device.kernel(OP, "moe_scatter_sorting", 0)? })
+        let kernel = |function| device.kernel(OP, function, 0);
+        Ok(Self {
+            plain: [kernel(OP)?, kernel("moe_scatter_bf16")?],
+            sorting: [kernel("moe_scatter_sorting")?, kernel("moe_scatter_sorting_bf16")?],
+        })
     }
 
     /// Issues it.
@@ -146,7 +154,8 @@ impl MoeScatter {
             experts: call.sort.map_or(1, |sort| sort.shape.experts as i32),
             height: call.sort.map_or(8, |sort| sort.shape.height as i32),
         };
-        let kernel = if call.sort.is_some() { &self.sorting } else { &self.plain };
+        let kernels = if call.sort.is_some() { &self.sorting } else { &self.plain };
+        let kernel = &kernels[usize::from(call.bf16)];
         // One more writes the tiles.
         let blocks = rows as u32 + u32::from(call.sort.is_some());
         let launch = Launch { grid: [blocks, 1, 1], block: THREADS, shared: 0, overlap: true };

@@ -1,21 +1,23 @@
 use ctxserve_cuda::ops::moe_scatter::{Call, MoeScatter, Sort};
 use ctxserve_cuda::ops::moe_sort::Shape;
 
-use crate::common::{Random, assert_rows, device, from_f16, panel};
+use crate::common::{Random, assert_rows, device, from_bf16, from_f16, panel};
 use crate::moe_sort::sorted;
 
 #[test]
 fn moe_scatter_equals_its_definition() {
     let Some((device, _turn)) = device() else { return };
     let (kernel, mut random) = (MoeScatter::load(&device).unwrap(), Random::new());
-    for (rows, live, cols, slots) in [
+    let cases = [
         (1, 1, 64, 4),
         (2, 0, 128, 1),
         (9, 8, 2880, 4),
         (130, 129, 2880, 4),
         (5, 5, 8192, 8),
         (3, 2, 9216, 2),
-    ] {
+    ];
+    for ((rows, live, cols, slots), bf16) in cases.into_iter().flat_map(|case| [(case, false), (case, true)])
+    {
         let capacity = (rows * slots + 21_usize).next_multiple_of(8);
         let scale = 10_f32.powf(random.unit() * 2.0);
         let (x, weight) = (random.units(rows * cols, scale), random.units(cols, 2.0));
@@ -31,6 +33,7 @@ fn moe_scatter_equals_its_definition() {
             weight: &device.upload(&weight).unwrap(),
             scale: &device.upload(&scales).unwrap(),
             y: &y,
+            bf16,
             position: &device.upload(position).unwrap(),
             live: &device.upload(&[live as i32]).unwrap(),
             rows,
@@ -49,9 +52,10 @@ fn moe_scatter_equals_its_definition() {
             let source = &x[at / slots * cols..][..cols];
             let scale = f64::from(scales[at / slots]);
             want.extend(source.iter().zip(&weight).map(|(&v, &w)| f64::from(v) * scale * f64::from(w)));
-            got.extend(from_f16(&read(place)));
+            got.extend(if bf16 { from_bf16(&read(place)) } else { from_f16(&read(place)) });
         }
-        assert_rows(&format!("moe_scatter {rows}x{cols}"), &got, &want, cols, 4e-4);
+        let limit = if bf16 { 3e-3 } else { 4e-4 };
+        assert_rows(&format!("moe_scatter {rows}x{cols}, bf16 {bf16}"), &got, &want, cols, limit);
         assert!(
             places[live * slots..].iter().all(|&place| read(place).iter().all(|&v| v == 0xffff)),
             "rows that nobody goes to were written"
@@ -104,6 +108,7 @@ fn moe_scatter_sorts_few_rows() {
             weight: &device.upload(&weight).unwrap(),
             scale: &device.upload(&scales).unwrap(),
             y: &y,
+            bf16: experts > 100,
             position: &position,
             live: &live_rows,
             rows,
