@@ -244,6 +244,21 @@ pub trait Backend: Send + 'static {
         batch: &Batch,
     ) -> Result<Self::Heads, DeviceError>;
 
+    /// Called in the last layer once its keys and values are written, where some rows have no logits: nothing needs those rows any
+    /// more. A device may drop them from `q` and `x`; the layer's other ops and the logits are then those of the rows that are left.
+    ///
+    /// # Errors
+    /// A device fault.
+    fn narrow(
+        &mut self,
+        _layer: usize,
+        _q: &mut Self::Heads,
+        _x: &mut Self::Hidden,
+        _batch: &Batch,
+    ) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// Causal attention of each row over its sequence's pages. `sinks` is one logit per query head, unscaled,
     /// that joins the softmax denominator and has no value.
     ///

@@ -79,10 +79,26 @@ pub(crate) fn in_block(layer: usize, name: &str) -> String {
     format!("{BLOCKS}{layer}.{name}")
 }
 
-/// Whether a step is done once this layer's keys and values are in the cache: in the last layer nothing but logits needs the rest,
-/// and the chunks of a prompt before its last have none.
-pub(crate) fn is_cached(layer: usize, layers: usize, batch: &Batch) -> bool {
-    layer + 1 == layers && batch.logit_rows().next().is_none()
+/// What is left to do in a layer once its keys and values are in the cache.
+pub(crate) enum Rest {
+    /// All of it.
+    Rows,
+    /// Only logits need more, and not of every row.
+    LogitRows,
+    /// Nothing: inside a prompt.
+    Nothing,
+}
+
+impl Rest {
+    /// Of layer `layer` of `layers`: after the last one nothing reads a row but its logits.
+    pub(crate) fn of(layer: usize, layers: usize, batch: &Batch) -> Self {
+        let last = layer + 1 == layers;
+        match batch.logit_rows().count() {
+            0 if last => Self::Nothing,
+            count if last && count < batch.tokens.len() => Self::LogitRows,
+            _ => Self::Rows,
+        }
+    }
 }
 
 impl Heads {

@@ -3,7 +3,7 @@
 use ctxserve_backend::{AttentionSpec, Backend, Batch, DeviceError, RopeTable};
 
 use super::weights::Weights;
-use crate::decoder::is_cached;
+use crate::decoder::Rest;
 use crate::{Model, ModelInfo};
 
 /// gpt-oss on a backend.
@@ -26,10 +26,12 @@ impl<B: Backend> Model<B> for GptOss<B> {
         backend.begin(batch, kv, self.info.vocab_size)?;
         let mut x = backend.embed(&weights.embedding, batch)?;
         for (layer, (block, spec)) in weights.blocks.iter().zip(&self.attention).enumerate() {
-            let q =
+            let mut q =
                 backend.attention_input(layer, &block.attention.input, spec, &self.rope, &x, kv, batch)?;
-            if is_cached(layer, weights.blocks.len(), batch) {
-                break;
+            match Rest::of(layer, weights.blocks.len(), batch) {
+                Rest::Rows => {}
+                Rest::LogitRows => backend.narrow(layer, &mut q, &mut x, batch)?,
+                Rest::Nothing => break,
             }
             let heads = backend.attention(layer, spec, Some(&block.sinks), &q, kv, batch)?;
             backend.attention_output(&block.attention.output, &heads, &mut x)?;

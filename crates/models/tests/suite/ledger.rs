@@ -10,11 +10,11 @@ use ctxserve_core::{Encoding, Matrix};
 
 type Done<T = ()> = Result<T, DeviceError>;
 
-/// A batch of one row, inside a prompt or at its end.
-pub(crate) fn one_row(ends: bool) -> Batch {
+/// A batch of `rows` tokens, inside a prompt or at its end.
+pub(crate) fn prompt(rows: usize, ends: bool) -> Batch {
     let sample = ends.then(|| SampleRow::new(Arc::default()));
-    let slice = SequenceSlice { key: 0, rows: 0..1, start: 0, feed: None, tables: Arc::default(), sample };
-    Batch { tokens: vec![0], sequences: vec![slice] }
+    let slice = SequenceSlice { key: 0, rows: 0..rows, start: 0, feed: None, tables: Arc::default(), sample };
+    Batch { tokens: vec![0; rows], sequences: vec![slice] }
 }
 
 /// What arrived, and which ops ran, in order.
@@ -112,6 +112,10 @@ impl Backend for Ledger {
     ) -> Done {
         let norms = if weights.head_norms.is_some() { ", norms of heads" } else { "" };
         self.op(format!("input {layer} {:?} {}{norms}", spec.window, rope.inv_freq.len()))
+    }
+
+    fn narrow(&mut self, layer: usize, (): &mut (), (): &mut (), _: &Batch) -> Done {
+        self.op(format!("narrow {layer}"))
     }
 
     fn attention(

@@ -1,7 +1,7 @@
 //! From checkpoint to backend: what arrives there, and what is refused before it does.
 
 use crate::common::{golden_dir, open};
-use crate::ledger::{Ledger, one_row};
+use crate::ledger::{Ledger, prompt};
 use ctxserve_backend::{Batch, KvDtype};
 use ctxserve_checkpoint::{Checkpoint, CheckpointError, Dtype, MemoryTensor};
 use ctxserve_core::Encoding;
@@ -72,7 +72,7 @@ fn weights_arrive_in_the_order_of_the_model() {
     let expected = [&["Bf16 [512, 64] bias None"][..], &block, &block, &["[64]", "Bf16 [512, 64] bias None"]];
     assert_eq!(ledger.loads, expected.concat());
 
-    model.forward(&mut ledger, &mut (), &one_row(true)).unwrap();
+    model.forward(&mut ledger, &mut (), &prompt(1, true)).unwrap();
     let expected = [
         "begin 512",
         "embed Bf16 [512, 64] bias None",
@@ -90,8 +90,13 @@ fn weights_arrive_in_the_order_of_the_model() {
 
     // Inside a prompt the last layer has nothing to do beyond its keys and values.
     ledger.ops.clear();
-    model.forward(&mut ledger, &mut (), &one_row(false)).unwrap();
+    model.forward(&mut ledger, &mut (), &prompt(1, false)).unwrap();
     assert_eq!(ledger.ops, [&expected[..7], &expected[10..]].concat());
+
+    // At its end the last row alone has something to do.
+    ledger.ops.clear();
+    model.forward(&mut ledger, &mut (), &prompt(2, true)).unwrap();
+    assert_eq!(ledger.ops, [&expected[..7], &["narrow 1"], &expected[7..]].concat());
 }
 
 #[test]

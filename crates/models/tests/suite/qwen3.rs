@@ -1,7 +1,7 @@
 //! Qwen3's configuration, and what reaches a backend of it.
 
 use crate::common::open;
-use crate::ledger::{Ledger, one_row};
+use crate::ledger::{Ledger, prompt};
 use ctxserve_backend::{KvDtype, KvGroup};
 use ctxserve_core::Encoding;
 use ctxserve_models::qwen3::Config;
@@ -166,7 +166,7 @@ fn weights_arrive_in_the_order_of_the_model() {
     let expected = [&["Bf16 [512, 64] bias None"][..], &block, &block, &["[64]"]];
     assert_eq!(ledger.loads, expected.concat());
 
-    model.forward(&mut ledger, &mut (), &one_row(true)).unwrap();
+    model.forward(&mut ledger, &mut (), &prompt(1, true)).unwrap();
     let layer = |n: usize| {
         [
             format!("input {n} None 64, norms of heads"),
@@ -180,7 +180,7 @@ fn weights_arrive_in_the_order_of_the_model() {
     assert_eq!(ledger.ops, [&ends[0][..], &layer(0), &layer(1), &ends[1]].concat());
 
     ledger.ops.clear();
-    model.forward(&mut ledger, &mut (), &one_row(false)).unwrap();
+    model.forward(&mut ledger, &mut (), &prompt(1, false)).unwrap();
     assert_eq!(ledger.ops, [&ends[0][..], &layer(0), &layer(1)[..1], &ends[1]].concat());
 }
 
