@@ -1,6 +1,8 @@
 //! Everything that needs files, a backend or a whole configuration.
 
 #[cfg(test)]
+mod calibrated;
+#[cfg(test)]
 mod common;
 #[cfg(test)]
 mod config;
