@@ -13,6 +13,7 @@ mod harness;
 mod kv_append;
 mod kv_gather;
 mod moe_gemm;
+mod moe_gemm_bf16;
 mod moe_small;
 mod pack_panels;
 mod rms_norm;
@@ -39,6 +40,7 @@ fn main() -> anyhow::Result<()> {
     moe_small::run(&bench)?;
     route::run(&bench)?;
     moe_gemm::run(&bench)?;
+    moe_gemm_bf16::run(&bench)?;
     pack_panels::run(&bench)?;
     rms_norm::run(&bench)?;
     sampler::run(&bench)?;

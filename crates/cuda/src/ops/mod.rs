@@ -16,6 +16,7 @@ pub mod moe_combine;
 pub mod moe_down;
 pub mod moe_gate_up;
 pub mod moe_gemm;
+pub mod moe_gemm_bf16;
 pub mod moe_scatter;
 pub mod moe_sort;
 pub mod narrow;

@@ -26,6 +26,7 @@ mod moe_combine;
 mod moe_down;
 mod moe_gate_up;
 mod moe_gemm;
+mod moe_gemm_bf16;
 mod moe_scatter;
 mod moe_sort;
 mod pack_mxfp4;

@@ -1,0 +1,258 @@
+//! The experts' products with bf16 weights over rows sorted by expert.
+
+use ctxserve_backend::DeviceError;
+
+use crate::driver::{Buffer, Device, Kernel, Launch, Params};
+
+const OP: &str = "moe_gemm_bf16";
+/// Bytes of 64 columns of a row.
+const LINE: usize = 128;
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct Arguments {
+    w: u64,
+    bias: u64,
+    x: u64,
+    y: u64,
+    tiles: u64,
+    count: u64,
+    cols: i32,
+    rows: i32,
+    w_rows: i32,
+    capacity: i32,
+    group: i32,
+    alpha: f32,
+    limit: f32,
+}
+
+// SAFETY: mirrors `Params` of kernels/moe_gemm_bf16.cu.
+unsafe impl Params for Arguments {}
+
+/// Tile heights, and how the kernel of each is launched.
+const SHAPES: [Shape; 5] = [
+    Shape { height: 16, rows: 64, stages: 11, threads: 160, blocks: 2, group: 1 },
+    Shape { height: 32, rows: 64, stages: 9, threads: 160, blocks: 2, group: 1 },
+    Shape { height: 64, rows: 64, stages: 6, threads: 160, blocks: 2, group: 1 },
+    Shape { height: 128, rows: 128, stages: 7, threads: 384, blocks: 1, group: 16 },
+    Shape { height: 256, rows: 128, stages: 4, threads: 384, blocks: 1, group: 8 },
+];
+
+/// How a kernel is launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Shape {
+    /// Most sorted rows of a tile.
+    height: usize,
+    /// Weight rows that a block takes at a time.
+    rows: usize,
+    /// Of its ring, 64 columns each.
+    stages: usize,
+    threads: u32,
+    /// Blocks of a multiprocessor.
+    blocks: usize,
+    /// Tiles that are swept together, so that what they read of the weights is in L2.
+    group: usize,
+}
+
+impl Shape {
+    fn shared(&self) -> usize {
+        self.stages * (self.rows + self.height) * LINE
+    }
+}
+
+/// The tile height (of `moe_sort`) that suits `rows` rows with `slots` of `experts` experts each, spread evenly or not too unevenly.
+pub fn height(rows: usize, slots: usize, experts: usize) -> usize {
+    match (rows, rows * slots / experts.max(1)) {
+        // Of few rows one tile has all that an expert gets.
+        (0..=16, _) => 16,
+        (17..=32, _) => 32,
+        (33..=64, _) => 64,
+        (_, 0..=100) => 128,
+        _ => 256,
+    }
+}
+
+/// What becomes of the sums.
+#[derive(Clone, Copy, Debug)]
+pub enum Output<'a> {
+    /// Rows are gates and ups: `gate * sigmoid(alpha * gate) * (up + 1)` with `gate <= limit`, `-limit <= up <= limit`.
+    SwiGlu {
+        /// Panel layout of `[capacity, rows / 2]`, bits of bf16.
+        y: &'a Buffer<u16>,
+        /// Factor of the sigmoid.
+        alpha: f32,
+        /// The clamp.
+        limit: f32,
+    },
+    /// Stored as bits of bf16, `[capacity, rows]`.
+    Bf16(&'a Buffer<u16>),
+}
+
+/// The loaded kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct MoeGemmBf16 {
+    /// By output, then height.
+    kernels: [[Kernel; 5]; 2],
+    /// Those of the portable kernels, which any height suits, instead of [`SHAPES`].
+    portable: bool,
+    multiprocessors: usize,
+}
+
+/// For each sorted row, with its expert's weights: `sum over k of x[k] * w[row, k] + bias[row]`.
+#[derive(Debug)]
+pub struct Call<'a> {
+    /// Panel layout of `[experts * rows, cols]`, bits of bf16. Gates and ups in turns of eight rows: of each 16 rows row `g` is a
+    /// gate, row `g + 8` its up.
+    pub w: &'a Buffer<u16>,
+    /// `[experts, rows]`: gate `i` at `2i` and up `i` at `2i + 1`; or rows in order.
+    pub bias: &'a Buffer<f32>,
+    /// Panel layout of `[capacity, cols]`, bits of bf16.
+    pub x: &'a Buffer<u16>,
+    /// The result.
+    pub y: Output<'a>,
+    /// Of `moe_sort`: four integers a tile.
+    pub tiles: &'a Buffer<i32>,
+    /// Of `moe_sort`: sorted rows, tiles.
+    pub counts: &'a Buffer<i32>,
+    /// Experts.
+    pub experts: usize,
+    /// Weight rows of an expert, a multiple of 16 (of 128 for gates and ups).
+    pub rows: usize,
+    /// Elements summed over, a multiple of 64.
+    pub cols: usize,
+    /// Sorted rows that `x` and `y` are laid out for, a multiple of 8.
+    pub capacity: usize,
+    /// Most sorted rows of a tile: what `moe_sort` was told, one of [`height`]'s.
+    pub height: usize,
+    /// Most tiles, which the grid is made for.
+    pub most_tiles: usize,
+}
+
+const NAMES: [[&str; 5]; 2] = [
+    [
+        "moe_gate_up_bf16_16",
+        "moe_gate_up_bf16_32",
+        "moe_gate_up_bf16_64",
+        "moe_gate_up_bf16_128",
+        "moe_gate_up_bf16_256",
+    ],
+    ["moe_down_bf16_16", "moe_down_bf16_32", "moe_down_bf16_64", "moe_down_bf16_128", "moe_down_bf16_256"],
+];
+const PORTABLE_NAMES: [&str; 2] = ["moe_gate_up_bf16_portable", "moe_down_bf16_portable"];
+const PORTABLE: Shape = Shape { height: 64, rows: 128, stages: 3, threads: 256, blocks: 2, group: 4 };
+
+impl MoeGemmBf16 {
+    /// Loads the kernels: those for Hopper, or the portable ones.
+    ///
+    /// # Errors
+    /// No code for this device.
+    pub fn load(device: &Device) -> Result<Self, DeviceError> {
+        if !device.facts().is_hopper() {
+            return Self::portable(device);
+        }
+        let kernel = |output: usize, at: usize| device.kernel(OP, NAMES[output][at], SHAPES[at].shared());
+        let all = |output| {
+            Ok::<_, DeviceError>([
+                kernel(output, 0)?,
+                kernel(output, 1)?,
+                kernel(output, 2)?,
+                kernel(output, 3)?,
+                kernel(output, 4)?,
+            ])
+        };
+        Ok(Self::new(device, [all(0)?, all(1)?], false))
+    }
+
+    /// Loads the kernels that run on every device.
+    ///
+    /// # Errors
+    /// No code for this device.
+    pub fn portable(device: &Device) -> Result<Self, DeviceError> {
+        let kernel = |output: usize| device.kernel(OP, PORTABLE_NAMES[output], PORTABLE.shared());
+        Ok(Self::new(device, [[kernel(0)?; 5], [kernel(1)?; 5]], true))
+    }
+
+    fn new(device: &Device, kernels: [[Kernel; 5]; 2], portable: bool) -> Self {
+        Self { kernels, portable, multiprocessors: device.facts().multiprocessors as usize }
+    }
+
+    /// Issues it.
+    ///
+    /// # Errors
+    /// Shapes or buffers that do not fit each other, or a device fault.
+    pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
+        let Call { experts, rows, cols, capacity, height, most_tiles, .. } = *call;
+        let (output, y, len, wanted, alpha, limit) = match call.y {
+            Output::SwiGlu { y, alpha, limit } => {
+                (0, y.address(), y.len(), capacity * rows / 2, alpha, limit)
+            }
+            Output::Bf16(y) => (1, y.address(), y.len(), capacity * rows, 0.0, 0.0),
+        };
+        let at = SHAPES.iter().position(|shape| shape.height == height);
+        let small = |value: usize| value <= 1 << 30;
+        let fits = [experts * rows, cols, capacity, most_tiles].into_iter().all(small)
+            && cols > 0
+            && cols.is_multiple_of(64)
+            && rows > 0
+            && rows.is_multiple_of(if output == 0 { 128 } else { 16 })
+            && experts > 0
+            && capacity.is_multiple_of(8)
+            && call.w.len() >= experts * rows * cols
+            && call.bias.len() >= experts * rows
+            && call.x.len() >= capacity * cols
+            && len >= wanted
+            && call.tiles.len() >= 4 * most_tiles
+            && call.counts.len() >= 2;
+        let (Some(at), true) = (at, fits) else {
+            let what = format!(
+                "{experts} experts of {rows} x {cols}, {capacity} rows in tiles of {height}, do not fit the buffers"
+            );
+            return Err(DeviceError::new(OP, what));
+        };
+        let shape = if self.portable { PORTABLE } else { SHAPES[at] };
+        let arguments = Arguments {
+            w: call.w.address(),
+            bias: call.bias.address(),
+            x: call.x.address(),
+            y,
+            tiles: call.tiles.address(),
+            count: call.counts.at(OP, 1)?,
+            cols: cols as i32,
+            rows: rows as i32,
+            w_rows: (experts * rows) as i32,
+            capacity: capacity as i32,
+            group: shape.group as i32,
+            alpha,
+            limit,
+        };
+        let most = (most_tiles * rows.div_ceil(shape.rows)).max(1);
+        let launch = Launch {
+            grid: [most.min(shape.blocks * self.multiprocessors) as u32, 1, 1],
+            block: shape.threads,
+            shared: shape.shared() as u32,
+            overlap: true,
+        };
+        // SAFETY: every buffer was checked to be large enough; tiles lie within `capacity` by the caller's plan.
+        unsafe { device.launch(&self.kernels[output][at], &launch, &arguments) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_of_few_rows_hold_all_of_an_expert() {
+        for rows in 1..=64 {
+            assert!(height(rows, 4, 32) >= rows, "{rows}");
+        }
+        assert_eq!([65, 512, 1024, 8192].map(|rows| height(rows, 4, 32)), [128, 128, 256, 256]);
+        // Every height that is chosen has a kernel; rings leave room for what a block has beside them.
+        for rows in 0..9000 {
+            assert!(SHAPES.iter().any(|shape| shape.height == height(rows, 4, 32)), "{rows}");
+        }
+        for shape in SHAPES {
+            assert!(shape.blocks * (shape.shared() + 2048) <= 228 << 10, "{shape:?}");
+        }
+    }
+}
