@@ -216,6 +216,20 @@ impl Backend for CpuBackend {
         ops::attention_input(self, layer, weights, spec, rope, x, kv, batch)
     }
 
+    fn narrow(
+        &mut self,
+        _layer: usize,
+        q: &mut Rows,
+        x: &mut Rows,
+        batch: &Batch,
+    ) -> Result<(), DeviceError> {
+        for rows in [q, x] {
+            rows.expect("narrow", batch.tokens.len(), rows.cols())?;
+            *rows = rows.of(batch.logit_rows());
+        }
+        Ok(())
+    }
+
     fn attention(
         &mut self,
         layer: usize,

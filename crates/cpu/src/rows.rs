@@ -36,6 +36,13 @@ impl Rows {
         &self.data[row * self.cols..][..self.cols]
     }
 
+    /// Some rows.
+    pub(crate) fn of(&self, rows: impl Iterator<Item = usize>) -> Self {
+        let mut data = Vec::new();
+        rows.for_each(|row| data.extend_from_slice(self.row(row)));
+        Self { data, cols: self.cols }
+    }
+
     /// One row.
     pub(crate) fn row_mut(&mut self, row: usize) -> &mut [f32] {
         &mut self.data[row * self.cols..][..self.cols]

@@ -9,7 +9,8 @@ use ctxserve_backend::conformance::Like;
 use ctxserve_backend::{Backend, KvDtype};
 use ctxserve_checkpoint::{Checkpoint, Shape};
 use ctxserve_core::Encoding;
-use ctxserve_cpu::{ActivationQuant, CpuBackend, CpuOptions, Precision};
+pub use ctxserve_cpu::Product;
+use ctxserve_cpu::{ActivationQuant, CpuBackend, CpuOptions, InputPeaks, Precision};
 use ctxserve_cuda::driver::Device as Gpu;
 use ctxserve_cuda::{Capacity, CudaBackend, CudaOptions, Widths};
 use ctxserve_engine::{Bytes, ModelRunner, Runner};
@@ -92,6 +93,16 @@ pub fn instead(
 ) -> Option<Plan> {
     let by_itself = options.device == Device::Auto && matches!(plan.target, Target::Gpu(_));
     by_itself.then(|| cpu_plan(options, chunk, vec![format!("no GPU is used: {why:#}")]))
+}
+
+/// A backend that keeps the largest inputs of the products that it computes.
+///
+/// # Errors
+/// The system gives no threads.
+pub fn observer() -> anyhow::Result<(CpuBackend, InputPeaks)> {
+    let mut backend = CpuBackend::new(CpuOptions::default())?;
+    let peaks = backend.observe_inputs();
+    Ok((backend, peaks))
 }
 
 /// Decides what the device does with what was asked for.

@@ -47,11 +47,14 @@ pub(crate) fn attention(
     if sinks.is_some_and(|sinks| sinks.len() != spec.heads) {
         return Err(fail("one sink per query head is needed".to_owned()));
     }
-    q.expect(OP, batch.tokens.len(), spec.heads * spec.head_dim)?;
-    let mut seen = Vec::with_capacity(q.rows());
-    for slice in &batch.sequences {
+    let narrowed = q.rows() != batch.tokens.len();
+    let rows = if narrowed { batch.logit_rows().count() } else { batch.tokens.len() };
+    q.expect(OP, rows, spec.heads * spec.head_dim)?;
+    let mut seen = Vec::with_capacity(rows);
+    for slice in batch.sequences.iter().filter(|slice| !narrowed || slice.sample.is_some()) {
         let table = slice.tables.get(place.0).ok_or_else(|| fail("a page table is missing".to_owned()))?;
-        for last in slice.start..slice.start + slice.rows.len() {
+        let end = slice.start + slice.rows.len();
+        for last in if narrowed { end - 1 } else { slice.start }..end {
             seen.push(Seen { first: cache.first_visible(place.0, last), last, table });
         }
     }

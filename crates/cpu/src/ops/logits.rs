@@ -16,9 +16,12 @@ pub(crate) fn logits(
     x: &Rows,
     batch: &Batch,
 ) -> Result<Rows, DeviceError> {
-    x.expect("logits", batch.tokens.len(), norm.len())?;
-    let mut wanted = Vec::new();
-    batch.logit_rows().for_each(|row| wanted.extend_from_slice(x.row(row)));
-    let wanted = rms_norm("logits", &Rows::from_vec(wanted, norm.len()), norm, norm_eps)?;
+    let wanted = match x.rows() == batch.tokens.len() {
+        true => rms_norm("logits", &x.of(batch.logit_rows()), norm, norm_eps)?,
+        false => {
+            x.expect("logits", batch.logit_rows().count(), norm.len())?;
+            rms_norm("logits", x, norm, norm_eps)?
+        }
+    };
     linear("logits", backend.fast.as_ref(), head, &wanted)
 }

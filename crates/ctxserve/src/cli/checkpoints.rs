@@ -4,13 +4,28 @@ use std::path::PathBuf;
 
 use clap::builder::PossibleValuesParser;
 use clap::error::ErrorKind;
-use clap::{Arg, ArgAction, ArgMatches, Command};
+use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use ctxserve_checkpoint::Target;
 
 use super::numbers::bytes;
 
 /// A file of weights has at most this, so that a conversion that was ended loses little.
 const SHARD_BYTES: &str = "2GiB";
+
+/// On two cores a model of four billion parameters reads some tens of tokens a second.
+const CALIBRATE_TOKENS: &str = "65536";
+
+const AFTER_CONVERT: &str = "\
+SRC is only read. DST appears when it is complete; until then DST.partial holds what is finished, and the same command goes on \
+from there. What is not packed is written in bfloat16. DST/convert-report.json has the relative error of each tensor.
+
+nvfp4: servers that round inputs to FP4, as this one does with --activation-quant nvfp4, need factors for them. --calibrate \
+finds them: the whole model is loaded into memory and reads a plain UTF-8 text on the CPU; input_scale is the largest input met, \
+by 6 * 448. Take a text like those that will be served: larger inputs are cut off. Without --calibrate the source's factors \
+are kept, and where it has none input_scale is 1.0.
+
+nvfp4 is not written for models with experts (gpt-oss): neither this server nor the tools whose files it reads define how \
+stacks of experts are stored in it. mxfp4 holds them.";
 
 const SOURCE_HELP: &str = "A directory with a checkpoint, a Hugging Face repository owner/name, or a profile";
 
@@ -25,6 +40,10 @@ pub struct ConvertArgs {
     pub target: Target,
     /// Most bytes of a file of weights.
     pub shard_bytes: u64,
+    /// A text to calibrate inputs on.
+    pub calibrate: Option<PathBuf>,
+    /// Most tokens of it.
+    pub calibrate_tokens: usize,
 }
 
 /// Arguments of `inspect`.
@@ -56,13 +75,21 @@ pub(super) fn convert_command() -> Command {
                 .default_value(SHARD_BYTES)
                 .help("Most bytes of a file of weights"),
         )
-        .arg(Arg::new("calibrate").long("calibrate").value_name("FILE").hide(true))
-        .after_help(
-            "SRC is only read. DST appears when it is complete; until then DST.partial holds what is finished, and the same \
-             command goes on from there. What is not packed is written in bfloat16. DST/convert-report.json has the relative \
-             error of each tensor.\n\nnvfp4: `input_scale` is 1.0 in every module, because inputs are not calibrated. \
-             Servers that round inputs to FP4, as this one does only when asked, may do better with a calibrated checkpoint.",
+        .arg(
+            Arg::new("calibrate")
+                .long("calibrate")
+                .value_name("FILE")
+                .help("nvfp4: the model reads this text, and each input_scale is made of the largest input met"),
         )
+        .arg(
+            Arg::new("calibrate-tokens")
+                .long("calibrate-tokens")
+                .value_name("TOKENS")
+                .default_value(CALIBRATE_TOKENS)
+                .value_parser(value_parser!(u64).range(1..=1 << 30))
+                .help("Most tokens of that text, read in sequences of 1024"),
+        )
+        .after_help(AFTER_CONVERT)
 }
 
 pub(super) fn inspect_command() -> Command {
@@ -79,19 +106,21 @@ fn text(matches: &ArgMatches, name: &str) -> String {
 /// Reads them; what clap lets pass and makes no sense is an error of its kind.
 pub(super) fn convert_args(matches: &ArgMatches) -> Result<ConvertArgs, clap::Error> {
     let refuse = |what: String| convert_command().error(ErrorKind::ValueValidation, what);
-    if matches.contains_id("calibrate") {
-        return Err(refuse(
-            "--calibrate is not supported: inputs are not calibrated, and nvfp4 is written with an input_scale of 1.0"
-                .to_owned(),
-        ));
-    }
     let size = text(matches, "max-shard-size");
     let shard_bytes = bytes(&size).map_err(|what| refuse(format!("--max-shard-size {size}: {what}")))?;
+    let target: Target = text(matches, "to").parse().map_err(|what| refuse(format!("--to: {what}")))?;
+    let calibrate = matches.get_one::<String>("calibrate").map(PathBuf::from);
+    if calibrate.is_some() && target != Target::Nvfp4 {
+        return Err(refuse(format!("--calibrate: {target} has no factors for inputs, nvfp4 has")));
+    }
+    let tokens = matches.get_one::<u64>("calibrate-tokens").copied().unwrap_or_default();
     Ok(ConvertArgs {
         source: text(matches, "SRC"),
         to: PathBuf::from(text(matches, "DST")),
-        target: text(matches, "to").parse().map_err(|what| refuse(format!("--to: {what}")))?,
+        target,
         shard_bytes: shard_bytes as u64,
+        calibrate,
+        calibrate_tokens: usize::try_from(tokens).unwrap_or(usize::MAX),
     })
 }
 
@@ -120,16 +149,21 @@ mod tests {
             to: PathBuf::from("b"),
             target: Target::Mxfp4,
             shard_bytes: 2 << 30,
+            calibrate: None,
+            calibrate_tokens: 65_536,
         };
         assert_eq!(convert("convert a b --to mxfp4"), wanted);
         assert_eq!(convert("convert --to=mxfp4 a b --max-shard-size 2GiB"), wanted);
         assert_eq!(convert("convert a b --to nvfp4 --max-shard-size 500MB").shard_bytes, 500_000_000);
+        let calibrated = convert("convert a b --to nvfp4 --calibrate x.txt --calibrate-tokens 7");
+        assert_eq!((calibrated.calibrate, calibrated.calibrate_tokens), (Some(PathBuf::from("x.txt")), 7));
         for (line, wanted) in [
             ("convert a b", "--to"),
             ("convert a --to mxfp4", "DST"),
             ("convert a b --to gguf", "gguf"),
             ("convert a b --to bf16 --max-shard-size much", "--max-shard-size much"),
-            ("convert a b --to nvfp4 --calibrate x.jsonl", "--calibrate is not supported"),
+            ("convert a b --to bf16 --calibrate x.txt", "bf16 has no factors for inputs"),
+            ("convert a b --to nvfp4 --calibrate x.txt --calibrate-tokens 0", "--calibrate-tokens"),
         ] {
             let error = invoke(line).unwrap_err();
             assert!(error.contains(wanted), "{line}: {error}");
