@@ -111,8 +111,8 @@ impl Plan {
         let groups = MULTIPLIERS / pieces;
         let strips = dims.outputs / STRIP_ROWS;
         let count = strips.div_ceil(clusters);
-        // Strips that take turns at a place must be of one group of warps.
-        if !(FINISHERS * split).is_multiple_of(groups) {
+        // Strips that take turns at a place must be of one group of warps, and every block has columns.
+        if !(FINISHERS * split).is_multiple_of(groups) || dims.cols / 64 < split {
             return None;
         }
         let most = HALF.min(facts.shared_memory as usize);
