@@ -176,6 +176,11 @@ pub trait ChatFormat: Send + Sync {
         false
     }
 
+    /// Names that the chat template reads from [`Conversation::template_arguments`].
+    fn template_arguments(&self) -> &[String] {
+        &[]
+    }
+
     /// Ids that end the assistant's turn, whatever the checkpoint's files say.
     fn stop_ids(&self) -> &[TokenId];
 

@@ -1,6 +1,6 @@
 //! A conversation as every API shape maps onto it.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// How long the model should think. [`ReasoningEffort::parse`] takes every spelling that clients send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +120,8 @@ pub struct Conversation {
     pub thinking: Option<bool>,
     /// `YYYY-MM-DD` for formats whose prompt states the date; `None` leaves it out.
     pub current_date: Option<String>,
+    /// Arguments of the chat template beyond those above, by name: [`crate::ChatFormat::template_arguments`] are read, others are not.
+    pub template_arguments: Map<String, Value>,
     /// Keep reasoning of turns before the last final answer, which formats drop by default.
     pub keep_reasoning: bool,
 }

@@ -89,6 +89,7 @@ impl Asked {
         ServeOptions::check_parsers(&values, format.name())?;
         describe(&model, info.as_ref(), format.name());
         let server = server_config(&options, &model, info.as_ref(), &*format)?;
+        server.check(&*format).context("--default-chat-template-kwargs")?;
         let times = StartTimes { open: start.elapsed(), ..StartTimes::default() };
         let target = plan.target;
         Ok(Opened { info, engine, room, server, model, format, target, device: options.device, load, times })
@@ -330,6 +331,7 @@ fn server_config(
         default_sampling: defaults.sampling,
         default_max_tokens: defaults.max_tokens,
         eos: info.map(|info| info.eos.clone()).unwrap_or_default(),
+        default_template_arguments: options.model.template_arguments.clone(),
         enable_auto_tool_choice: options.http.auto_tools,
         drain_timeout: options.http.drain,
         ..ServerConfig::default()

@@ -26,7 +26,7 @@ pub fn render(args: &ToolArgs, out: &mut impl Write) -> anyhow::Result<()> {
     let mut request = Vec::new();
     input(args)?.read_to_end(&mut request).context("reading the request")?;
     let config = ServerConfig { prompt_date: prompt_date(&request), ..ServerConfig::default() };
-    let conversation = conversation_from_json(&config, &request).map_err(|error| {
+    let conversation = conversation_from_json(&config, &*format, &request).map_err(|error| {
         let place = error.param.map(|param| format!(" ({param})")).unwrap_or_default();
         anyhow::anyhow!("the request is refused{place}: {}", error.message)
     })?;

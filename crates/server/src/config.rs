@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
+use ctxserve_chat::ChatFormat;
 use ctxserve_core::{SamplingParams, TokenId};
+use serde_json::{Map, Value};
 
-use crate::state::unix_seconds;
+use crate::state::{ServerError, unix_seconds};
+use crate::validate::arguments::TemplateArguments;
 
 /// The date that formats may put into the prompt.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,6 +47,8 @@ pub struct ServerConfig {
     pub default_sampling: SamplingParams,
     /// `max_tokens` of a chat request that sets none; `None` is the rest of the context.
     pub default_max_tokens: Option<usize>,
+    /// Arguments of the chat template where a request is silent.
+    pub default_template_arguments: Map<String, Value>,
     /// End-of-turn ids of the checkpoint; those of the chat format are added.
     pub eos: Vec<TokenId>,
     /// Accept `tools` with the implied `tool_choice: "auto"`.
@@ -72,6 +77,17 @@ pub struct ServerConfig {
     pub system_fingerprint: String,
 }
 
+impl ServerConfig {
+    /// Whether the settings go with a chat format.
+    ///
+    /// # Errors
+    /// [`ServerError::TemplateArguments`].
+    pub fn check(&self, format: &dyn ChatFormat) -> Result<(), ServerError> {
+        let defaults = TemplateArguments::new(self, format, None).read();
+        defaults.map(drop).map_err(|(what, _)| ServerError::TemplateArguments(what))
+    }
+}
+
 impl Default for ServerConfig {
     fn default() -> Self {
         Self {
@@ -81,6 +97,7 @@ impl Default for ServerConfig {
             metrics_without_key: false,
             default_sampling: SamplingParams::default(),
             default_max_tokens: None,
+            default_template_arguments: Map::new(),
             eos: Vec::new(),
             enable_auto_tool_choice: true,
             keep_reasoning: false,

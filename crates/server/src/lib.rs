@@ -17,7 +17,8 @@
 //!   end wins, then the longest.
 //! - Log-probabilities cover the tokens of the visible text in chat, every token up to the end of the text in
 //!   completions, whose `tokens` line up with `token_ids`. Text parts of a message are joined without a separator.
-//! - `chat_template_kwargs` takes `reasoning_effort` and `enable_thinking` (false is effort `none`), nothing else.
+//! - `chat_template_kwargs` takes `reasoning_effort`, `enable_thinking` (false is effort `none`) and variables that the model's
+//!   own template reads, nothing else.
 //! - `/v1/completions` neither renders nor parses a chat: control tokens are skipped in its text unless
 //!   `skip_special_tokens` is false, and `token_ids` has them all.
 

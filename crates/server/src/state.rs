@@ -25,6 +25,9 @@ pub enum ServerError {
     /// No name to serve the model under.
     #[error("served_model_names must not be empty")]
     NoModelName,
+    /// An argument of the chat template that it does not take, or not so.
+    #[error("default_template_arguments: {0}")]
+    TemplateArguments(String),
     /// The metrics recorder refused its tables.
     #[error("metrics: {0}")]
     Metrics(#[from] metrics_exporter_prometheus::BuildError),
@@ -64,6 +67,7 @@ impl ServerState {
         config: ServerConfig,
     ) -> Result<Self, ServerError> {
         let model = config.served_model_names.first().ok_or(ServerError::NoModelName)?;
+        config.check(&*format)?;
         let metrics = Metrics::new(model, &engine)?;
         let mut eos = config.eos.clone();
         eos.extend(format.stop_ids().iter().filter(|id| !config.eos.contains(id)));

@@ -214,6 +214,32 @@ async fn errors_name_the_message() {
 }
 
 #[tokio::test]
+async fn template_arguments_of_a_request_go_over_the_operator_s() {
+    let template = "{% for m in messages %}{{ m.content }}{% endfor %} {{ style | default('-') }} {{ enable_thinking | default('-') }} \
+                    {{ reasoning_effort | default('-') }}";
+    let mut setup = Setup::hermes(&["<|im_end|>"]);
+    setup.files.chat_template = Some(template.to_owned());
+    let defaults = json!({"style": "brief", "enable_thinking": false});
+    setup.server.default_template_arguments = defaults.as_object().unwrap().clone();
+    let server = setup.start();
+    let told = async |kwargs: Value| {
+        let body = json!({"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": kwargs});
+        prompt(&server, body).await
+    };
+    assert_eq!(told(json!(null)).await, "a brief False none");
+    assert_eq!(told(json!({"style": "long"})).await, "a long False none");
+    assert_eq!(told(json!({"style": null, "enable_thinking": null})).await, "a - - -");
+    assert_eq!(told(json!({"enable_thinking": true, "reasoning_effort": "high"})).await, "a brief True high");
+    for kwargs in
+        [json!({"Style": "x"}), json!({"chat_template": "x"}), json!({"add_generation_prompt": false})]
+    {
+        let error = server.chat(&request(json!({"chat_template_kwargs": kwargs}))).await;
+        let found = (error.status.as_u16(), error.error()["param"].clone());
+        assert_eq!(found, (400, json!("chat_template_kwargs")), "{kwargs}");
+    }
+}
+
+#[tokio::test]
 async fn the_served_length_is_published() {
     let server = Setup::hermes(&["<|im_end|>"]).start();
     let models = server.get("/v1/models").await.json();

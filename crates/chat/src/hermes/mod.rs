@@ -62,6 +62,10 @@ impl ChatFormat for Hermes {
         text.rfind("<think>") > text.rfind("</think>")
     }
 
+    fn template_arguments(&self) -> &[String] {
+        self.renderer.arguments()
+    }
+
     fn stop_ids(&self) -> &[TokenId] {
         self.tokens.stop_ids()
     }

@@ -31,7 +31,25 @@ pub(super) struct Renderer {
     marks: Marks,
     /// Marks that the templates have themselves.
     seen: Seen,
+    /// What the templates read beyond what is set for them here, in order.
+    arguments: Vec<String>,
 }
+
+/// What is set here, and what transformers' own function takes: no argument of a request may pass for it.
+const RESERVED: &[&str] = &[
+    "messages",
+    "conversation",
+    "tools",
+    "documents",
+    "chat_template",
+    "template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+    "reasoning_effort",
+    "enable_thinking",
+];
 
 impl Renderer {
     pub(super) fn new(files: &PromptFiles, tokenizer: &Tokenizer) -> Result<Self, FormatError> {
@@ -42,7 +60,22 @@ impl Renderer {
             Template::new(&source).map_err(|what| FormatError::Template { what })
         };
         let (template, with_tools) = (compile(template)?, with_tools.map(&mut compile).transpose()?);
-        Ok(Self { template, with_tools, special: special_tokens(files), marks: Marks::new(tokenizer), seen })
+        let special = special_tokens(files);
+        let reserved = |name: &String| RESERVED.contains(&name.as_str()) || name.ends_with("_token");
+        let mut arguments: Vec<String> = [Some(&template), with_tools.as_ref()]
+            .into_iter()
+            .flatten()
+            .flat_map(Template::arguments)
+            .filter(|name| !reserved(name))
+            .collect();
+        arguments.sort();
+        arguments.dedup();
+        Ok(Self { template, with_tools, special, marks: Marks::new(tokenizer), seen, arguments })
+    }
+
+    /// What conversations may set beyond what they are.
+    pub(super) fn arguments(&self) -> &[String] {
+        &self.arguments
     }
 
     pub(super) fn render(
@@ -53,9 +86,16 @@ impl Renderer {
     ) -> Result<Vec<TokenId>, RenderError> {
         let messages = messages(conversation)?;
         let tools = tools(&conversation.tools)?;
+        let arguments = self.given(conversation)?;
         let mut seen = self.seen;
         let mut bytes = 0;
-        for json in messages.iter().flatten().map(|field| &field.value).chain(&tools) {
+        for json in messages
+            .iter()
+            .flatten()
+            .map(|field| &field.value)
+            .chain(&tools)
+            .chain(arguments.iter().map(|(_, value)| value))
+        {
             json.see(&mut seen);
             bytes += size(json);
         }
@@ -97,6 +137,7 @@ impl Renderer {
             context.push(("enable_thinking", Value::from(thinking)));
         }
 
+        context.extend(arguments.iter().map(|(name, value)| (*name, value.to_value(&marking))));
         let template = self.with_tools.as_ref().filter(|_| !tools.is_empty()).unwrap_or(&self.template);
         let items = (messages.len() + tools.len()) as u64;
         let fuel = FUEL + items.saturating_mul(FUEL_PER_ITEM) + bytes as u64 / BYTES_PER_FUEL;
@@ -110,6 +151,19 @@ impl Renderer {
                 }
             })?;
         Ok(marking.ids(&rendered, tokenizer))
+    }
+}
+
+impl Renderer {
+    /// The arguments of a conversation that the templates read.
+    fn given<'a>(&self, conversation: &'a Conversation) -> Result<Vec<(&'a str, Json)>, RenderError> {
+        let known = conversation.template_arguments.iter().filter(|(name, _)| self.arguments.contains(name));
+        let read = |(name, value): (&'a String, &serde_json::Value)| {
+            let what = || format!("the template argument {name} is nested too deeply");
+            let value = parse_json(&value.to_string());
+            Ok((name.as_str(), value.ok_or_else(|| RenderError { message: None, what: what() })?))
+        };
+        known.map(read).collect()
     }
 }
 

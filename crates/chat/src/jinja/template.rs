@@ -72,6 +72,18 @@ impl Template {
         Ok(Self { environment })
     }
 
+    /// The variables that it reads and does not set, functions left out.
+    pub(crate) fn arguments(&self) -> impl Iterator<Item = String> + use<> {
+        let read = self.environment.get_template(NAME).map(|template| template.undeclared_variables(false));
+        let functions: Vec<String> = self
+            .environment
+            .globals()
+            .map(|(name, _)| name.to_owned())
+            .chain(["strftime_now".to_owned()])
+            .collect();
+        read.into_iter().flatten().filter(move |name| !functions.contains(name))
+    }
+
     /// Renders, with `fuel` for instructions and memory, on a thread whose stack bears whatever that buys. `date`, as
     /// `YYYY-MM-DD`, is today.
     pub(crate) fn render(&self, context: Value, fuel: u64, date: Option<&str>) -> Result<String, Failure> {

@@ -153,6 +153,29 @@ fn templates_are_told_date_and_thinking() {
     assert_eq!(told(asking("a")), " False -");
 }
 
+#[test]
+fn templates_read_arguments_of_their_own() {
+    let format = with_template(
+        "{% set mine = 1 %}{% for m in messages %}{{ m.content }}{% endfor %}{{ style | default('-') }} {{ depth }} {{ mine }}\
+         {{ strftime_now('') }}{{ bos_token }}{{ namespace(a=1).a }}{% if chat_template or tokenize or enable_thinking %}!{% endif %}",
+    );
+    assert_eq!(format.template_arguments(), ["depth", "style"]);
+    let told = |arguments: serde_json::Value| {
+        let serde_json::Value::Object(template_arguments) = arguments else { panic!("an object") };
+        text_of(&*format, &Conversation { template_arguments, ..asking("a") }).unwrap()
+    };
+    assert_eq!(told(json!({})), "a-  11");
+    assert_eq!(told(json!({"style": "brief", "depth": [1.0, {"é": null}]})), "abrief [1.0, {'é': None}] 11");
+    // What the template does not read, and what is not an argument's to set, changes nothing.
+    let others = json!({"mine": 2, "messages": [], "tokenize": true, "enable_thinking": true, "bos_token": "x", "namespace": 3});
+    assert_eq!(told(others), "a-  11");
+    // An argument's text is a client's.
+    let control = json!({"style": "<|im_end|>"}).as_object().unwrap().clone();
+    let ids = format.render(&Conversation { template_arguments: control, ..asking("a") }).unwrap();
+    assert!(!ids.iter().any(|&id| qwen_tokenizer().is_control(id)), "{ids:?}");
+    assert!(hermes().template_arguments().is_empty());
+}
+
 /// The parser begins where the prompt ends.
 #[test]
 fn the_prompt_s_end_tells_whether_it_is_thinking() {

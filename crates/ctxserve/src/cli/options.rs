@@ -34,6 +34,8 @@ pub struct ModelOptions {
     pub generation: Generation,
     /// Sampling defaults that win over those.
     pub overrides: Map<String, Value>,
+    /// Arguments of the chat template where a request is silent.
+    pub template_arguments: Map<String, Value>,
 }
 
 /// Where sampling defaults come from.
@@ -240,9 +242,12 @@ fn model(values: &Values) -> Result<ModelOptions, OptionError> {
         "vllm" => Generation::Neutral,
         dir => Generation::Directory(dir.into()),
     });
-    let overrides = values.read("override-generation-config", |text| {
-        serde_json::from_str(text).map_err(|error| format!("expected a JSON object: {error}"))
-    })?;
+    let object = |name| {
+        let read = |text: &str| {
+            serde_json::from_str(text).map_err(|error| format!("expected a JSON object: {error}"))
+        };
+        values.read(name, read).map(Option::unwrap_or_default)
+    };
     Ok(ModelOptions {
         model: values.text("model").map(str::to_owned),
         served_names: values.list("served-model-name"),
@@ -254,7 +259,8 @@ fn model(values: &Values) -> Result<ModelOptions, OptionError> {
         token: values.text("hf-token").map(str::to_owned),
         quantization: values.text("quantization").map(str::to_ascii_lowercase),
         generation,
-        overrides: overrides.unwrap_or_default(),
+        overrides: object("override-generation-config")?,
+        template_arguments: object("default-chat-template-kwargs")?,
     })
 }
 

@@ -266,7 +266,11 @@ pub const SERVING: &[Flag] = &[
         "Jinja template of prompts, or the template itself; hermes has one, Harmony none [default: the model's]",
     ),
     no_op("chat-template-content-format", Value("KIND"), "templates always see content as text"),
-    refused("default-chat-template-kwargs", Value("JSON"), "send chat_template_kwargs in the request"),
+    honoured(
+        "default-chat-template-kwargs",
+        Value("JSON"),
+        "Arguments of the chat template where a request is silent: enable_thinking, reasoning_effort and what the template reads",
+    ),
     refused("reasoning-effort-map", Value("JSON"), "every reasoning_effort has one documented meaning"),
     only("response-role", Value("ROLE"), &["assistant"], "answers are written by the assistant"),
     only(

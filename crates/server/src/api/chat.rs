@@ -19,6 +19,7 @@ use crate::http::guard::Caller;
 use crate::http::sse;
 use crate::record::Accepted;
 use crate::state::{ServerState, unix_seconds};
+use crate::validate::arguments::TemplateArguments;
 use crate::validate::options::{Options, options, room};
 use crate::validate::tools::Calls;
 use crate::validate::{history, tools};
@@ -91,9 +92,10 @@ fn prepare(state: &ServerState, body: &[u8]) -> Result<Prepared, ApiError> {
     let tools = tools::tools(state.config(), fields.tools, text)?;
     let calls = tools::choice(state, fields.tool_choice.as_ref(), !tools.is_empty())?;
     let effort = fields.reasoning_effort.as_deref();
-    let kwargs = fields.chat_template_kwargs.as_ref();
+    let arguments =
+        TemplateArguments::new(state.config(), state.format(), fields.chat_template_kwargs.as_ref());
     let names: Vec<String> = tools.iter().map(|tool| tool.name.clone()).collect();
-    let conversation = history::conversation(state.config(), fields.messages, tools, effort, kwargs)?;
+    let conversation = history::conversation(state.config(), fields.messages, tools, effort, arguments)?;
     let prompt: Arc<[TokenId]> = state.format().render(&conversation)?.into();
     let parser = ParserOptions {
         calls: calls == Calls::Auto,

@@ -7,6 +7,7 @@ use ctxserve_core::TokenId;
 use crate::error::ApiError;
 use crate::http::body::{blocking, json, read};
 use crate::state::ServerState;
+use crate::validate::arguments::TemplateArguments;
 use crate::validate::{history, tools};
 use crate::wire;
 use crate::wire::chat_request::ChatFields;
@@ -53,13 +54,9 @@ fn rendered(
 ) -> Result<Vec<TokenId>, ApiError> {
     let tools = tools::tools(state.config(), chat.tools, body)?;
     let effort = chat.reasoning_effort.as_deref();
-    let conversation = history::conversation(
-        state.config(),
-        chat.messages,
-        tools,
-        effort,
-        chat.chat_template_kwargs.as_ref(),
-    )?;
+    let arguments =
+        TemplateArguments::new(state.config(), state.format(), chat.chat_template_kwargs.as_ref());
+    let conversation = history::conversation(state.config(), chat.messages, tools, effort, arguments)?;
     let format = state.format();
     Ok(if open_turn { format.render(&conversation) } else { format.render_history(&conversation) }?)
 }

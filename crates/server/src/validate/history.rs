@@ -1,13 +1,20 @@
 //! Messages of a chat request.
 
-use ctxserve_chat::{Conversation, FunctionTool, Message, ReasoningEffort, ToolCall};
-use serde_json::{Map, Value};
+use ctxserve_chat::{Conversation, FunctionTool, Message, ToolCall};
+use serde_json::Value;
 
+use super::arguments::{TemplateArguments, Told, level};
 use super::tools::{MAX_NAME, is_name_byte};
 use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::wire::chat_request::{WireFunctionCall, WireMessage, WireToolCall};
 use crate::wire::content::{Content, Part};
+
+/// 400 for a template argument, told apart by whether it is known at all.
+fn refused(what: String, known: bool) -> ApiError {
+    let param = "chat_template_kwargs";
+    if known { ApiError::invalid(param, what) } else { ApiError::unsupported(param, what) }
+}
 
 /// The conversation to render.
 ///
@@ -18,7 +25,7 @@ pub(crate) fn conversation(
     messages: Option<Vec<WireMessage>>,
     tools: Vec<FunctionTool>,
     effort: Option<&str>,
-    kwargs: Option<&Map<String, Value>>,
+    arguments: TemplateArguments<'_>,
 ) -> Result<Conversation, ApiError> {
     let messages = messages.unwrap_or_default();
     if messages.is_empty() {
@@ -29,12 +36,16 @@ pub(crate) fn conversation(
         let turn = turn(index, message, &turns)?;
         turns.push(turn);
     }
-    let (reasoning_effort, thinking) = template_arguments(effort, kwargs)?;
+    let Told { effort: from_arguments, thinking, others } =
+        arguments.read().map_err(|(what, known)| refused(what, known))?;
+    let effort = effort.map(|text| level(text).map_err(|what| ApiError::invalid("reasoning_effort", what)));
+    let reasoning_effort = effort.transpose()?.or(from_arguments);
     Ok(Conversation {
         messages: turns,
         tools,
         reasoning_effort,
         thinking,
+        template_arguments: others,
         current_date: config.prompt_date.date(),
         keep_reasoning: config.keep_reasoning,
     })
@@ -166,45 +177,5 @@ fn latest_call(earlier: &[Message], name: &str) -> Option<String> {
             tool_calls.iter().rev().find(|call| call.name == name).map(|call| call.id.clone())
         }
         _ => None,
-    })
-}
-
-/// Effort, and whether to think. Template arguments are an allowlist: nothing of the renderer can be reached through
-/// them.
-fn template_arguments(
-    effort: Option<&str>,
-    kwargs: Option<&Map<String, Value>>,
-) -> Result<(Option<ReasoningEffort>, Option<bool>), ApiError> {
-    let (mut from_kwargs, mut thinking) = (None, None);
-    for (key, value) in kwargs.into_iter().flatten() {
-        let invalid =
-            || ApiError::invalid("chat_template_kwargs", format!("'{key}' has a value of the wrong kind"));
-        match (key.as_str(), value) {
-            ("reasoning_effort" | "enable_thinking", Value::Null) => {}
-            ("reasoning_effort", Value::String(text)) => {
-                from_kwargs = Some(level(text, "chat_template_kwargs")?);
-            }
-            ("enable_thinking", Value::Bool(on)) => {
-                thinking = Some(*on);
-                if !on {
-                    from_kwargs = from_kwargs.or(Some(ReasoningEffort::None));
-                }
-            }
-            ("reasoning_effort" | "enable_thinking", _) => return Err(invalid()),
-            _ => {
-                let key: String = key.chars().take(64).collect();
-                let message = format!("'{key}' is not an accepted template argument");
-                return Err(ApiError::unsupported("chat_template_kwargs", message));
-            }
-        }
-    }
-    let effort = effort.map(|text| level(text, "reasoning_effort")).transpose()?;
-    Ok((effort.or(from_kwargs), thinking))
-}
-
-fn level(text: &str, param: &str) -> Result<ReasoningEffort, ApiError> {
-    ReasoningEffort::parse(text).ok_or_else(|| {
-        let message = "reasoning effort must be none, minimal, low, medium, high, xhigh or max";
-        ApiError::invalid(param, message)
     })
 }

@@ -1,26 +1,32 @@
 //! From wire types to what the engine and the chat format take. Every bound on a client's number is here or in
 //! [`ctxserve_core::limits`], once for all routes.
 
+pub(crate) mod arguments;
 pub(crate) mod history;
 pub(crate) mod options;
 pub(crate) mod prompts;
 pub(crate) mod tools;
 
-use ctxserve_chat::Conversation;
+use ctxserve_chat::{ChatFormat, Conversation};
 
 use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::wire::chat_request::ChatFields;
 use crate::wire::read::{json, text};
+use arguments::TemplateArguments;
 
 /// The conversation that `POST /v1/chat/completions` would render for this body; its other fields are not read.
 ///
 /// # Errors
 /// What the route would answer.
-pub fn conversation_from_json(config: &ServerConfig, body: &[u8]) -> Result<Conversation, ApiError> {
+pub fn conversation_from_json(
+    config: &ServerConfig,
+    format: &dyn ChatFormat,
+    body: &[u8],
+) -> Result<Conversation, ApiError> {
     let body = text(body)?;
     let fields: ChatFields = json(body)?;
     let tools = tools::tools(config, fields.tools, body)?;
-    let (effort, kwargs) = (fields.reasoning_effort.as_deref(), fields.chat_template_kwargs.as_ref());
-    history::conversation(config, fields.messages, tools, effort, kwargs)
+    let arguments = TemplateArguments::new(config, format, fields.chat_template_kwargs.as_ref());
+    history::conversation(config, fields.messages, tools, fields.reasoning_effort.as_deref(), arguments)
 }

@@ -25,6 +25,7 @@ pub(crate) struct Setup {
     pub(crate) context: usize,
     pub(crate) format: &'static str,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) files: PromptFiles,
 }
 
 impl Setup {
@@ -56,6 +57,7 @@ impl Setup {
             context: CONTEXT,
             format: "harmony",
             tokenizer: tokenizer(),
+            files: PromptFiles::default(),
         }
     }
 
@@ -69,8 +71,7 @@ impl Setup {
     pub(crate) fn start_with(self, runner: Box<dyn Runner>) -> Server {
         let tokenizer = self.tokenizer;
         let engine = Engine::start(runner, self.engine).unwrap();
-        let files = PromptFiles::default();
-        let format = formats::open(self.format, Arc::clone(&tokenizer), &files).unwrap();
+        let format = formats::open(self.format, Arc::clone(&tokenizer), &self.files).unwrap();
         let state = ServerState::new(engine.clone(), Arc::clone(&tokenizer), format, self.server).unwrap();
         Server { app: router(state.clone()), state, engine, tokenizer }
     }
