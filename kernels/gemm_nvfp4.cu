@@ -131,7 +131,7 @@ template <class S, Output OUT> DEVICE void consume(const Params& p, typename S::
                 constexpr int N = columns.value;
                 const Rows rows(p, strip);
                 float d[N / 2] = {};
-                multiply<N, S::MAX, S::LAG>(d, ring, weights, next, wgmma_descriptor(stages), steps, follower);
+                multiply<N, S::MAX, S::LAG, 2, true>(d, ring, weights, next, wgmma_descriptor(stages), steps, follower, [] {});
                 if (real) store<N, OUT>(p, d, rows, strip, token, end);
             });
         } else {

@@ -7,24 +7,23 @@
 
 #ifdef HOPPER
 
-template <int QUADS, int MAX, int SPLIT, int STAGES> DEVICE void gemm_nvfp4_few(const Params& p) {
-    constexpr int CONSUMERS = QUADS * 4, PIECES = (CONSUMERS * (MAX / 8) + SPLIT - 1) / SPLIT, STAGE_BYTES = MAX * 128;
+template <int QUADS, int MAX, int SPLIT, int STAGES, int BUFFERS> DEVICE void gemm_nvfp4_few(const Params& p) {
+    constexpr int WARPS = QUADS * 4, PIECES = (WARPS * (MAX / 8) + SPLIT - 1) / SPLIT, STAGE_BYTES = MAX * 128;
     // After the ring: pieces of 512 bytes from each block.
     extern __shared__ __align__(1024) char shared[];
     __shared__ __align__(8) uint64_t barriers[2 * STAGES + 1];
     const uint32_t stages = shared_address(shared), inbox = shared_address(barriers + 2 * STAGES);
-    Ring<STAGES, 1, CONSUMERS> ring(shared_address(barriers));
+    Ring<STAGES, 1, WARPS> ring(shared_address(barriers));
     const int rank = cluster_rank(), tile = blockIdx.x / SPLIT, tiles = (p.tokens + p.height - 1) / p.height;
     const int quad = tile / tiles * QUADS, token = tile % tiles * p.height;
     const int strips = p.rows / STRIP_ROWS, all = p.cols / 64;
     const int begin = all * rank / SPLIT, steps = all * (rank + 1) / SPLIT - begin;
     const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
-    const int strip = min(quad * 4 + warp, strips - 1);
-    if (threadIdx.x == CONSUMERS * 32) ring.init();
+    if (threadIdx.x == 0) ring.init();
     Weights weights;
-    if (warp < CONSUMERS && steps > 0) {
+    if (steps > 0) {
         // The first weights do not wait for the kernel before.
-        const char* from = p.w + strip * nv_strip_bytes(all);
+        const char* from = p.w + min(quad * 4 + warp, strips - 1) * nv_strip_bytes(all);
         weights.enter(from, begin, all);
         weights.fill(steps);
         const int held = (steps - 1) % GROUP + 1, more = min(steps - held, p.ahead);
@@ -37,29 +36,38 @@ template <int QUADS, int MAX, int SPLIT, int STAGES> DEVICE void gemm_nvfp4_few(
     __syncthreads();
     pdl_wait();
     const int live = uniform(min(*p.live, p.tokens)), tokens = max(0, min(p.height, live - token)), blocks = (tokens + 7) / 8;
+    // The first thread also asks for the tokens: all that there is room for, then each step those that take the place of the step before
+    // (of the one before that, whose products are known to be done).
+    Ring<STAGES, 1, WARPS> asked = ring;
+    int wanted = steps;
+    const char* x = static_cast<const char*>(p.x) + (static_cast<size_t>(begin) * p.capacity + token) * 128;
+    const auto ask = [&] {
+        barrier_expect(asked.full(), blocks * 1024);
+        bulk_load(stages + asked.stage * STAGE_BYTES, x, blocks * 1024, asked.full());
+        x += static_cast<size_t>(p.capacity) * 128;
+        asked.advance();
+        --wanted;
+    };
+    if (threadIdx.x == 0 && tokens > 0) {
+        global_proxy_fence();
+        for (int k = min(STAGES, steps); k > 0; --k) ask();
+    }
+    int early = BUFFERS;  // steps before a place is free
+    const auto fed = [&] {
+        if (warp == 0 && --early <= 0) {
+            if (lane == 0 && wanted > 0) {
+                barrier_wait(asked.empty(), asked.parity ^ 1);
+                ask();
+            }
+            __syncwarp();
+        }
+    };
     // Pieces of this tile, and of those, how many this block adds up.
-    const int pieces = CONSUMERS * blocks, mine = (pieces - rank + SPLIT - 1) / SPLIT;
+    const int pieces = WARPS * blocks, mine = (pieces - rank + SPLIT - 1) / SPLIT;
     if (threadIdx.x == 0) inbox_open(inbox, SPLIT * mine * 512);
     __syncwarp();
     // Inboxes are open once all have come here.
     cluster_arrive();
-    if (warp == CONSUMERS) {
-        if (lane == 0 && tokens > 0) {
-            global_proxy_fence();
-            const char* x = static_cast<const char*>(p.x) + (static_cast<size_t>(begin) * p.capacity + token) * 128;
-            for (int k = 0; k < steps; ++k) {
-                ring.wait_empty();
-                barrier_expect(ring.full(), blocks * 1024);
-                bulk_load(stages + ring.stage * STAGE_BYTES, x, blocks * 1024, ring.full());
-                x += static_cast<size_t>(p.capacity) * 128;
-                ring.advance();
-            }
-        }
-        __syncwarp();
-        if (p.launch > 0) pdl_launch();
-        cluster_wait();
-        return;
-    }
     if (tokens == 0) {
         cluster_wait();
         return;
@@ -69,7 +77,8 @@ template <int QUADS, int MAX, int SPLIT, int STAGES> DEVICE void gemm_nvfp4_few(
         float d[N / 2];
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) d[i] = 0;
-        if (steps > 0) multiply<N, MAX, -1>(d, ring, weights, nullptr, wgmma_descriptor(stages), steps, 0);
+        if (steps > 0) multiply<N, MAX, -1, BUFFERS, false>(d, ring, weights, nullptr, wgmma_descriptor(stages), steps, 0, fed);
+        if (p.launch > 0) pdl_launch();
         cluster_wait();
         const uint32_t to = stages + STAGES * STAGE_BYTES + rank * (PIECES * 512) + lane * 16;
         int owner = warp * blocks % SPLIT, place = warp * blocks / SPLIT;
@@ -81,7 +90,7 @@ template <int QUADS, int MAX, int SPLIT, int STAGES> DEVICE void gemm_nvfp4_few(
         }
     });
     inbox_wait(inbox);
-    for (int place = warp; place < mine; place += CONSUMERS) {
+    for (int place = warp; place < mine; place += WARPS) {
         const int piece = place * SPLIT + rank, of = quad * 4 + piece / blocks, at = token + piece % blocks * 8;
         if (of >= strips) continue;
         const Rows rows(p, of);
@@ -97,25 +106,26 @@ template <int QUADS, int MAX, int SPLIT, int STAGES> DEVICE void gemm_nvfp4_few(
     }
 }
 
-#define BODY(QUADS, MAX, SPLIT, STAGES) gemm_nvfp4_few<QUADS, MAX, SPLIT, STAGES>(p)
+#define BODY(QUADS, MAX, SPLIT, STAGES, BUFFERS) gemm_nvfp4_few<QUADS, MAX, SPLIT, STAGES, BUFFERS>(p)
 #define CLUSTER(SPLIT) __cluster_dims__(SPLIT, 1, 1)
 #else
-#define BODY(QUADS, MAX, SPLIT, STAGES)
+#define BODY(QUADS, MAX, SPLIT, STAGES, BUFFERS)
 #define CLUSTER(SPLIT)
 #endif
 
 // QUADS quads by MAX tokens, SPLIT blocks of a cluster, BLOCKS of a multiprocessor.
-#define DEFINE(QUADS, MAX, SPLIT, STAGES, BLOCKS)                                                                                 \
-    KERNEL CLUSTER(SPLIT) __launch_bounds__(QUADS * 128 + 32, BLOCKS)                                                             \
-        gemm_nvfp4_few_##QUADS##x##MAX##_##SPLIT(const __grid_constant__ Params p) { BODY(QUADS, MAX, SPLIT, STAGES); }
-DEFINE(2, 64, 4, 6, 2)
-DEFINE(2, 64, 6, 6, 2)
-DEFINE(2, 64, 8, 6, 2)
-DEFINE(4, 64, 4, 12, 1)
-DEFINE(4, 64, 5, 12, 1)
-DEFINE(4, 64, 8, 12, 1)
-DEFINE(5, 64, 2, 12, 1)
-DEFINE(2, 128, 4, 6, 1)
-DEFINE(2, 128, 6, 6, 1)
-DEFINE(3, 128, 2, 6, 1)
-DEFINE(3, 128, 4, 6, 1)
+#define DEFINE(QUADS, MAX, SPLIT, STAGES, BUFFERS, BLOCKS)                                                                        \
+    KERNEL CLUSTER(SPLIT) __launch_bounds__(QUADS * 128, BLOCKS)                                                                  \
+        gemm_nvfp4_few_##QUADS##x##MAX##_##SPLIT(const __grid_constant__ Params p) { BODY(QUADS, MAX, SPLIT, STAGES, BUFFERS); }
+DEFINE(2, 64, 4, 6, 2, 2)
+DEFINE(2, 64, 6, 6, 2, 2)
+DEFINE(2, 64, 8, 6, 2, 2)
+DEFINE(4, 64, 4, 12, 2, 1)
+DEFINE(4, 64, 5, 12, 2, 1)
+DEFINE(4, 64, 8, 12, 2, 1)
+DEFINE(5, 64, 2, 12, 1, 1)
+DEFINE(2, 128, 4, 6, 2, 1)
+DEFINE(2, 128, 6, 6, 2, 1)
+DEFINE(3, 128, 2, 6, 2, 1)
+DEFINE(3, 128, 4, 6, 2, 1)
+DEFINE(4, 128, 6, 6, 1, 1)

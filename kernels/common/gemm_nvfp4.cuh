@@ -130,11 +130,13 @@ struct Weights {
 };
 
 // Adds to d the products of one strip's next `steps` tiles with the next stages of N tokens. Leaves the first group of `next`, a strip
-// of `steps` tiles, in `weights`, if there is one. After LAG steps of the second group tells `follower`, if there is one.
-template <int N, int MAX, int LAG, class R>
-DEVICE void multiply(float (&d)[N / 2], R& ring, Weights& weights, const char* next, uint64_t descriptor, int steps, uint32_t follower) {
-    const int t = threadIdx.x % 4, first = (steps - 1) % GROUP + 1, lead = steps % GROUP;
-    uint32_t a[2][4][4];
+// of `steps` tiles, in `weights`, if there is one. After LAG steps of the first whole group tells `follower`, if there is one. With two BUFFERS
+// codes are spread while the products of the tile before run; with one, other warps' products run. `fed` is called after each step.
+template <int N, int MAX, int LAG, int BUFFERS, bool STAYS, class R, class Fed>
+DEVICE void multiply(float (&d)[N / 2], R& ring, Weights& weights, const char* next, uint64_t descriptor, int steps, uint32_t follower,
+                     const Fed& fed) {
+    const int t = threadIdx.x % 4, first = (steps - 1) % GROUP + 1, lead = STAYS ? first : steps % GROUP;
+    uint32_t a[BUFFERS][4][4];
     const auto product = [&](const uint32_t (&operand)[4][4]) {
         const uint64_t b = descriptor + ring.stage * (MAX * 8);
         wgmma_fence();
@@ -160,7 +162,7 @@ DEVICE void multiply(float (&d)[N / 2], R& ring, Weights& weights, const char* n
     const auto scales_of = [&](uint2 scales, int i) {
         return make_uint2(__shfl_sync(~0u, scales.x, i, 4), __shfl_sync(~0u, scales.y, i, 4));
     };
-    if (lead > 0) {
+    if (STAYS || lead > 0) {
         const uint2 scales = turn(lead);
         int i = 0;
         do {
@@ -172,6 +174,7 @@ DEVICE void multiply(float (&d)[N / 2], R& ring, Weights& weights, const char* n
             wgmma_wait<0>();
             give_back(ring.empty());
             ring.advance();
+            fed();
         } while (++i < lead);
 #pragma unroll
         for (i = 0; i < GROUP; ++i)
@@ -184,14 +187,16 @@ DEVICE void multiply(float (&d)[N / 2], R& ring, Weights& weights, const char* n
         const uint2 scales = turn(k + GROUP);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
-            nv_dequantise(weights.held[i], scales_of(scales, i), a[i % 2]);
+            nv_dequantise(weights.held[i], scales_of(scales, i), a[i % BUFFERS]);
             if (i < refill) weights.held[i] = load_streaming(weights.codes + i * NV_TILE_CODES);
             ring.wait_full();
-            product(a[i % 2]);
-            wgmma_wait<1>();
-            if (i > 0 || k > lead) give_back(before);
+            product(a[i % BUFFERS]);
+            wgmma_wait<BUFFERS - 1>();
+            if (BUFFERS == 1) give_back(ring.empty());
+            else if (i > 0 || k > lead) give_back(before);
             before = ring.empty();
             ring.advance();
+            fed();
             if (i == LAG && k == lead && follower) give_back(follower);
         }
         weights.codes += refill * NV_TILE_CODES;
@@ -199,7 +204,7 @@ DEVICE void multiply(float (&d)[N / 2], R& ring, Weights& weights, const char* n
     }
     wgmma_wait<0>();
     wgmma_settle(d);
-    if (steps > lead) give_back(before);
+    if (BUFFERS == 2 && steps > lead) give_back(before);
 }
 
 template <int N> struct Columns {

@@ -136,7 +136,7 @@ const fn few(
     Few { name, quads, tokens, split, stages, blocks }
 }
 
-const FEWS: [Few; 11] = [
+const FEWS: [Few; 12] = [
     few("gemm_nvfp4_few_2x64_4", 2, 64, 4, 6, 2),
     few("gemm_nvfp4_few_2x64_6", 2, 64, 6, 6, 2),
     few("gemm_nvfp4_few_2x64_8", 2, 64, 8, 6, 2),
@@ -148,6 +148,7 @@ const FEWS: [Few; 11] = [
     few("gemm_nvfp4_few_2x128_6", 2, 128, 6, 6, 1),
     few("gemm_nvfp4_few_3x128_2", 3, 128, 2, 6, 1),
     few("gemm_nvfp4_few_3x128_4", 3, 128, 4, 6, 1),
+    few("gemm_nvfp4_few_4x128_6", 4, 128, 6, 6, 1),
 ];
 
 /// By output, then by the order of `Spread`'s last four.
@@ -169,7 +170,7 @@ impl Few {
     }
 
     fn threads(&self) -> u32 {
-        self.quads as u32 * 128 + 32
+        self.quads as u32 * 128
     }
 }
 
@@ -315,6 +316,11 @@ impl GemmNvfp4 {
     /// No code for this device.
     pub fn portable(device: &Device) -> Result<Self, DeviceError> {
         Self::of(device, true)
+    }
+
+    /// The ways in which blocks share columns.
+    pub fn shared_ways() -> impl Iterator<Item = Spread> {
+        FEWS.iter().map(|few| Spread::Few { quads: few.quads, tokens: few.tokens, split: few.split })
     }
 
     fn of(device: &Device, portable: bool) -> Result<Self, DeviceError> {
