@@ -35,7 +35,7 @@ fn others(tokens: usize) -> Vec<Plan> {
 }
 
 pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
-    let cases = CASES.iter().filter(|(name, ..)| bench.wants(&format!("gemm_nvfp4 {name}")));
+    let cases = CASES.iter().filter(|(name, ..)| bench.wants(&format!("gemm_nvfp4_{name}")));
     let cases: Vec<_> = cases.copied().collect();
     if cases.is_empty() {
         return Ok(());
@@ -96,7 +96,7 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                 };
                 let mark = if at == 0 { "*" } else { " " };
                 let launches = if tokens > 1024 { sets.min(4) } else { sets };
-                bench.time(&format!("gemm_nvfp4 {name} {tokens}{mark} {plan}"), work, launches, issue)?;
+                bench.time(&format!("gemm_nvfp4_{name} {tokens}{mark} {plan}"), work, launches, issue)?;
             }
             let issue = |at: usize| {
                 let call = gemm::Call {
@@ -116,7 +116,7 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
             };
             let bytes = (rows * cols * 2 + tokens * (cols * 2 + 4 * rows)) as f64;
             let work = Work { bytes, ..work };
-            bench.time(&format!("gemm_nvfp4 {name} {tokens}  bf16 weights"), work, wide_sets, issue)?;
+            bench.time(&format!("gemm_nvfp4_{name} {tokens}  bf16 weights"), work, wide_sets, issue)?;
         }
     }
     Ok(())
