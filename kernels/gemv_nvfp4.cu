@@ -17,11 +17,12 @@ struct Params {
     const int* live;       // token rows to do; what later ones hold stays with them and is not written
     void* y;               // [rows, stride]: float32, stored or added to; or bf16 of SwiGLU
     int tiles;             // of a strip
-    int strips;
+    int each, more;        // strips of a cluster; the first `more` have one more
     int rows;
     int stride;
-    int pieces;            // 1, 2, 4 or 8: warps that share a block's columns
+    int pieces;            // warps that share a block's columns, as a power of two: 0 to 3
     int stages;            // strips in the ring
+    int reciprocal;        // 65536 / pairs of rows, rounded up
     int launch;            // the next kernel may start when this many strips have not been asked for yet
     int output;            // 0: stored, 1: added, 2: SwiGLU
     float mean;            // one over the columns that are normed over
@@ -33,7 +34,8 @@ constexpr int MOST_STAGES = 16, MOST_SPLIT = 4;
 constexpr int STORED = 0, ADDED = 1, SWIGLU = 2;
 
 #ifdef HOPPER
-DEVICE int share(int all, int part, int parts) { return all * part / parts; }
+// Everything is shared among powers of two: `parts` is the exponent. Divisions would be on the way of a row's answer.
+DEVICE int share(int all, int part, int parts) { return all * part >> parts; }
 
 DEVICE void load_matrices(uint4& v, uint32_t at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -69,14 +71,14 @@ template <int SPLIT> struct Block {
 
     __device__ __forceinline__ explicit Block(const Params& p, uint32_t shared) : p(p), shared(shared) {
         rank = SPLIT > 1 ? cluster_rank() : 0;
-        first_tile = share(p.tiles, rank, SPLIT), tiles = share(p.tiles, rank + 1, SPLIT) - first_tile;
-        const int cluster = blockIdx.x / SPLIT, clusters = gridDim.x / SPLIT;
-        begin = share(p.strips, cluster, clusters), count = share(p.strips, cluster + 1, clusters) - begin;
+        first_tile = p.tiles * rank / SPLIT, tiles = p.tiles * (rank + 1) / SPLIT - first_tile;
+        const int cluster = blockIdx.x / SPLIT;
+        begin = cluster * p.each + min(cluster, p.more), count = p.each + (cluster < p.more);
         pairs = (p.rows + 1) / 2;
     }
     __device__ __forceinline__ int most_tiles() const { return (p.tiles + SPLIT - 1) / SPLIT; }
     __device__ __forceinline__ int owned() const { return (count - rank + SPLIT - 1) / SPLIT; }
-    __device__ __forceinline__ int parts() const { return SPLIT * p.pieces; }
+    __device__ __forceinline__ int parts() const { return SPLIT << p.pieces; }
     __device__ __forceinline__ int part_bytes() const { return pairs * 128; }
 
     // Barriers.
@@ -100,9 +102,9 @@ template <int SPLIT> struct Block {
     __device__ __forceinline__ uint32_t stage_bytes() const { return most_tiles() * (NV_TILE_CODES + NV_TILE_SCALES); }
 
     __device__ __forceinline__ void init() const {
-        for (int stage = 0; stage < p.stages; ++stage) barrier_init(full(stage), 1), barrier_init(empty(stage), p.pieces);
+        for (int stage = 0; stage < p.stages; ++stage) barrier_init(full(stage), 1), barrier_init(empty(stage), 1 << p.pieces);
         for (int slot = 0; slot < FINISHERS; ++slot) {
-            barrier_init(summed(slot), SPLIT > 1 ? 1 : p.pieces);
+            barrier_init(summed(slot), SPLIT > 1 ? 1 : 1 << p.pieces);
             for (int owner = 0; owner < SPLIT; ++owner) barrier_init(free(owner, slot), 1);
         }
         barrier_init(tokens_full(), 1), barrier_init(norm_full(), 1), barrier_init(squares_full(), 1);
@@ -151,7 +153,7 @@ template <int SPLIT> struct Copier {
 // UNITS * 4 to a lane at a time.
 template <int SPLIT, int UNITS, int ROWS> DEVICE void stage_normed(const Block<SPLIT>& b, int warp, int lane) {
     const Params& p = b.p;
-    const int first = share(b.tiles * 16, warp, MULTIPLIERS), units = share(b.tiles * 16, warp + 1, MULTIPLIERS) - first;
+    const int first = b.tiles * 2 * warp, units = b.tiles * 2;
     const float4* const from = reinterpret_cast<const float4*>(static_cast<const float*>(p.x) + b.first_tile * 64) + first;
     for (int row0 = 0; row0 < p.rows; row0 += ROWS) {
         float squares[ROWS];
@@ -202,17 +204,22 @@ template <int SPLIT, int UNITS, int ROWS> DEVICE void stage_normed(const Block<S
     }
 }
 
+DEVICE void load_tile(uint4& codes, uint2& scales, uint32_t codes_at, uint32_t scales_at) {
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(codes.x), "=r"(codes.y), "=r"(codes.z), "=r"(codes.w) : "r"(codes_at));
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(scales.x), "=r"(scales.y) : "r"(scales_at));
+}
+
 // Pieces of strips.
 template <int SPLIT, int NT> DEVICE void multiply(const Block<SPLIT>& b, int warp, int lane) {
     const Params& p = b.p;
-    const int piece = warp % p.pieces, group = warp / p.pieces, groups = MULTIPLIERS / p.pieces, g = lane / 4, t = lane % 4;
+    const int piece = warp & ((1 << p.pieces) - 1), group = warp >> p.pieces, groups = MULTIPLIERS >> p.pieces, g = lane / 4, t = lane % 4;
     const int first = share(b.tiles, piece, p.pieces), count = share(b.tiles, piece + 1, p.pieces) - first;
     uint32_t tokens[NT];
 #pragma unroll
     for (int n = 0; n < NT; ++n)
         tokens[n] = b.tokens() + min(n * 8 + lane % 8, p.rows - 1) * b.token_bytes() + first * 128 + lane / 8 * 16;
-    int stage = group % p.stages;
-    uint32_t parity = (group / p.stages) & 1;
+    int stage = group;
+    uint32_t parity = 0;
 #pragma unroll 1
     for (int strip = group; strip < b.count; strip += groups) {
         const uint32_t base = b.ring() + stage * b.stage_bytes();
@@ -226,18 +233,19 @@ template <int SPLIT, int NT> DEVICE void multiply(const Block<SPLIT>& b, int war
         uint32_t at[NT];
 #pragma unroll
         for (int n = 0; n < NT; ++n) at[n] = tokens[n];
+        uint4 next;
+        uint2 next_scales;
+        load_tile(next, next_scales, codes_at, scales_at);
 #pragma unroll 2
         for (int tile = 0; tile < count; ++tile) {
-            uint4 codes;
-            uint2 scales;
-            asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(codes.x), "=r"(codes.y), "=r"(codes.z), "=r"(codes.w)
-                         : "r"(codes_at));
-            asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(scales.x), "=r"(scales.y) : "r"(scales_at));
+            const uint4 codes = next;
+            const uint2 scales = next_scales;
             uint4 x[NT][2];
 #pragma unroll
             for (int n = 0; n < NT; ++n) load_matrices(x[n][0], at[n]), load_matrices(x[n][1], at[n] + 64), at[n] += 128;
             codes_at += NV_TILE_CODES, scales_at += NV_TILE_SCALES;
+            // Beyond the last it reads what lies there, which is not used.
+            load_tile(next, next_scales, codes_at, scales_at);
             uint32_t a[4][4];
             nv_dequantise(codes, scales, a);
 #pragma unroll
@@ -259,7 +267,7 @@ template <int SPLIT, int NT> DEVICE void multiply(const Block<SPLIT>& b, int war
             if (SPLIT > 1) wait_cluster(b.free(owner, slot), (round - 1) & 1);
             else barrier_wait(b.free(owner, slot), (round - 1) & 1);
         }
-        const uint32_t to = b.sums() + (slot * b.parts() + b.rank * p.pieces + piece) * b.part_bytes();
+        const uint32_t to = b.sums() + (slot * b.parts() + (b.rank << p.pieces) + piece) * b.part_bytes();
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
             const int pair = n * 4 + t;
@@ -281,8 +289,8 @@ template <int SPLIT, int NT> DEVICE void finish(const Block<SPLIT>& b, int finis
     const Params& p = b.p;
     const int owned = b.owned(), items = 8 * b.pairs;
     // Of each of a lane's items: row in the strip, pair of tokens.
-    const auto g_of = [&](int k) { return (k * 32 + lane) / b.pairs; };
-    const auto pair_of = [&](int k) { return (k * 32 + lane) % b.pairs; };
+    const auto g_of = [&](int k) { return (k * 32 + lane) * p.reciprocal >> 16; };
+    const auto pair_of = [&](int k) { return k * 32 + lane - g_of(k) * b.pairs; };
     const auto strip_of = [&](int turn) { return b.begin + turn * SPLIT + b.rank; };
     constexpr int MOST = (8 * 4 * NT + 31) / 32;
     float factors[MOST][2];

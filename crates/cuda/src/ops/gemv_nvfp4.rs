@@ -16,6 +16,8 @@ const MULTIPLIERS: usize = 8;
 const FINISHERS: usize = 3;
 const MOST_STAGES: usize = 16;
 const TILE_BYTES: usize = 512 + 64;
+/// Bytes after the ring that may be read, though not used.
+const SLACK: usize = 512;
 /// Shared memory of a block, so that those of two launches fit side by side.
 const HALF: usize = 113 * 1024;
 
@@ -95,7 +97,7 @@ fn shared(dims: &Dims, split: usize, pieces: usize, stages: usize) -> usize {
     let normed = if dims.normed { 16 * split * MULTIPLIERS * 4 + tiles * 256 } else { 0 };
     let tokens = dims.rows * (tiles * 128 + 16);
     let sums = FINISHERS * split * pieces * dims.rows.div_ceil(2) * 128;
-    (512 + normed + tokens + sums).next_multiple_of(128) + stages * tiles * TILE_BYTES
+    (512 + normed + tokens + sums).next_multiple_of(128) + stages * tiles * TILE_BYTES + SLACK
 }
 
 impl Plan {
@@ -164,11 +166,13 @@ struct Arguments {
     live: u64,
     y: u64,
     tiles: i32,
-    strips: i32,
+    each: i32,
+    more: i32,
     rows: i32,
     stride: i32,
     pieces: i32,
     stages: i32,
+    reciprocal: i32,
     launch: i32,
     output: i32,
     mean: f32,
@@ -230,6 +234,9 @@ impl GemvNvfp4 {
             (4, true) => "gemv_nvfp4_4_2",
             _ => return Err(DeviceError::new(OP, format!("no kernel for {plan}"))),
         };
+        if !matches!(plan.pieces, 2 | 4 | 8) || plan.clusters == 0 {
+            return Err(DeviceError::new(OP, format!("no kernel for {plan}")));
+        }
         let kernel = device.kernel(OP, name, device.facts().shared_memory as usize)?;
         Ok(Self { dims, plan, kernel })
     }
@@ -273,11 +280,13 @@ impl GemvNvfp4 {
             live: call.live.address(),
             y,
             tiles: (cols / 64) as i32,
-            strips: (outputs / STRIP_ROWS) as i32,
+            each: (outputs / STRIP_ROWS / plan.clusters) as i32,
+            more: (outputs / STRIP_ROWS % plan.clusters) as i32,
             rows: rows as i32,
             stride: stride as i32,
-            pieces: plan.pieces as i32,
+            pieces: plan.pieces.ilog2() as i32,
             stages: plan.stages as i32,
+            reciprocal: (1_usize << 16).div_ceil(rows.div_ceil(2)) as i32,
             launch: plan.launch as i32,
             output,
             mean,
