@@ -4,6 +4,7 @@
 mod date;
 mod json;
 mod marks;
+mod sums;
 mod template;
 
 pub(crate) use json::{Json, parse as parse_json};

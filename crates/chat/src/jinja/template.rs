@@ -9,6 +9,7 @@ use minijinja_contrib::pycompat;
 
 use super::date::Date;
 use super::json::{Style, dump, str_of_float};
+use super::sums;
 
 /// A larger template is refused. Known ones are under 100 KB.
 const MAX_SOURCE: usize = 1 << 20;
@@ -45,7 +46,8 @@ impl Template {
         }
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|error| error.to_string())?);
+        let syntax = syntax.map_err(|error| error.to_string())?;
+        environment.set_syntax(syntax.clone());
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_unknown_method_callback(method);
         environment.remove_filter("format");
@@ -67,7 +69,8 @@ impl Template {
         });
         // Jinja's lexer does that.
         let source = source.replace("\r\n", "\n").replace('\r', "\n");
-        let source = without_generation_tags(&source);
+        let source = sums::bounded(&without_generation_tags(&source), NAME, syntax)?;
+        sums::install(&mut environment);
         environment.add_template_owned(NAME, source).map_err(|error| error.to_string())?;
         Ok(Self { environment })
     }

@@ -34,6 +34,7 @@ fn everywhere(fill: &str) -> Conversation {
         tools,
         thinking: None,
         reasoning_effort: None,
+        template_arguments: serde_json::Map::new(),
         current_date: Some(fill.to_owned()),
         keep_reasoning: true,
     }

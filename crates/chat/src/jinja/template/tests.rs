@@ -41,6 +41,16 @@ fn python_s_methods_and_slices() {
 }
 
 #[test]
+fn additions_are_python_s() {
+    gives("{{ 1 + 2 * 3 }} {{ 'a' + 'b' ~ 'c' + 'd' }} {{ 1.5 + 1 }} {{ (1 + 2) * 3 }}", "7 abcd 2.5 9");
+    gives("{{ list + [5] + [6] }} {{ (list + [5])[-1] }} {{ [] + [] }}", "[1, 2, 3, 4, 5, 6] 5 []");
+    gives("{% set x = text[0] + '\n' -%}\n  {{- x + 'é' + ('q' if x + '' else 'r') }}", "a\néq");
+    gives("{{ list | sum }} {{ [{'n': 2}] | sum(attribute='n') }} {{ list | sum(start=1) }}", "10 2 11");
+    let long = format!("{{{{ {} }}}}", ["'a'"; 60].join(" + "));
+    gives(&long, &"a".repeat(60));
+}
+
+#[test]
 fn blocks_are_trimmed_as_hugging_face_does() {
     gives("  {% if true %}\nx\n  {% endif %}\ny\n", "x\ny");
     gives("{%- if true %}\n    {{- 'a' }}\n{%- endif %}\n", "a");
@@ -85,6 +95,12 @@ fn time_and_memory_are_bounded() {
         "{% set ns = namespace(a='aa') %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}{{ ns.a }}",
         "{{ range(100000) | join('aaaaaaaa' * 100000) }}",
         "{{ 'a' | indent(1000000000) }}",
+        // Lists, which the engine joins for nothing until it copies them.
+        "{% set ns = namespace(a=list) %}{% for i in range(60) %}{% set ns.a = ns.a + ns.a %}{% endfor %}{{ ns.a | length }}",
+        "{% set ns = namespace(a=[1] * 100000) %}{% for i in range(60) %}{% set ns.a = ns.a + [1] %}{% endfor %}done",
+        "{% set ns = namespace(a=[1] * 100000) %}{% for i in range(60) %}{% set ns.a = [1] + ns.a %}{% endfor %}done",
+        "{% macro f(a, n) %}{% if n %}{{ f(a + a, n - 1) }}{% endif %}{% endmacro %}{{ f(list, 40) }}",
+        "{% set joined = 1 %}{% for a in [list] recursive %}{{ loop([a + a]) }}{% endfor %}",
     ] {
         assert_eq!(render(source), Err(Failure::TooMuch), "{source}");
     }
@@ -95,6 +111,9 @@ fn time_and_memory_are_bounded() {
         "{{ '%99999999d' | format(5) }}",
         "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
         "{{ ''.__class__.__mro__ }}",
+        "{% set ns = namespace(a=list) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] | sum(start=[]) %}{% endfor %}",
+        "{{ ['aaaaaaaa' * 100000] * 100000 | sum(start='') }}",
+        "{% set ns = namespace(a=list) %}{% for i in range(60) %}{% set ns.a = ns.a | chain(ns.a) %}{% endfor %}",
     ] {
         assert!(
             matches!(Template::new(source).map(|_| render(source)), Ok(Err(Failure::Broken(_))) | Err(_)),
