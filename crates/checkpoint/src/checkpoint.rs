@@ -13,6 +13,7 @@ use crate::error::{CheckpointError, quoted};
 use crate::formats::{self, QuantFormat};
 use crate::header::Entry;
 use crate::json;
+use crate::quantised::{self, Quantised};
 use crate::source::Source;
 use crate::store::Store;
 
@@ -25,6 +26,7 @@ pub struct Checkpoint {
     generation_config: Option<Value>,
     store: Store,
     format: Box<dyn QuantFormat>,
+    quantised: Option<Quantised>,
 }
 
 /// A tensor that never was in a file.
@@ -58,7 +60,7 @@ impl Checkpoint {
         let hf_quant_config = json::read_object(dir, "hf_quant_config.json")?;
         let store = directory::open(dir)?;
         let format = formats::detect(Some(dir), &config, hf_quant_config.as_ref(), &store)?;
-        Ok(Self { dir: Some(dir.to_owned()), config, generation_config, store, format })
+        Ok(Self { dir: Some(dir.to_owned()), config, generation_config, store, format, quantised: None })
     }
 
     /// A checkpoint without files, under the same rules.
@@ -80,7 +82,19 @@ impl Checkpoint {
             store.add(Source::memory(data), vec![entry])?;
         }
         let format = formats::detect(None, &config, None, &store)?;
-        Ok(Self { dir: None, config, generation_config: None, store, format })
+        Ok(Self { dir: None, config, generation_config: None, store, format, quantised: None })
+    }
+
+    /// The same checkpoint, whose expert stacks are quantised to MXFP4 as they are read, to the bytes that [`crate::convert`]
+    /// would write. All else is read as it is stored. `wants` is every tensor of the model.
+    ///
+    /// # Errors
+    /// A model without experts, and experts whose inputs are not whole blocks.
+    pub fn with_experts_in_mxfp4(mut self, wants: &[Want]) -> Result<Self, CheckpointError> {
+        self.quantised = Some(Quantised::new(wants, self.store.total_bytes(), |want| {
+            self.stored_bytes(std::slice::from_ref(want))
+        })?);
+        Ok(self)
     }
 
     /// `config.json`: an object, otherwise unchecked.
@@ -103,17 +117,20 @@ impl Checkpoint {
         self.format.name()
     }
 
-    /// Bytes of all stored tensors together.
+    /// Bytes of all tensors together as they are stored, or quantised while they are read.
     pub fn total_bytes(&self) -> u64 {
-        self.store.total_bytes()
+        self.quantised.as_ref().map_or_else(|| self.store.total_bytes(), |quantised| quantised.total_bytes)
     }
 
-    /// Bytes that these tensors take as they are stored.
+    /// Bytes that these tensors take as they are stored, or quantised while they are read.
     ///
     /// # Errors
     /// The first that is not stored so.
     pub fn stored_bytes(&self, wants: &[Want]) -> Result<u64, CheckpointError> {
         wants.iter().try_fold(0, |sum, want| {
+            if let (Some(_), Shape::Experts { experts, rows, cols }) = (&self.quantised, want.shape) {
+                return Ok(sum + quantised::bytes(experts, rows, cols));
+            }
             let parts = check::resolve(&self.store, &*self.format, want)?;
             Ok(parts.iter().fold(sum, |sum, part| sum + part.bytes() as u64))
         })
@@ -196,6 +213,14 @@ impl Checkpoint {
     /// When it is not stored so, `range` leaves it, it cannot be read, or has an element, scale or factor that is not
     /// usable.
     pub fn rows(&self, want: &Want, range: Range<usize>) -> Result<Matrix, CheckpointError> {
+        if self.quantised.is_some() && matches!(want.shape, Shape::Experts { .. }) {
+            return quantised::read(want, range, |expert| self.stored_rows(want, expert));
+        }
+        self.stored_rows(want, range)
+    }
+
+    /// The same as it is stored.
+    fn stored_rows(&self, want: &Want, range: Range<usize>) -> Result<Matrix, CheckpointError> {
         let (units, height, cols) = match want.shape {
             Shape::Matrix { rows, cols } => (rows, 1, cols),
             Shape::Experts { experts, rows, cols } => (experts, rows, cols),

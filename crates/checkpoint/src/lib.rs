@@ -21,6 +21,7 @@ mod header;
 mod interleave;
 mod json;
 mod parallel;
+mod quantised;
 mod source;
 mod store;
 mod transpose;

@@ -10,8 +10,9 @@ use anyhow::{Context, bail};
 use ctxserve_chat::{ChatFormat, PromptFiles, Tokenizer, demo_tokenizer_json, formats};
 use ctxserve_checkpoint::Checkpoint;
 use ctxserve_core::TokenId;
-use ctxserve_engine::ScriptedRunner;
+use ctxserve_engine::{Bytes, ScriptedRunner};
 use ctxserve_models::demo::{self, DemoSpec};
+use ctxserve_models::wants;
 use serde_json::Value;
 
 use crate::cli::options::ModelOptions;
@@ -28,6 +29,8 @@ pub const DEFAULT_FORMAT: &str = "harmony";
 /// Context of a scripted model.
 const REPLAY_CONTEXT: usize = 131_072;
 const DEMO_SEED: u64 = 1;
+/// Formats whose experts `--quantization mxfp4` quantises.
+const QUANTISED_FROM: [&str; 2] = ["dense", "mlx"];
 
 /// What answers.
 #[derive(Debug)]
@@ -125,12 +128,10 @@ impl Model {
         let checkpoint = Checkpoint::open(dir)?;
         let tokenizer = tokenizer(options.tokenizer.as_deref(), || Ok(checkpoint.tokenizer_json()?))
             .with_context(|| format!("the tokenizer of {}", dir.display()))?;
-        let found = checkpoint.format_name();
-        if let Some(said) = &options.quantization
-            && stored_as(said) != found
-        {
-            bail!("--quantization {said}: {} is stored as {found}", dir.display());
-        }
+        let checkpoint = match &options.quantization {
+            Some(said) => stored_or_quantised(checkpoint, said, dir)?,
+            None => checkpoint,
+        };
         Ok(Self {
             body: Body::Checkpoint(checkpoint),
             tokenizer,
@@ -196,6 +197,29 @@ fn beside(tokenizer: &Path) -> PathBuf {
 /// The chat format that a model family speaks.
 pub fn format_of(family: &str) -> &'static str {
     FAMILY_FORMATS.iter().find(|(name, _)| *name == family).map_or(DEFAULT_FORMAT, |(_, format)| format)
+}
+
+/// A checkpoint as `--quantization` has it: stored so, or with experts that are quantised while they load.
+fn stored_or_quantised(checkpoint: Checkpoint, said: &str, dir: &Path) -> anyhow::Result<Checkpoint> {
+    let found = checkpoint.format_name();
+    if stored_as(said) == found {
+        return Ok(checkpoint);
+    }
+    if said != "mxfp4" || !QUANTISED_FROM.contains(&found) {
+        bail!("--quantization {said}: {} is stored as {found}", dir.display());
+    }
+    let stored = checkpoint.total_bytes();
+    let quantised = wants(&checkpoint)
+        .map_err(anyhow::Error::from)
+        .and_then(|wants| Ok(checkpoint.with_experts_in_mxfp4(&wants)?))
+        .with_context(|| format!("--quantization mxfp4: {} is stored as {found}", dir.display()))?;
+    let bytes = |bytes: u64| Bytes(usize::try_from(bytes).unwrap_or(usize::MAX));
+    tracing::info!(
+        "--quantization mxfp4: the experts, stored as {found}, are quantised to MXFP4 while they load; {} of weights become {}",
+        bytes(stored),
+        bytes(quantised.total_bytes()),
+    );
+    Ok(quantised)
 }
 
 /// The storage format that a name of `--quantization` means: vLLM names tools, and some twice.
@@ -329,6 +353,37 @@ mod tests {
         for name in ["mxfp4", "mlx", "gptq"] {
             let error = open(name).unwrap_err();
             assert!(error.contains(name) && error.ends_with("is stored as nvfp4"), "{error}");
+        }
+    }
+
+    #[test]
+    fn experts_that_are_not_packed_are_quantised_on_request() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        std::fs::write(&path, demo_tokenizer_json()).unwrap();
+        let open = |golden: &str, quantization: Option<&str>| {
+            let at = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(golden);
+            let quantization = quantization.map(str::to_owned);
+            let options = ModelOptions { quantization, tokenizer: Some(path.clone()), ..options() };
+            let model = Model::open(&Source::Directory(at), "x", &options);
+            model.map_err(|error| format!("{error:#}")).map(|model| match model.body {
+                Body::Checkpoint(checkpoint) => checkpoint.total_bytes(),
+                Body::Script(_) => 0,
+            })
+        };
+        let packed = open("mxfp4", Some("mxfp4")).unwrap();
+        assert_eq!(packed, open("mxfp4", None).unwrap());
+        assert_eq!(open("dense", Some("mxfp4")).unwrap(), packed);
+        assert!(open("dense", None).unwrap() > packed && open("dense", Some("dense")).unwrap() > packed);
+        assert!(open("mlx", Some("mxfp4")).is_ok());
+        for (golden, quantization, wanted) in [
+            ("dense", "nvfp4", "is stored as dense"),
+            ("mxfp4", "dense", "is stored as mxfp4"),
+            ("qwen3", "mxfp4", "no expert stacks"),
+            ("qwen3_nvfp4", "mxfp4", "is stored as nvfp4"),
+        ] {
+            let error = open(golden, Some(quantization)).unwrap_err();
+            assert!(error.contains(quantization) && error.contains(wanted), "{error}");
         }
     }
 

@@ -26,6 +26,7 @@ use crate::check::Want;
 use crate::checkpoint::Checkpoint;
 use crate::error::CheckpointError;
 use journal::{Journal, io_error};
+pub(crate) use mxfp4::encode_rows;
 use plan::{Plan, Shard};
 pub use report::{ConvertReport, TensorReport};
 

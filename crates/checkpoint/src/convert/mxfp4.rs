@@ -15,7 +15,7 @@
 //! More candidates on either side gain nothing in the fourth digit. `tests/data/make_convert.py` measures again, and
 //! defines the same encoding once more in numpy.
 
-use ctxserve_core::{MXFP4_BLOCK, e8m0};
+use ctxserve_core::{MXFP4_BLOCK, Matrix, e8m0};
 
 use super::blocks::{Block, Error, Packed, amax, code, codes, pack, rounded};
 
@@ -25,6 +25,22 @@ const LEAST: i32 = -127;
 /// Encodes whole rows, one after another.
 pub(super) fn encode(values: &[f32]) -> Packed {
     pack(values, MXFP4_BLOCK, block)
+}
+
+/// Codes and scales of a matrix of whole blocks, as [`encode`] has them, by this thread alone, a row at a time.
+pub(crate) fn encode_rows(matrix: &Matrix) -> (Vec<u8>, Vec<u8>) {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let mut codes = Vec::with_capacity(rows * cols / 2);
+    let mut scales = Vec::with_capacity(rows * cols / MXFP4_BLOCK);
+    let mut wide = vec![0.0; cols];
+    for row in 0..rows {
+        matrix.decode_row(row, &mut wide);
+        for block in wide.chunks_exact(MXFP4_BLOCK).map(block) {
+            codes.extend(block.codes);
+            scales.push(block.scale);
+        }
+    }
+    (codes, scales)
 }
 
 fn block(values: &[f32]) -> Block {

@@ -18,3 +18,5 @@ mod round_trip;
 mod support;
 #[cfg(test)]
 mod tools;
+#[cfg(test)]
+mod while_reading;

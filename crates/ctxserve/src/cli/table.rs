@@ -92,7 +92,7 @@ pub const RUNNING: &[Flag] = &[
     honoured(
         "quantization",
         Value("NAME"),
-        "Asserts how the checkpoint is stored: mxfp4, nvfp4, mlx or dense; vLLM's names for them will do",
+        "How the checkpoint is stored: mxfp4, nvfp4, mlx or dense, or vLLM's names; mxfp4 quantises experts that are not",
     ),
     honoured(
         "max-model-len",

@@ -17,4 +17,6 @@ mod loading;
 #[cfg(test)]
 mod mixed;
 #[cfg(test)]
+mod quantising;
+#[cfg(test)]
 mod qwen3;
