@@ -24,8 +24,8 @@ finds them: the whole model is loaded into memory and reads a plain UTF-8 text o
 by 6 * 448. Take a text like those that will be served: larger inputs are cut off. Without --calibrate the source's factors \
 are kept, and where it has none input_scale is 1.0.
 
-nvfp4 is not written for models with experts (gpt-oss): neither this server nor the tools whose files it reads define how \
-stacks of experts are stored in it. mxfp4 holds them.";
+nvfp4 is not written for models with experts (gpt-oss): exporters store stacks of experts in ways that differ and that servers do \
+not agree on. mxfp4 holds them.";
 
 const SOURCE_HELP: &str = "A directory with a checkpoint, a Hugging Face repository owner/name, or a profile";
 
