@@ -6,7 +6,10 @@
 // O^T = V^T P^T has dimensions as rows. What warps found meets in shared memory, what blocks of a cluster found in that of each
 // other, and what clusters found in global memory, where the last to arrive has the last word. All sums are in order of position.
 //
-// Where the new tokens come as `kv`, a block reads the step's description and the cache before its pdl_wait. That is sound when some
+// Rows may come raw, as the QKV product leaves them: then each block norms and rotates the queries that it needs, and the new key where it is
+// appended.
+//
+// Where the new tokens come as `kv` or in raw rows, a block reads the step's description and the cache before its pdl_wait. That is sound when some
 // kernel between the one that wrote the description and this one (embed) lets its successor start only after its own pdl_wait, and none
 // between them writes what the cache has from earlier steps.
 #include "common/attention_decode.cuh"
@@ -21,6 +24,7 @@ template <class S, int WARPS, int CLUSTER> DEVICE void attention_decode(const Pa
     constexpr int MINE = CLUSTER > 1 ? GROUP / CLUSTER : 1;
     __shared__ __align__(16) float inbox[CLUSTER][MINE][S::PARTIAL];
     __shared__ __align__(8) uint64_t inbox_full;
+    __shared__ __align__(16) char turned[GROUP * S::HEAD];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.z, clusters = gridDim.z;
     // Query heads that this warp has the last word on, of those of its cluster.
@@ -40,7 +44,7 @@ template <class S, int WARPS, int CLUSTER> DEVICE void attention_decode(const Pa
     for (int i = 0; i < MEMBERS; ++i)
         sinks[i] = p.sinks && member_at(i) < p.group ? p.sinks[seen.head * p.group + member_at(i)] : -INFINITY;
     // With the new token in hand nothing that the kernel before writes is needed to fetch what the cache has.
-    const bool ahead = p.kv != nullptr;
+    const bool raw = p.raw.qkv != nullptr, ahead = raw || p.kv != nullptr;
     if (!ahead) pdl_wait();
     // No branch before the last of these loads, so that they take one round trip. What rows beyond the live ones have is not used.
     const bool live = seen.row < *p.live;
@@ -49,7 +53,7 @@ template <class S, int WARPS, int CLUSTER> DEVICE void attention_decode(const Pa
     seen.table = table_of(p.tables, seen.row);
     seen.last = live ? position : 0;
     seen.first = first_visible(seen.last, p.cache.window);
-    seen.copied = p.kv ? seen.last - 1 : seen.last;
+    seen.copied = ahead ? seen.last - 1 : seen.last;
 
     // Tiles start at multiples of their length, so that none crosses a page (or a half of one, a page).
     const int first_tile = seen.first / S::KEYS, tiles = seen.last / S::KEYS + 1 - first_tile;
@@ -83,17 +87,27 @@ template <class S, int WARPS, int CLUSTER> DEVICE void attention_decode(const Pa
     int pages[S::PAGES];
 #pragma unroll
     for (int i = 0; i < S::PAGES; ++i) pages[i] = early[STAGES - 1][i];
-    if (ahead) pdl_wait();
     const bool appends = ahead && count > 0 && tile_at(count - 1) == seen.last / S::KEYS;
     float k[S::OWN] = {}, v[S::OWN] = {};
-    if (appends) {
-        const int width = p.cache.kv_heads * S::DIM;
-        const float* from = p.kv + static_cast<size_t>(seen.row) * 2 * width + seen.head * S::DIM + lane * S::OWN;
-        load_floats(from, k);
-        load_floats(from + width, v);
-    }
     uint32_t q[S::DIM / 8];
-    load_queries<S>(p, seen, q);
+    if (raw) {
+        Heads<S, WARPS> heads;
+        heads.prepare(p, position);
+        pdl_wait();
+        heads.load(p, seen, appends, v);
+        heads.put_queries(p, shared_address(turned));
+        if (appends) heads.turn_key(p, k);
+        __syncthreads();
+    } else {
+        if (ahead) pdl_wait();
+        if (appends) {
+            const int width = p.cache.kv_heads * S::DIM;
+            const float* from = p.kv + static_cast<size_t>(seen.row) * 2 * width + seen.head * S::DIM + lane * S::OWN;
+            load_floats(from, k);
+            load_floats(from + width, v);
+        }
+    }
+    load_queries<S>(p, seen, shared_address(turned), q);
 
     State<S> state;
 #pragma unroll

@@ -1,6 +1,7 @@
-// Rotates queries and keys, rounds the queries to bf16, and appends keys and values to the cache. One block a row; four elements of a
-// head a lane, so that a head's maximum is a few shuffles.
+// Norms (on request) and rotates queries and keys, rounds the queries to bf16, and appends keys and values to the cache. One block a row;
+// four elements of a head a lane, so that a head's maximum is a few shuffles. `kv_store` appends what is rotated already.
 #include "common/attention.cuh"
+#include "common/attention_heads.cuh"
 
 struct Params {
     const float* qkv;       // [rows, (heads + 2 * kv_heads) * DIM]; pairs (i, i + DIM / 2) of q and k heads are adjacent
@@ -10,8 +11,9 @@ struct Params {
     const int* slot;        // [rows]: page * page_size + offset; negative is nowhere
     const int* live;        // rows to do
     const float* inv_freq;  // [DIM / 2]
+    HeadNorms norms;
     float mscale;           // multiplies cosine and sine
-    int heads;
+    int heads;              // of queries; 0: rows are keys and values only
 };
 
 constexpr int THREADS = 256;
@@ -55,6 +57,9 @@ template <bool FP8, int DIM> DEVICE void store(const Cache& cache, size_t token,
 template <bool FP8, int DIM> DEVICE void kv_append(const Params& p) {
     constexpr int PAIRS = Plan<DIM>::PAIRS, LANES = Plan<DIM>::LANES, AHEAD = Plan<DIM>::AHEAD;
     __shared__ float2 turn[PAIRS];  // cosine and sine, times mscale
+    __shared__ float4 weights[2][LANES];
+    const int lane = threadIdx.x % LANES;
+    if (p.norms.k && threadIdx.x < 2 * LANES) weights[threadIdx.x / LANES][lane] = norm_weights<DIM>(threadIdx.x < LANES ? p.norms.q : p.norms.k, lane);
     pdl_wait();
     pdl_launch();
     const int row = blockIdx.x;
@@ -73,25 +78,18 @@ template <bool FP8, int DIM> DEVICE void kv_append(const Params& p) {
     fetch(0);
     const int slot = p.slot[row];
     if (row >= *p.live) return;
-    if (threadIdx.x < PAIRS) {
-        // The angle is rounded to f32 as in the reference; turns are reduced in f64, so that large ones lose nothing.
-        const float angle = __fmul_rn(static_cast<float>(p.position[row]), p.inv_freq[threadIdx.x]);
-        const double half_turns = static_cast<double>(angle) * 0.31830988618379067154;
-        float sine, cosine;
-        sincospif(static_cast<float>(half_turns - 2 * rint(half_turns * 0.5)), &sine, &cosine);
-        turn[threadIdx.x] = make_float2(cosine * p.mscale, sine * p.mscale);
-    }
+    if (threadIdx.x < PAIRS) turn[threadIdx.x] = turn_of(p.position[row], p.inv_freq[threadIdx.x], p.mscale);
     __syncthreads();
-    const int lane = threadIdx.x % LANES;
     const float2 first = turn[2 * lane], second = turn[2 * lane + 1];
     // A head belongs to lanes of one warp, so heads are whole; all lanes stay for the shuffles.
     const auto put = [&](int unit, float4 v) {
         const int head = unit / LANES;
         const bool rotated = head < p.heads + kv_heads;
-        if (rotated)
-            // From pairs (x, y), (z, w) to dimensions (2l, 2l + 1) and (2l + DIM / 2, 2l + 1 + DIM / 2).
-            v = make_float4(v.x * first.x - v.y * first.y, v.z * second.x - v.w * second.y, v.y * first.x + v.x * first.y,
-                            v.w * second.x + v.z * second.y);
+        if (p.norms.k) {
+            const float4 normed = norm_head<DIM>(v, weights[head < p.heads ? 0 : 1][lane], p.norms.eps);
+            if (rotated) v = normed;
+        }
+        if (rotated) v = rotate(v, first, second);
         if (head < p.heads) {
             uint32_t* to = reinterpret_cast<uint32_t*>(p.q + (static_cast<size_t>(row) * p.heads + head) * DIM);
             to[lane] = pack2<__nv_bfloat16>(v.x, v.y);
@@ -117,7 +115,46 @@ template <bool FP8, int DIM> DEVICE void kv_append(const Params& p) {
     }
 }
 
+struct StoreParams {
+    const float* kv;   // [rows, 2 * kv_heads * DIM]: rotated keys, then values, in natural order
+    Cache cache;
+    const int* slot;   // as in Params
+    const int* live;   // rows to do
+};
+
+// Only appends. Some rows a block, so that a thread has several pieces on their way.
+template <bool FP8, int DIM> DEVICE void kv_store(const StoreParams& p) {
+    constexpr int LANES = DIM / 4, AHEAD = 4, STEP = THREADS / LANES;  // heads at once
+    pdl_wait();
+    pdl_launch();
+    const int live = *p.live, width = 2 * p.cache.kv_heads, lane = threadIdx.x % LANES;
+    const int first = blockIdx.x * AHEAD * STEP + threadIdx.x / LANES;
+    float4 pieces[AHEAD];
+    int slots[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+        const int at = first + i * STEP, row = at / width;
+        const bool there = row < live;
+        pieces[i] = there ? reinterpret_cast<const float4*>(p.kv)[static_cast<size_t>(at) * LANES + lane] : make_float4(0, 0, 0, 0);
+        slots[i] = there ? p.slot[row] : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+        const int head = (first + i * STEP) % width, slot = slots[i];
+        size_t token = ~size_t(0);
+        if (slot >= 0) {
+            token = token_of(p.cache, slot >> p.cache.page_shift, head % p.cache.kv_heads, slot & ((1 << p.cache.page_shift) - 1));
+            if (head >= p.cache.kv_heads) token += values_after_keys(p.cache);
+        }
+        store<FP8, DIM>(p.cache, token, lane, pieces[i], false);
+    }
+}
+
 KERNEL __launch_bounds__(THREADS) kv_append_e4m3(const __grid_constant__ Params p) { kv_append<true, 64>(p); }
 KERNEL __launch_bounds__(THREADS) kv_append_bf16(const __grid_constant__ Params p) { kv_append<false, 64>(p); }
 KERNEL __launch_bounds__(THREADS) kv_append_e4m3_128(const __grid_constant__ Params p) { kv_append<true, 128>(p); }
 KERNEL __launch_bounds__(THREADS) kv_append_bf16_128(const __grid_constant__ Params p) { kv_append<false, 128>(p); }
+KERNEL __launch_bounds__(THREADS) kv_store_e4m3(const __grid_constant__ StoreParams p) { kv_store<true, 64>(p); }
+KERNEL __launch_bounds__(THREADS) kv_store_bf16(const __grid_constant__ StoreParams p) { kv_store<false, 64>(p); }
+KERNEL __launch_bounds__(THREADS) kv_store_e4m3_128(const __grid_constant__ StoreParams p) { kv_store<true, 128>(p); }
+KERNEL __launch_bounds__(THREADS) kv_store_bf16_128(const __grid_constant__ StoreParams p) { kv_store<false, 128>(p); }

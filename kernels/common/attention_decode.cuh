@@ -1,11 +1,21 @@
 // What the decode attention kernels are made of: a warp's tiles of keys and values, the products with them, the new token.
 #pragma once
 #include "common/attention.cuh"
+#include "common/attention_heads.cuh"
 #include "common/inbox.cuh"
+
+// Rows as the QKV product leaves them, which this kernel does to what kv_append.cu does: the same bits.
+struct Raw {
+    const float* qkv;       // [rows, (heads + 2 * kv_heads) * DIM]; null where `q` has the queries
+    const float* inv_freq;  // [DIM / 2]
+    HeadNorms norms;
+    float mscale;
+};
 
 struct Params {
     const __nv_bfloat16* q;  // [rows, heads * DIM], rotated
     const float* kv;         // [rows, 2 * kv_heads * DIM]: rotated keys, then values; null where the cache has them already
+    Raw raw;
     Cache cache;
     Tables tables;        // row r is sequence r
     const int* position;  // [rows]
@@ -42,6 +52,8 @@ template <bool FP8_, int DIM_> struct Shape {
     // The outputs of a head, not yet divided, its peak, its sum.
     static constexpr int PARTIAL = DIM + 2;
     static constexpr int MERGE_STRIDE = DIM + 4;
+    // Bytes from one rotated query head to the next: the reads of a warp spread over the banks.
+    static constexpr int HEAD = DIM * 2 + (FP8 ? 16 : 64);
 };
 
 DEVICE void load_words(uint32_t shared, uint32_t (&words)[2]) {
@@ -181,17 +193,95 @@ template <class S> DEVICE void append(const Params& p, const Seen& seen, const f
     __syncwarp();
 }
 
+// Raw heads of a row, on their way: this warp's of the queries, and the new key.
+template <class S, int WARPS> struct Heads {
+    static constexpr int LANES = S::DIM / 4;                               // of a head
+    static constexpr int AT_ONCE = WARPS * 32 / LANES;                     // heads
+    static constexpr int ROUNDS = GROUP > AT_ONCE ? GROUP / AT_ONCE : 1;
+    float2 first, second;  // turns of a lane's pairs
+    float4 q_weight, k_weight;
+    float4 q[ROUNDS], k;
+
+    static __device__ __forceinline__ int lane() { return threadIdx.x % LANES; }
+    static __device__ __forceinline__ int member(int round) { return round * AT_ONCE + threadIdx.x / LANES; }
+    // Whether any lane of the warp has a query head.
+    static __device__ __forceinline__ bool takes_part(const Params& p, int round) { return round * AT_ONCE + threadIdx.x / 32 * 32 / LANES < p.group; }
+
+    // What depends on no kernel before.
+    __device__ __forceinline__ void prepare(const Params& p, int position) {
+        const Raw& raw = p.raw;
+        const float2 inv_freq = __ldg(reinterpret_cast<const float2*>(raw.inv_freq) + lane());
+        if (raw.norms.q) q_weight = norm_weights<S::DIM>(raw.norms.q, lane()), k_weight = norm_weights<S::DIM>(raw.norms.k, lane());
+        first = turn_of(position, inv_freq.x, raw.mscale);
+        second = turn_of(position, inv_freq.y, raw.mscale);
+    }
+
+    __device__ __forceinline__ void load(const Params& p, const Seen& seen, bool appends, float (&v)[S::OWN]) {
+        const int kv_heads = p.cache.kv_heads;
+        const float* row = p.raw.qkv + static_cast<size_t>(seen.row) * (p.group + 2) * kv_heads * S::DIM;
+#pragma unroll
+        for (int i = 0; i < ROUNDS; ++i)
+            // Missing heads repeat the last one; nobody asks for them.
+            if (takes_part(p, i)) q[i] = *reinterpret_cast<const float4*>(row + (seen.head * p.group + min(member(i), p.group - 1)) * S::DIM + 4 * lane());
+        if (!appends) return;
+        const float* key = row + (kv_heads * p.group + seen.head) * S::DIM;
+        k = *reinterpret_cast<const float4*>(key + 4 * lane());
+        load_floats(key + kv_heads * S::DIM + threadIdx.x % 32 * S::OWN, v);
+    }
+
+    // Leaves the queries in `to`, [GROUP] heads of S::HEAD bytes.
+    __device__ __forceinline__ void put_queries(const Params& p, uint32_t to) {
+#pragma unroll
+        for (int i = 0; i < ROUNDS; ++i) {
+            if (!takes_part(p, i)) continue;
+            if (p.raw.norms.q) q[i] = norm_head<S::DIM>(q[i], q_weight, p.raw.norms.eps);
+            const float4 turned = rotate(q[i], first, second);
+            const uint32_t at = to + member(i) * S::HEAD + 4 * lane();
+            if (member(i) >= GROUP) continue;
+            store_shared_32(at, pack2<__nv_bfloat16>(turned.x, turned.y));
+            store_shared_32(at + S::DIM, pack2<__nv_bfloat16>(turned.z, turned.w));
+        }
+    }
+
+    // A lane's dimensions of the new key.
+    __device__ __forceinline__ void turn_key(const Params& p, float (&own)[S::OWN]) {
+        if (p.raw.norms.k) k = norm_head<S::DIM>(k, k_weight, p.raw.norms.eps);
+        const float4 turned = rotate(k, first, second);
+        const int lane = threadIdx.x % 32;
+        if constexpr (S::OWN == 2) {
+            own[0] = lane < 16 ? turned.x : turned.z;
+            own[1] = lane < 16 ? turned.y : turned.w;
+        } else {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int from = lane % 16 * 2 + i;
+                const float x = __shfl_sync(~0u, turned.x, from), y = __shfl_sync(~0u, turned.y, from);
+                const float z = __shfl_sync(~0u, turned.z, from), w = __shfl_sync(~0u, turned.w, from);
+                own[2 * i] = lane < 16 ? x : z;
+                own[2 * i + 1] = lane < 16 ? y : w;
+            }
+        }
+    }
+};
+
 // Queries as operand B: lane (g, t) has head g. The order of the dimensions is that in which `attend` meets the keys'. Missing heads
-// repeat the last one; their results are not written.
-template <class S> DEVICE void load_queries(const Params& p, const Seen& seen, uint32_t (&q)[S::DIM / 8]) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const size_t at = (static_cast<size_t>(seen.row) * p.cache.kv_heads + seen.head) * p.group + min(g, p.group - 1);
-    const uint4* from = reinterpret_cast<const uint4*>(p.q + at * S::DIM);
+// repeat the last one; their results are not written. They are read from `turned` in shared memory where rows are raw.
+template <class S> DEVICE void load_queries(const Params& p, const Seen& seen, uint32_t turned, uint32_t (&q)[S::DIM / 8]) {
+    const int g = min(threadIdx.x % 32 / 4, p.group - 1), t = threadIdx.x % 4;
+    const auto* from = reinterpret_cast<const uint4*>(p.q + (static_cast<size_t>(seen.row) * p.cache.kv_heads * p.group + seen.head * p.group + g) * S::DIM);
+    // A chunk of keys is 16 dimensions with e4m3, two chunks of queries; else it is 8.
+    const auto chunk = [&](int i) { return S::FP8 ? 2 * (t + i / 2 * 4) + i % 2 : t + 4 * i; };
+    uint4 chunks[S::DIM / 32];
+    if (p.raw.qkv) {
+#pragma unroll
+        for (int i = 0; i < S::DIM / 32; ++i) chunks[i] = load_shared_16(turned + g * S::HEAD + chunk(i) * 16);
+    } else {
+#pragma unroll
+        for (int i = 0; i < S::DIM / 32; ++i) chunks[i] = from[chunk(i)];
+    }
 #pragma unroll
     for (int i = 0; i < S::DIM / 32; ++i) {
-        // A chunk of keys is 16 dimensions with e4m3, two chunks of queries; else it is 8.
-        const uint4 v = from[S::FP8 ? 2 * (t + i / 2 * 4) + i % 2 : t + 4 * i];
-        const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+        const uint32_t words[4] = {chunks[i].x, chunks[i].y, chunks[i].z, chunks[i].w};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             q[4 * i + j] = words[j];

@@ -136,6 +136,7 @@ impl CudaBackend {
                 slot: &slots.slot,
                 live: &arrays.rows,
                 inv_freq,
+                norms: None,
                 mscale,
                 rows,
                 heads: spec.heads,
@@ -166,8 +167,10 @@ impl CudaBackend {
             kernels.decode.issue(
                 device,
                 &attention_decode::Call {
-                    q: &work.q,
-                    kv: few.then_some(&work.kv),
+                    queries: attention_decode::Queries::Rotated {
+                        q: &work.q,
+                        kv: few.then_some(&work.kv),
+                    },
                     cache,
                     tables,
                     position: &arrays.position,

@@ -106,6 +106,41 @@ impl Tables<'_> {
     }
 }
 
+/// What query and key heads are normed with before they are rotated: a head over the root of its mean square, times these weights.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadNorms<'a> {
+    /// `head_dim` weights of query heads, in natural order.
+    pub q: &'a Buffer<f32>,
+    /// `head_dim` weights of key heads.
+    pub k: &'a Buffer<f32>,
+    /// Joins the mean of a head's squares, which is over all of `head_dim`.
+    pub eps: f32,
+}
+
+/// `HeadNorms` of kernels/common/attention_heads.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct NormsArguments {
+    q: u64,
+    k: u64,
+    eps: f32,
+}
+
+impl HeadNorms<'_> {
+    /// Whether there are weights for heads of so many elements.
+    pub(super) fn fit(&self, head_dim: usize) -> bool {
+        self.q.len() >= head_dim && self.k.len() >= head_dim
+    }
+
+    pub(super) fn arguments(norms: Option<Self>) -> NormsArguments {
+        norms.map_or(NormsArguments { q: 0, k: 0, eps: 0.0 }, |norms| NormsArguments {
+            q: norms.q.address(),
+            k: norms.k.address(),
+            eps: norms.eps,
+        })
+    }
+}
+
 /// Sequences of many rows each, among all sequences of a step: those that `kv_gather` and `attention_prefill` work on together.
 #[derive(Clone, Copy, Debug)]
 pub struct Sequences<'a> {

@@ -2,7 +2,9 @@
 
 use ctxserve_backend::DeviceError;
 
-use super::attention::{Cache, CacheArguments, HEAD_DIM, MOST_GROUP, Tables, TablesArguments, kernel_of};
+use super::attention::{
+    Cache, CacheArguments, HEAD_DIM, HeadNorms, MOST_GROUP, NormsArguments, Tables, TablesArguments, kernel_of,
+};
 use crate::driver::{Buffer, Device, Facts, Kernel, Launch, Params};
 
 const OP: &str = "attention_decode";
@@ -17,11 +19,22 @@ const MANY_ROWS: usize = 4;
 const CLUSTER: usize = 8;
 const LOG2_E: f32 = std::f32::consts::LOG2_E;
 
+/// `Raw` of kernels/common/attention_decode.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+struct RawArguments {
+    qkv: u64,
+    inv_freq: u64,
+    norms: NormsArguments,
+    mscale: f32,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct Arguments {
     q: u64,
     kv: u64,
+    raw: RawArguments,
     cache: CacheArguments,
     tables: TablesArguments,
     position: u64,
@@ -126,17 +139,78 @@ impl Workspace {
 
     /// Bytes that `new` takes.
     pub fn bytes(rows: usize, kv_heads: usize, splits: usize) -> usize {
-        rows * kv_heads * 4 * (MOST_GROUP + splits.max(MANY_ROWS) * partial(HEAD_DIM))
+        Self::bytes_for(HEAD_DIM, rows, kv_heads, splits)
+    }
+
+    /// Bytes that `new_for` takes.
+    pub fn bytes_for(head_dim: usize, rows: usize, kv_heads: usize, splits: usize) -> usize {
+        rows * kv_heads * 4 * (MOST_GROUP + splits.max(MANY_ROWS) * partial(head_dim))
+    }
+}
+
+/// What comes to attention: queries, and the new tokens where the cache does not have them yet.
+#[derive(Clone, Copy, Debug)]
+pub enum Queries<'a> {
+    /// Ready for the product with keys.
+    Rotated {
+        /// `[rows, heads * head_dim]`, bits of bf16, rotated.
+        q: &'a Buffer<u16>,
+        /// `[rows, 2 * kv_heads * head_dim]`: rotated keys, then values. Absent: they are in the cache.
+        kv: Option<&'a Buffer<f32>>,
+    },
+    /// As the QKV product leaves them. Queries are rounded and tokens appended as `kv_append` does it, bit for bit.
+    Raw {
+        /// `[rows, (heads + 2 * kv_heads) * head_dim]`; in q and k heads the elements `i` and `i + head_dim / 2` are adjacent.
+        qkv: &'a Buffer<f32>,
+        /// What q and k heads are normed with before they are rotated.
+        norms: Option<HeadNorms<'a>>,
+        /// `head_dim / 2` frequencies.
+        inv_freq: &'a Buffer<f32>,
+        /// Multiplies cosine and sine.
+        mscale: f32,
+    },
+}
+
+impl Queries<'_> {
+    fn fit(&self, rows: usize, heads: usize, kv_heads: usize, head_dim: usize) -> bool {
+        match *self {
+            Self::Rotated { q, kv } => {
+                q.len() >= rows * heads * head_dim
+                    && kv.is_none_or(|kv| kv.len() >= rows * 2 * kv_heads * head_dim)
+            }
+            Self::Raw { qkv, norms, inv_freq, .. } => {
+                qkv.len() >= rows * (heads + 2 * kv_heads) * head_dim
+                    && inv_freq.len() >= head_dim / 2
+                    && norms.is_none_or(|norms| norms.fit(head_dim))
+            }
+        }
+    }
+
+    /// Addresses of queries and tokens, where they are rotated, and of what is not.
+    fn arguments(&self) -> (u64, u64, RawArguments) {
+        match *self {
+            Self::Rotated { q, kv } => {
+                let raw = RawArguments {
+                    qkv: 0,
+                    inv_freq: 0,
+                    norms: HeadNorms::arguments(None),
+                    mscale: 0.0,
+                };
+                (q.address(), kv.map_or(0, Buffer::address), raw)
+            }
+            Self::Raw { qkv, norms, inv_freq, mscale } => {
+                let (qkv, inv_freq) = (qkv.address(), inv_freq.address());
+                (0, 0, RawArguments { qkv, inv_freq, norms: HeadNorms::arguments(norms), mscale })
+            }
+        }
     }
 }
 
 /// Appends each row's key and value to the cache, then attends over what the row sees.
 #[derive(Debug)]
 pub struct Call<'a> {
-    /// `[rows, heads * head_dim]`, bits of bf16, rotated.
-    pub q: &'a Buffer<u16>,
-    /// `[rows, 2 * kv_heads * head_dim]`: rotated keys, then values. Absent: they are in the cache.
-    pub kv: Option<&'a Buffer<f32>>,
+    /// Queries and new tokens.
+    pub queries: Queries<'a>,
     /// The layer's cache.
     pub cache: Cache,
     /// Row `r` is sequence `r`.
@@ -255,8 +329,7 @@ impl AttentionDecode {
             && (1..=MOST_GROUP).contains(&(heads / kv_heads))
             && (1..=65_535).contains(&rows)
             && splits >= 1
-            && call.q.len() >= rows * width
-            && call.kv.is_none_or(|kv| kv.len() >= rows * 2 * kv_heads * head_dim)
+            && call.queries.fit(rows, heads, kv_heads, head_dim)
             && call.tables.holds(rows)
             && call.position.len() >= rows
             && call.slot.len() >= rows
@@ -270,9 +343,11 @@ impl AttentionDecode {
             let what = format!("{rows} rows of {heads} heads over {kv_heads} do not fit their buffers");
             return Err(DeviceError::new(OP, what));
         }
+        let (q, kv, raw) = call.queries.arguments();
         let arguments = Arguments {
-            q: call.q.address(),
-            kv: call.kv.map_or(0, Buffer::address),
+            q,
+            kv,
+            raw,
             cache: arguments,
             tables: call.tables.arguments(),
             position: call.position.address(),

@@ -1,5 +1,5 @@
 use ctxserve_cuda::driver::Device;
-use ctxserve_cuda::ops::attention_decode::{AttentionDecode, Call, Workspace, splits};
+use ctxserve_cuda::ops::attention_decode::{AttentionDecode, Call, Queries, Workspace, splits};
 
 use crate::attention::{Paged, Shape, sinks};
 use crate::common::{Random, assert_rows, device, from_bf16, panel, to_bf16};
@@ -63,8 +63,10 @@ fn check(device: &Device, random: &mut Random, case: Case, lengths: &[usize]) {
     for _ in 0..2 {
         out.fill(0xff).unwrap();
         let call = Call {
-            q: &q_on_device,
-            kv: Some(&kv_on_device).filter(|_| case.appends),
+            queries: Queries::Rotated {
+                q: &q_on_device,
+                kv: Some(&kv_on_device).filter(|_| case.appends),
+            },
             cache: on_device.cache,
             tables: on_device.tables(),
             position: &position,
@@ -224,8 +226,7 @@ fn attention_decode_refuses_what_does_not_fit() {
     let workspace = Workspace::new(&device, 1, 2, 4).unwrap();
     let issue = |rows: usize, heads: usize, splits: usize, page_size: usize| {
         let call = Call {
-            q: &halves,
-            kv: None,
+            queries: Queries::Rotated { q: &halves, kv: None },
             cache: ctxserve_cuda::ops::attention::Cache { page_size, ..paged.cache },
             tables: paged.tables(),
             position: &ints,

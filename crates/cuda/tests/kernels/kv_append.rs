@@ -1,5 +1,5 @@
 use ctxserve_cuda::ops::attention::HEAD_DIM;
-use ctxserve_cuda::ops::kv_append::{Call, KvAppend};
+use ctxserve_cuda::ops::kv_append::{Call, HeadNorms, KvAppend, StoreCall};
 
 use crate::attention::{Paged, Shape, round};
 use crate::common::{Random, assert_rows, device, from_bf16};
@@ -7,6 +7,17 @@ use crate::common::{Random, assert_rows, device, from_bf16};
 /// Frequencies of gpt-oss without the long-context correction: from whole turns a token to a thousandth of one in all.
 fn frequencies(dim: usize) -> Vec<f32> {
     (0..dim / 2).map(|i| 150_000_f64.powf(-2.0 * i as f64 / dim as f64) as f32).collect()
+}
+
+/// A head in the order of the QKV rows over the root of its mean square, times weights in natural order, rounded to float32 as a kernel's.
+fn normed(head: &[f32], weights: &[f32], eps: f32) -> Vec<f32> {
+    let mean = head.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / head.len() as f64;
+    let factor = (mean + f64::from(eps)).sqrt().recip();
+    let natural = |at: usize| at / 2 + at % 2 * head.len() / 2;
+    head.iter()
+        .enumerate()
+        .map(|(at, &v)| (f64::from(v) * factor * f64::from(weights[natural(at)])) as f32)
+        .collect()
 }
 
 /// A head in the order of the QKV rows, rotated into natural order, in float64 from an angle in float32.
@@ -26,16 +37,24 @@ fn rotate(head: &[f32], position: i32, inv_freq: &[f32], mscale: f32) -> Vec<f64
 fn kv_append_equals_its_definition() {
     let Some((device, _turn)) = device() else { return };
     let mut random = Random::new();
-    for (fp8, heads, kv_heads, page_size, rows, dim) in [
-        (true, 64, 8, 64, 37, 64),
-        (false, 64, 8, 16, 9, 64),
-        (true, 3, 1, 16, 5, 64),
-        (false, 4, 2, 32, 1, 64),
-        (true, 16, 4, 256, 3, 64),
-        (true, 96, 8, 32, 2, 64),
-        (true, 32, 8, 64, 9, 128),
-        (false, 32, 8, 16, 3, 128),
-        (true, 3, 1, 32, 5, 128),
+    for (fp8, heads, kv_heads, page_size, rows, dim, norms) in [
+        (true, 64, 8, 64, 37, 64, false),
+        (false, 64, 8, 16, 9, 64, false),
+        (true, 3, 1, 16, 5, 64, false),
+        (false, 4, 2, 32, 1, 64, false),
+        (true, 16, 4, 256, 3, 64, false),
+        (true, 96, 8, 32, 2, 64, false),
+        (true, 32, 8, 64, 9, 128, false),
+        (false, 32, 8, 16, 3, 128, false),
+        (true, 3, 1, 32, 5, 128, false),
+        (true, 32, 8, 64, 17, 128, true),
+        (false, 32, 8, 16, 4, 128, true),
+        (true, 3, 1, 32, 5, 128, true),
+        (true, 3, 1, 16, 5, 64, true),
+        (false, 16, 3, 32, 6, 64, true),
+        // Queries are somebody else's.
+        (true, 0, 8, 64, 9, 64, false),
+        (false, 0, 2, 16, 3, 128, true),
     ] {
         let shape = Shape { page_size, kv_heads, fp8, window: None, dim };
         let (live, width) = (rows.max(2) - 1, (heads + 2 * kv_heads) * dim);
@@ -51,7 +70,10 @@ fn kv_append_equals_its_definition() {
         }
         let inv_freq = frequencies(dim);
         let mscale = 1.346_573_6;
-        let mut q = device.allocate::<u16>((rows + 1) * heads * dim).unwrap();
+        // Of uneven size, so that one for the other, or an epsilon left out, is seen.
+        let (eps, weights) = (0.25, [random.units(dim, 1.5), random.units(dim, 3.0)]);
+        let on_device_weights = weights.clone().map(|weights| device.upload(&weights).unwrap());
+        let mut q = device.allocate::<u16>((rows + 1) * heads.max(1) * dim).unwrap();
         q.fill(0xff).unwrap();
         let call = Call {
             qkv: &device.upload(&qkv).unwrap(),
@@ -61,6 +83,7 @@ fn kv_append_equals_its_definition() {
             slot: &device.upload(&slot).unwrap(),
             live: &device.upload(&[live as i32]).unwrap(),
             inv_freq: &device.upload(&inv_freq).unwrap(),
+            norms: norms.then(|| HeadNorms { q: &on_device_weights[0], k: &on_device_weights[1], eps }),
             mscale,
             rows,
             heads,
@@ -70,12 +93,18 @@ fn kv_append_equals_its_definition() {
         let q_width = heads * dim;
         assert!(got[live * q_width..].iter().all(|&v| v == 0xffff), "rows beyond the live ones were written");
         let turned = |row: usize, head: usize| {
-            rotate(&qkv[row * width + head * dim..][..dim], position[row], &inv_freq, mscale)
+            let raw = &qkv[row * width + head * dim..][..dim];
+            let weights = &weights[usize::from(head >= heads)];
+            let head = if norms { normed(raw, weights, eps) } else { raw.to_vec() };
+            rotate(&head, position[row], &inv_freq, mscale)
         };
         let want: Vec<f64> =
             (0..live).flat_map(|row| (0..heads).flat_map(move |head| turned(row, head))).collect();
-        let name = format!("kv_append fp8 {fp8}, {heads} over {kv_heads}, {rows} rows");
-        assert_rows(&name, &from_bf16(&got[..live * q_width]), &want, dim, 3e-3);
+        let name =
+            format!("kv_append fp8 {fp8}, {heads} over {kv_heads} of {dim}, {rows} rows, norms {norms}");
+        if heads > 0 {
+            assert_rows(&name, &from_bf16(&got[..live * q_width]), &want, dim, 3e-3);
+        }
 
         let (bytes, mut expected) = (on_device.read(), paged.bytes.clone());
         let (mut off, mut all) = (0, 0);
@@ -133,6 +162,7 @@ fn kv_append_stores_zeros_as_zeros() {
         slot: &device.upload(&[slot as i32]).unwrap(),
         live: &device.upload(&[1]).unwrap(),
         inv_freq: &device.upload(&frequencies(HEAD_DIM)).unwrap(),
+        norms: None,
         mscale: 1.0,
         rows: 1,
         heads: 1,
@@ -144,5 +174,53 @@ fn kv_append_stores_zeros_as_zeros() {
         assert!(
             bytes[data].iter().all(|&code| code & 0x7f == 0) && bytes[scale].iter().all(|&byte| byte == 0)
         );
+    }
+}
+
+#[test]
+fn kv_store_puts_rotated_rows_into_the_cache() {
+    let Some((device, _turn)) = device() else { return };
+    let mut random = Random::new();
+    for (fp8, kv_heads, page_size, rows, dim) in [
+        (true, 8, 64, 37, 64),
+        (false, 8, 16, 9, 64),
+        (true, 1, 16, 5, 64),
+        (false, 3, 32, 2, 64),
+        (true, 8, 64, 130, 128),
+        (false, 3, 16, 3, 128),
+        (true, 3, 256, 7, 128),
+    ] {
+        let shape = Shape { page_size, kv_heads, fp8, window: None, dim };
+        let (live, width) = (rows - 1, 2 * kv_heads * dim);
+        let paged = Paged::new(&mut random, shape, &[(0, rows + 3)]);
+        let on_device = paged.upload(&device);
+        let mut kv = random.units(rows * width, 4.0);
+        kv[..dim].fill(0.0);
+        let mut slot: Vec<i32> = (0..rows).map(|row| paged.slot(0, row + 2) as i32).collect();
+        if rows > 4 {
+            slot[3] = -1;
+        }
+        let call = StoreCall {
+            kv: &device.upload(&kv).unwrap(),
+            cache: on_device.cache,
+            slot: &device.upload(&slot).unwrap(),
+            live: &device.upload(&[live as i32]).unwrap(),
+            rows,
+        };
+        KvAppend::load_for(&device, dim).unwrap().store(&device, &call).unwrap();
+        let mut want = paged.bytes.clone();
+        for row in (0..live).filter(|&row| slot[row] >= 0) {
+            for head in 0..2 * kv_heads {
+                let stored = round(&kv[row * width + head * dim..][..dim], fp8);
+                let (data, scale) =
+                    paged.places(slot[row] as usize, head % kv_heads, head >= kv_heads);
+                want[data].copy_from_slice(&stored.bytes);
+                if fp8 {
+                    want[scale].copy_from_slice(&stored.scale.to_le_bytes());
+                }
+            }
+        }
+        let wrong = on_device.read().iter().zip(&want).filter(|(got, want)| got != want).count();
+        assert_eq!(wrong, 0, "fp8 {fp8}, {kv_heads} heads of {dim}, {rows} rows: bytes of the cache");
     }
 }

@@ -13,6 +13,7 @@
 mod attention;
 mod attention_decode;
 mod attention_prefill;
+mod attention_raw;
 mod common;
 mod embed;
 mod gemm;
