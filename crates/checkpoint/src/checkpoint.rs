@@ -136,6 +136,24 @@ impl Checkpoint {
         })
     }
 
+    /// Bytes that these tensors take where affine codes, for which GPUs have no kernels, become bfloat16.
+    ///
+    /// # Errors
+    /// The first that is not stored as its format has it.
+    pub fn bytes_without_affine(&self, wants: &[Want]) -> Result<u64, CheckpointError> {
+        wants.iter().try_fold(0, |sum, want| {
+            let elements = match want.shape {
+                Shape::Vector { len } => len as u64,
+                Shape::Matrix { rows, cols } => rows as u64 * cols as u64,
+                Shape::Experts { experts, rows, cols } => experts as u64 * rows as u64 * cols as u64,
+            };
+            let packed = self.stored_bytes(std::slice::from_ref(want))?;
+            let affine = self.format.is_affine(&check::resolve(&self.store, &*self.format, want)?);
+            let quantised = self.quantised.is_some() && matches!(want.shape, Shape::Experts { .. });
+            Ok(sum + if affine && !quantised { 2 * elements } else { packed })
+        })
+    }
+
     /// The element type of the first tensor that `want` is stored in.
     pub(crate) fn stored_dtype(&self, want: &Want) -> Result<Dtype, CheckpointError> {
         let parts = check::resolve(&self.store, &*self.format, want)?;

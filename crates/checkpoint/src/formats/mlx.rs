@@ -260,6 +260,11 @@ impl QuantFormat for Mlx {
         }
     }
 
+    fn is_affine(&self, parts: &[Stored<'_>]) -> bool {
+        // Offsets: only affine codes have them.
+        parts.iter().any(|part| part.name().ends_with(".biases"))
+    }
+
     fn load(
         &self,
         store: &Store,

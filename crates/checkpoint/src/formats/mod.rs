@@ -55,6 +55,11 @@ pub(crate) trait QuantFormat: Debug + Send + Sync {
         false
     }
 
+    /// Whether a tensor of these parts has affine codes.
+    fn is_affine(&self, _parts: &[Stored<'_>]) -> bool {
+        false
+    }
+
     /// Reads rows of a matrix or an expert stack, `[out, in]`, from the tensors that [`Self::parts`] named, in that order
     /// and known to have the types and shapes it asked for. `rows` lies within the logical tensor; of a stack, whose
     /// rows are counted through, it is whole experts.

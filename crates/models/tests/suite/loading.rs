@@ -3,7 +3,7 @@
 use crate::common::{golden_dir, open};
 use crate::ledger::{Ledger, prompt};
 use ctxserve_backend::{Batch, KvDtype};
-use ctxserve_checkpoint::{Checkpoint, CheckpointError, Dtype, MemoryTensor};
+use ctxserve_checkpoint::{Checkpoint, CheckpointError, Dtype, MemoryTensor, Shape, Want};
 use ctxserve_core::Encoding;
 use ctxserve_models::{LoadError, LoadOptions, architectures, inspect, load, wants};
 use safetensors::SafeTensors;
@@ -48,6 +48,17 @@ fn what_a_model_wants_is_all_that_is_stored() {
         let checkpoint = open(name);
         let wants = wants(&checkpoint).unwrap();
         assert_eq!(checkpoint.stored_bytes(&wants).unwrap(), checkpoint.total_bytes(), "{name}");
+        let elements = |want: &Want| match want.shape {
+            Shape::Vector { len } => len,
+            Shape::Matrix { rows, cols } => rows * cols,
+            Shape::Experts { experts, rows, cols } => experts * rows * cols,
+        };
+        let unpacked = checkpoint.bytes_without_affine(&wants).unwrap();
+        if name == "mlx" {
+            assert_eq!(unpacked, 2 * wants.iter().map(elements).sum::<usize>() as u64);
+        } else {
+            assert_eq!(unpacked, checkpoint.total_bytes(), "{name}");
+        }
     }
     let (config, mut tensors) = parts("long");
     tensors.pop();
