@@ -97,7 +97,7 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                 .map(|_| Sorted::new(bench, &popularity, rows, height))
                 .collect::<Result<Vec<_>, _>>()?;
             let touched = lists.iter().map(|list| list.touched).sum::<usize>() as f64 / CHOICES as f64;
-            let capacity = rows * SLOTS + 8 * EXPERTS;
+            let capacity = (rows * SLOTS + 8 * EXPERTS).next_multiple_of(8);
             let product = |up: bool, at: usize| {
                 let list = &lists[at % CHOICES];
                 let call = Call {

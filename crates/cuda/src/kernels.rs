@@ -16,6 +16,7 @@ use crate::ops::moe_combine::MoeCombine;
 use crate::ops::moe_down::MoeDown;
 use crate::ops::moe_gate_up::MoeGateUp;
 use crate::ops::moe_gemm::MoeGemm;
+use crate::ops::moe_gemm_bf16::MoeGemmBf16;
 use crate::ops::moe_scatter::MoeScatter;
 use crate::ops::moe_sort::MoeSort;
 use crate::ops::pack_panels::PackPanels;
@@ -39,6 +40,7 @@ pub(crate) struct Kernels {
     pub(crate) down: MoeDown,
     pub(crate) sort: MoeSort,
     pub(crate) experts: MoeGemm,
+    pub(crate) experts_bf16: MoeGemmBf16,
     pub(crate) combine: MoeCombine,
     qkv: Vec<(gemv_qkv::Dims, GemvQkv)>,
     out: Vec<(gemv_out::Dims, GemvOut)>,
@@ -76,6 +78,7 @@ impl Kernels {
             down: MoeDown::load(device)?,
             sort: MoeSort::load(device)?,
             experts: MoeGemm::load(device)?,
+            experts_bf16: MoeGemmBf16::load(device)?,
             combine: MoeCombine::load(device)?,
             qkv: Vec::new(),
             out: Vec::new(),

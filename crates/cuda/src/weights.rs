@@ -15,6 +15,7 @@ use crate::ops::moe_gemm::MoeGemm;
 use crate::ops::pack_mxfp4::PackMxfp4;
 use crate::ops::pack_panels::{self, PackPanels, Source};
 pub use experts::CudaExperts;
+pub(crate) use experts::Stacks;
 use maps::{output_cols, qkv_rows};
 
 /// Widths are padded to whole panels.

@@ -79,7 +79,7 @@ impl Sizes {
         let few = rows.min(EXPERT_ROWS);
         let shape =
             moe_sort::Shape { rows, slots: top_k.max(1), experts: experts.max(1), height: LEAST_HEIGHT };
-        let large = experts > 0 && rows > EXPERT_ROWS;
+        let large = experts > 0;
         let decode = capacity.sequences.min(rows).max(1);
         Self {
             x: rows * hidden,

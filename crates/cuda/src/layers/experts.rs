@@ -5,8 +5,10 @@ use ctxserve_backend::{DeviceError, Moe};
 use super::missing;
 use crate::backend::{CudaBackend, NormKey};
 use crate::driver::Buffer;
-use crate::ops::moe_gemm::{self, height};
-use crate::ops::{moe_combine, moe_down, moe_gate_up, moe_scatter, moe_sort, route};
+use crate::ops::{
+    moe_combine, moe_down, moe_gate_up, moe_gemm, moe_gemm_bf16, moe_scatter, moe_sort, route,
+};
+use crate::weights::Stacks;
 use crate::workspace::{EXPERT_ROWS, GEMV_ROWS};
 
 impl CudaBackend {
@@ -25,7 +27,10 @@ impl CudaBackend {
         let weights = router.plain.as_ref().ok_or_else(|| missing(OP, "the router"))?;
         let (rows, work) = (extent.rows, &state.work);
         let live = &state.description.arrays().rows;
-        let few = rows <= EXPERT_ROWS;
+        let few = match &experts.stacks {
+            Stacks::Mxfp4 { gate_up, down, .. } if rows <= EXPERT_ROWS => Some((gate_up, down)),
+            _ => None,
+        };
         let (norm, eps) = norm.as_norm(spec.norm_eps);
         kernels.route.issue(
             device,
@@ -37,7 +42,10 @@ impl CudaBackend {
                 live,
                 choice: &work.choice,
                 weight: &work.weight,
-                normed: if few { route::Normed::Rows(&work.h) } else { route::Normed::Scales(&work.scale) },
+                normed: match few {
+                    Some(_) => route::Normed::Rows(&work.h),
+                    None => route::Normed::Scales(&work.scale),
+                },
                 rows,
                 hidden: experts.hidden,
                 experts: spec.experts,
@@ -45,7 +53,7 @@ impl CudaBackend {
                 eps,
             },
         )?;
-        if few {
+        if let Some((gate_up, down)) = few {
             let shape = moe_gate_up::Shape {
                 experts: spec.experts,
                 top_k: spec.top_k,
@@ -53,7 +61,7 @@ impl CudaBackend {
                 inner: experts.inner,
             };
             let gate_up = moe_gate_up::Call {
-                weights: &experts.gate_up,
+                weights: gate_up,
                 bias: &experts.gate_up_bias,
                 h: &work.h,
                 choice: &work.choice,
@@ -65,7 +73,7 @@ impl CudaBackend {
                 limit: spec.limit,
             };
             let down = moe_down::Call {
-                weights: &experts.down,
+                weights: down,
                 bias: &experts.down_bias,
                 a: &work.a,
                 choice: &work.choice,
@@ -121,7 +129,13 @@ impl CudaBackend {
         let (weight, _) = moe.norm.as_norm(spec.norm_eps);
         let (rows, work) = (extent.rows, &state.work);
         let live = &state.description.arrays().rows;
-        let height = height(rows, spec.top_k, spec.experts);
+        let bf16 = matches!(experts.stacks, Stacks::Bf16 { .. });
+        let height = match bf16 {
+            true => moe_gemm_bf16::height(rows, spec.top_k, spec.experts),
+            false => moe_gemm::height(rows, spec.top_k, spec.experts),
+        };
+        // Fewer rows are normed where they are read.
+        let next = next.filter(|_| rows > GEMV_ROWS);
         let shape = moe_sort::Shape { rows, slots: spec.top_k, experts: spec.experts, height };
         let sorted = shape.sorted();
         if sorted > work.sorted {
@@ -152,7 +166,7 @@ impl CudaBackend {
                 weight,
                 scale: &work.scale,
                 y: &work.sorted_h,
-                bf16: false,
+                bf16,
                 position: &work.position,
                 live,
                 rows,
@@ -167,47 +181,57 @@ impl CudaBackend {
                 }),
             },
         )?;
-        let product = |w, exponents, bias, x, y, out_rows, cols| moe_gemm::Call {
-            w,
-            exponents,
-            bias,
-            x,
-            y,
-            tiles: &work.tiles,
-            counts: &work.counts,
-            experts: spec.experts,
-            rows: out_rows,
-            cols,
-            capacity: sorted,
-            height,
-            most_tiles: shape.tiles(),
-        };
         let (hidden, inner) = (experts.hidden, experts.inner);
-        let swiglu = moe_gemm::Output::SwiGlu { y: &work.sorted_a, alpha: spec.alpha, limit: spec.limit };
-        kernels.experts.issue(
-            device,
-            &product(
-                &experts.gate_up,
-                &experts.gate_up_exponents,
-                &experts.gate_up_bias,
-                &work.sorted_h,
-                swiglu,
-                2 * inner,
-                hidden,
-            ),
-        )?;
-        kernels.experts.issue(
-            device,
-            &product(
-                &experts.down,
-                &experts.down_exponents,
-                &experts.down_bias,
-                &work.sorted_a,
-                moe_gemm::Output::Bf16(&work.sorted_y),
-                hidden,
-                inner,
-            ),
-        )?;
+        match &experts.stacks {
+            Stacks::Mxfp4 { gate_up, gate_up_exponents, down, down_exponents } => {
+                let product = |w, exponents, bias, x, y, out_rows, cols| moe_gemm::Call {
+                    w,
+                    exponents,
+                    bias,
+                    x,
+                    y,
+                    tiles: &work.tiles,
+                    counts: &work.counts,
+                    experts: spec.experts,
+                    rows: out_rows,
+                    cols,
+                    capacity: sorted,
+                    height,
+                    most_tiles: shape.tiles(),
+                };
+                let (bias, x, y) = (&experts.gate_up_bias, &work.sorted_h, &work.sorted_a);
+                let y = moe_gemm::Output::SwiGlu { y, alpha: spec.alpha, limit: spec.limit };
+                let call = product(gate_up, gate_up_exponents, bias, x, y, 2 * inner, hidden);
+                kernels.experts.issue(device, &call)?;
+                let (bias, x, y) = (&experts.down_bias, &work.sorted_a, &work.sorted_y);
+                let y = moe_gemm::Output::Bf16(y);
+                let call = product(down, down_exponents, bias, x, y, hidden, inner);
+                kernels.experts.issue(device, &call)?;
+            }
+            Stacks::Bf16 { gate_up, down } => {
+                let product = |w, bias, x, y, out_rows, cols| moe_gemm_bf16::Call {
+                    w,
+                    bias,
+                    x,
+                    y,
+                    tiles: &work.tiles,
+                    counts: &work.counts,
+                    experts: spec.experts,
+                    rows: out_rows,
+                    cols,
+                    capacity: sorted,
+                    height,
+                    most_tiles: shape.tiles(),
+                };
+                let (bias, x, y) = (&experts.gate_up_bias, &work.sorted_h, &work.sorted_a);
+                let y = moe_gemm_bf16::Output::SwiGlu { y, alpha: spec.alpha, limit: spec.limit };
+                let call = product(gate_up, bias, x, y, 2 * inner, hidden);
+                kernels.experts_bf16.issue(device, &call)?;
+                let y = moe_gemm_bf16::Output::Bf16(&work.sorted_y);
+                let call = product(down, &experts.down_bias, &work.sorted_a, y, hidden, inner);
+                kernels.experts_bf16.issue(device, &call)?;
+            }
+        }
         kernels.combine.issue(
             device,
             &moe_combine::Call {

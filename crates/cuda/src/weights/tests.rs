@@ -46,18 +46,26 @@ fn packed(device: &Device, chunk: usize, finished: bool) -> Vec<Vec<u8>> {
         }
         bits.push(bytemuck::cast_slice(&loaded.bias.read(0, loaded.bias.len()).unwrap()).to_vec());
     }
-    let weights = ExpertWeights {
-        gate_up: mxfp4_matrix(5 * 320, 96),
-        gate_up_bias: values(5 * 320),
-        down: mxfp4_matrix(5 * 96, 160),
-        down_bias: values(5 * 96),
-    };
-    let loaded = packer.experts(device, weights, &spec).unwrap();
-    for part in [&loaded.gate_up, &loaded.down] {
-        bits.push(part.read(0, part.len()).unwrap());
-    }
-    for part in [&loaded.gate_up_bias, &loaded.down_bias] {
-        bits.push(bytemuck::cast_slice(&part.read(0, part.len()).unwrap()).to_vec());
+    let stacks: [fn(usize, usize) -> Matrix; 2] = [mxfp4_matrix, bf16_matrix];
+    for stack in stacks {
+        let weights = ExpertWeights {
+            gate_up: stack(5 * 320, 96),
+            gate_up_bias: values(5 * 320),
+            down: stack(5 * 96, 160),
+            down_bias: values(5 * 96),
+        };
+        let loaded = packer.experts(device, weights, &spec).unwrap();
+        match &loaded.stacks {
+            Stacks::Mxfp4 { gate_up, down, .. } => {
+                bits.extend([gate_up, down].map(|part| part.read(0, part.len()).unwrap()));
+            }
+            Stacks::Bf16 { gate_up, down } => bits.extend(
+                [gate_up, down].map(|part| bytemuck::cast_slice(&part.read(0, part.len()).unwrap()).to_vec()),
+            ),
+        }
+        for part in [&loaded.gate_up_bias, &loaded.down_bias] {
+            bits.push(bytemuck::cast_slice(&part.read(0, part.len()).unwrap()).to_vec());
+        }
     }
     bits
 }
