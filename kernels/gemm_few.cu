@@ -2,6 +2,7 @@
 // tokens are operand A (64 rows an instruction), the weights operand B, both as the panel layout holds them. The four blocks of a cluster
 // share the k of a tile of TOKENS tokens by WIDE outputs; each sends the others the sums of their tokens and adds up those of its own, in
 // the order of the blocks. Two blocks fit a multiprocessor, so that the first weights arrive while the kernel before ends.
+#include "common/dense.cuh"
 #include "common/inbox.cuh"
 #include "common/wgmma_more.cuh"
 
@@ -9,7 +10,7 @@ struct Params {
     const void* w;      // panels of [w_rows, cols], bf16
     const void* x;      // panels of [capacity, cols], bf16
     const float* bias;  // [outs] or null
-    void* y;            // [tokens, stride]
+    void* y;            // [tokens, stride]; SWIGLU: panels of [capacity, outs / 2], bf16
     const int* live;    // tokens to do; later rows of y are left alone
     int cols;           // multiple of 64
     int w_rows;         // multiple of 8
@@ -18,10 +19,8 @@ struct Params {
     int stride;
     int tokens;  // most that the grid is made for
     int launch;  // the next kernel may start when this many steps of weights have not been asked for
+    Heads heads; // of QKV: y is [tokens, q_width], bf16
 };
-
-// What becomes of the sums.
-enum Output { STORE_F32, STORE_BF16, ADD_F32 };
 
 #ifdef HOPPER
 
@@ -34,6 +33,20 @@ template <Output OUT> DEVICE void put(const Params& p, int token, int out, float
     if constexpr (OUT == STORE_BF16) {
         // outs and stride are even.
         *reinterpret_cast<uint32_t*>(static_cast<__nv_bfloat16*>(p.y) + at) = pack2<__nv_bfloat16>(a, b);
+    } else if constexpr (OUT == QKV) {
+        const int q_width = p.heads.q_width, half = p.heads.head_dim / 2, pair = out % p.heads.head_dim / 2;
+        float* const kv = p.heads.kv + static_cast<size_t>(token) * 2 * p.heads.kv_width + (out - q_width);
+        if (out >= q_width + p.heads.kv_width) {
+            *reinterpret_cast<float2*>(kv) = make_float2(a, b);
+            return;
+        }
+        const float2 v = turned(a, b, __ldg(p.heads.turns + static_cast<size_t>(token) * half + turn_place(pair)));
+        if (out < q_width) {
+            auto* const q = static_cast<__nv_bfloat16*>(p.y) + static_cast<size_t>(token) * q_width + (out - pair);
+            q[0] = __float2bfloat16(v.x), q[half] = __float2bfloat16(v.y);
+        } else {
+            kv[-pair] = v.x, kv[half - pair] = v.y;
+        }
     } else {
         // An element gets one addition, so that leaving it to the L2 cache keeps the order of its sum.
         float* y = static_cast<float*>(p.y) + at;
@@ -140,9 +153,8 @@ template <int TOKENS, int WIDE, int STAGES, Output OUT> DEVICE void gemm_few(con
                 send(to + j * 512, inbox, block / each, make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]));
         }
         inbox_wait(inbox);
-        for (int unit = warp; unit < UNITS; unit += CONSUMERS) {
-            const int line = (rank * each + unit / (WIDE / 8)) * 16 + g, out = row + unit % (WIDE / 8) * 8 + 2 * t;
-            if (out >= p.outs || line >= tokens) continue;
+        // What all blocks have of 16 tokens by 8 outputs, from `out` on.
+        const auto sum_of = [&](int unit, int out) {
             const float2 bias = make_float2(p.bias ? p.bias[out] : 0.0f, p.bias && out + 1 < p.outs ? p.bias[out + 1] : 0.0f);
             float4 sum = make_float4(bias.x, bias.y, bias.x, bias.y);
 #pragma unroll
@@ -150,8 +162,23 @@ template <int TOKENS, int WIDE, int STAGES, Output OUT> DEVICE void gemm_few(con
                 const float4 part = *reinterpret_cast<const float4*>(shared + source * PART + unit * 512 + lane * 16);
                 sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
             }
-            put<OUT>(p, token + line, out, sum.x, sum.y);
-            if (line + 8 < tokens) put<OUT>(p, token + line + 8, out, sum.z, sum.w);
+            return sum;
+        };
+        for (int at = warp; at < (OUT == SWIGLU ? UNITS / 2 : UNITS); at += CONSUMERS) {
+            const int unit = OUT == SWIGLU ? 2 * at : at;
+            const int line = (rank * each + unit / (WIDE / 8)) * 16 + g, out = row + unit % (WIDE / 8) * 8 + 2 * t;
+            if (out >= p.outs || line >= tokens) continue;
+            const float4 sum = sum_of(unit, out);
+            if constexpr (OUT == SWIGLU) {
+                const float4 up = sum_of(unit + 1, out + 8);
+                char* const y = static_cast<char*>(p.y) + panel_chunk(token + line, (out & ~15) / 2, p.capacity) + 4 * t;
+                *reinterpret_cast<uint32_t*>(y) = pack2<__nv_bfloat16>(silu_times(sum.x, up.x), silu_times(sum.y, up.y));
+                if (line + 8 < tokens)
+                    *reinterpret_cast<uint32_t*>(y + 1024) = pack2<__nv_bfloat16>(silu_times(sum.z, up.z), silu_times(sum.w, up.w));
+            } else {
+                put<OUT>(p, token + line, out, sum.x, sum.y);
+                if (line + 8 < tokens) put<OUT>(p, token + line + 8, out, sum.z, sum.w);
+            }
         }
     }
 }
@@ -171,3 +198,5 @@ template <int TOKENS, int WIDE, int STAGES, Output OUT> DEVICE void gemm_few(con
 DEFINE(gemm_few_f32, STORE_F32)
 DEFINE(gemm_few_bf16, STORE_BF16)
 DEFINE(gemm_few_add, ADD_F32)
+DEFINE(gemm_few_swiglu, SWIGLU)
+DEFINE(gemm_few_qkv, QKV)

@@ -15,8 +15,13 @@ const OUTPUTS: usize = Q + 2 * KV;
 
 /// Every layer's weights, the same random bits in memory of their own.
 pub(crate) fn layers(bench: &Bench, len: usize) -> Result<Vec<Buffer<u16>>, DeviceError> {
+    layers_of(bench, LAYERS, len)
+}
+
+/// So many layers' weights.
+pub(crate) fn layers_of(bench: &Bench, layers: usize, len: usize) -> Result<Vec<Buffer<u16>>, DeviceError> {
     let bits: Vec<u16> = (0..len).map(|_| bf16::from_f32(bench.unit() * 0.02).to_bits()).collect();
-    (0..LAYERS).map(|_| bench.device.upload(&bits)).collect()
+    (0..layers).map(|_| bench.device.upload(&bits)).collect()
 }
 
 pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {

@@ -168,6 +168,10 @@ struct PlainRows {
     }
 };
 
+// Whether an output takes sums of two tiles at a time: of every 16 rows of the matrix the first eight are gates, the others the ups.
+template <class Output, class = void> constexpr bool is_gated = false;
+template <class Output> constexpr bool is_gated<Output, decltype(void(Output::GATED))> = Output::GATED;
+
 // `Output` has: WALKS, whether a block has several rounds of tiles; a type `Early` of what it loads while weights still stream; `load(row, column)`, `refine` (arithmetic on it) and
 // `store(row, column, {y[column], y[column + 1]}, early)`, `column` even. `mean` is one over the columns that are normed over.
 // ROWS is 1 or 16: the most token rows. With one there are registers to hold the first stage over the wait, so that the ring is
@@ -286,9 +290,8 @@ DEVICE void run(const Product& m, Input input, const Output& output, float mean,
         }
         // One barrier a round: a warp writes this buffer again two rounds later, after a barrier that every reader has reached.
         __syncthreads();
-        for (int item = threadIdx.x; item < m.lines * PAIRS; item += blockDim.x) {
-            const int row = item / PAIRS, pair = item % PAIRS;
-            if (row >= live || pair >= pairs) continue;
+        // Sums of a pair of outputs over the columns, in the order of the warps.
+        const auto total = [&](int row, int item) {
             float2 sum = make_float2(0, 0);
             float square = 0;
 #pragma unroll
@@ -302,11 +305,27 @@ DEVICE void run(const Product& m, Input input, const Output& output, float mean,
                 const float scale = rsqrtf(fmaf(square, mean, eps));
                 sum = make_float2(__fmul_rn(sum.x, scale), __fmul_rn(sum.y, scale));
             }
-            if (item != static_cast<int>(threadIdx.x)) {
-                early = output.load(m.first + row, column + pair * 2);
-                output.refine(early);
+            return sum;
+        };
+        if constexpr (is_gated<Output>) {
+            static_assert(TILES % 2 == 0, "a gate and its up are of one block");
+            for (int item = threadIdx.x; item < m.lines * (PAIRS / 2); item += blockDim.x) {
+                const int row = item / (PAIRS / 2), at = item % (PAIRS / 2), pair = at / 4 * 8 + at % 4;
+                if (row >= live || pair >= pairs) continue;
+                const int gate = row * PAIRS + pair;
+                output.store(m.first + row, column / 2 + at * 2, total(row, gate), total(row, gate + 4));
             }
-            output.store(m.first + row, column + pair * 2, sum, early);
+        } else {
+            for (int item = threadIdx.x; item < m.lines * PAIRS; item += blockDim.x) {
+                const int row = item / PAIRS, pair = item % PAIRS;
+                if (row >= live || pair >= pairs) continue;
+                const float2 sum = total(row, item);
+                if (item != static_cast<int>(threadIdx.x)) {
+                    early = output.load(m.first + row, column + pair * 2);
+                    output.refine(early);
+                }
+                output.store(m.first + row, column + pair * 2, sum, early);
+            }
         }
     }
 }

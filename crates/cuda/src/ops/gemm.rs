@@ -20,11 +20,15 @@ const GROUP: usize = 8;
 const L2_BYTES_A_CYCLE: usize = 58;
 /// Bytes of a step of 64 of one row.
 const LINE: usize = 128;
+/// Kinds of output.
+const OUTPUTS: usize = 5;
 /// By output, then by the order of [`Spread::ALL`].
-const KERNELS: [[&str; 5]; 3] = [
+const KERNELS: [[&str; 5]; OUTPUTS] = [
     ["gemm_few_f32_64", "gemm_few_f32_128", "gemm_f32_128", "gemm_f32_256", "gemm_f32_portable"],
     ["gemm_few_bf16_64", "gemm_few_bf16_128", "gemm_bf16_128", "gemm_bf16_256", "gemm_bf16_portable"],
     ["gemm_few_add_64", "gemm_few_add_128", "gemm_add_128", "gemm_add_256", "gemm_add_portable"],
+    ["gemm_few_swiglu_64", "gemm_few_swiglu_128", "gemm_swiglu_128", "gemm_swiglu_256", "gemm_swiglu_portable"],
+    ["gemm_few_qkv_64", "gemm_few_qkv_128", "gemm_qkv_128", "gemm_qkv_256", "gemm_qkv_portable"],
 ];
 
 /// What both files' parameters begin with.
@@ -44,12 +48,25 @@ struct Arguments {
     tokens: i32,
 }
 
+/// `Heads` of kernels/common/dense.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct HeadArguments {
+    kv: u64,
+    turns: u64,
+    q_width: i32,
+    kv_width: i32,
+    head_dim: i32,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 struct WalkArguments {
     common: Arguments,
     group: i32,
     height: i32,
+    lag: i32,
+    heads: HeadArguments,
 }
 
 // SAFETY: mirrors `Params` of kernels/gemm.cu.
@@ -60,20 +77,67 @@ unsafe impl Params for WalkArguments {}
 struct FewArguments {
     common: Arguments,
     launch: i32,
+    heads: HeadArguments,
 }
 
 // SAFETY: mirrors `Params` of kernels/gemm_few.cu.
 unsafe impl Params for FewArguments {}
 
-/// Where the sums go: row-major `[tokens, stride]`.
+/// Where the sums go.
 #[derive(Clone, Copy, Debug)]
 pub enum Output<'a> {
-    /// Stored as float32.
+    /// `[tokens, stride]`, stored as float32.
     F32(&'a Buffer<f32>),
-    /// Stored as bits of bf16; `outs` and `stride` even.
+    /// `[tokens, stride]`, stored as bits of bf16; `outs` and `stride` even.
     Bf16(&'a Buffer<u16>),
-    /// Added to what is there.
+    /// `[tokens, stride]`, added to what is there.
     Add(&'a Buffer<f32>),
+    /// `silu(gate) * up`, bits of bf16 in panel layout of `[capacity, outs / 2]`. Of every 16 weight rows the first eight are gates, the
+    /// others the ups. `outs` is `w_rows`, a multiple of 128. `stride` means nothing.
+    SwiGlu(&'a Buffer<u16>),
+    /// Queries and keys are rotated. `outs` is `w_rows`, all heads. `stride` means nothing.
+    Qkv(Heads<'a>),
+}
+
+/// Where queries, keys and values go. Weight rows are in the order of kernels/README.md, "QKV rows".
+#[derive(Clone, Copy, Debug)]
+pub struct Heads<'a> {
+    /// `[tokens, q_width]`, bits of bf16: queries, rotated, in natural order.
+    pub q: &'a Buffer<u16>,
+    /// `[tokens, 2 * kv_width]`: keys, rotated, in natural order, then values.
+    pub kv: &'a Buffer<f32>,
+    /// `[tokens, head_dim / 2, 2]`, of `rope_table`.
+    pub turns: &'a Buffer<f32>,
+    /// Query heads times `head_dim`.
+    pub q_width: usize,
+    /// Key/value heads times `head_dim`.
+    pub kv_width: usize,
+    /// Elements of a head, a multiple of 16.
+    pub head_dim: usize,
+}
+
+impl Heads<'_> {
+    fn fits(&self, tokens: usize, outs: usize) -> bool {
+        let Self { q_width, kv_width, head_dim, .. } = *self;
+        head_dim > 0
+            && head_dim.is_multiple_of(16)
+            && q_width.is_multiple_of(head_dim)
+            && kv_width.is_multiple_of(head_dim)
+            && outs == q_width + 2 * kv_width
+            && self.q.len() >= tokens * q_width
+            && self.kv.len() >= tokens * 2 * kv_width
+            && self.turns.len() >= tokens * head_dim
+    }
+
+    fn arguments(&self) -> HeadArguments {
+        HeadArguments {
+            kv: self.kv.address(),
+            turns: self.turns.address(),
+            q_width: self.q_width as i32,
+            kv_width: self.kv_width as i32,
+            head_dim: self.head_dim as i32,
+        }
+    }
 }
 
 /// How a product is spread over the device.
@@ -102,6 +166,8 @@ pub struct Plan {
     pub group: usize,
     /// Of few tokens, the next kernel may start when this many steps of weights have not been asked for.
     pub launch: usize,
+    /// Steps that the second warpgroup starts after the first, where blocks walk; at most 2 of wide tiles.
+    pub lag: usize,
 }
 
 /// Tokens that tiles may have.
@@ -109,7 +175,7 @@ const HEIGHTS: [usize; 6] = [64, 128, 176, 192, 208, 256];
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} {}, groups of {}, launch at {}", self.spread, self.height, self.group, self.launch)
+        write!(f, "{:?} {}, groups of {}, launch at {}, lag {}", self.spread, self.height, self.group, self.launch, self.lag)
     }
 }
 
@@ -156,7 +222,7 @@ impl Plan {
     /// With the tallest tiles.
     pub fn of(spread: Spread) -> Self {
         let (height, ..) = spread.tile();
-        Self { spread, height, group: GROUP, launch: 0 }
+        Self { spread, height, group: GROUP, launch: 0, lag: 0 }
     }
 
     /// Blocks for a product.
@@ -205,7 +271,7 @@ pub fn plan(tokens: usize, w_rows: usize, cols: usize, multiprocessors: usize) -
 #[derive(Clone, Copy, Debug)]
 pub struct Gemm {
     /// By output, then by the order of [`Spread::ALL`]; the portable ones only, where there are no others.
-    kernels: [[Option<Kernel>; 5]; 3],
+    kernels: [[Option<Kernel>; 5]; OUTPUTS],
     portable: bool,
 }
 
@@ -218,7 +284,7 @@ pub struct Call<'a> {
     pub x: &'a Buffer<u16>,
     /// `[outs]`.
     pub bias: Option<&'a Buffer<f32>>,
-    /// `[tokens, stride]`.
+    /// The result.
     pub y: Output<'a>,
     /// One integer: tokens to do; later rows of `y` are left alone.
     pub live: &'a Buffer<i32>,
@@ -228,7 +294,7 @@ pub struct Call<'a> {
     pub cols: usize,
     /// Rows of `w`, a multiple of 8.
     pub w_rows: usize,
-    /// Columns of `y` that are written, at most `w_rows`.
+    /// Weight rows whose sums are wanted, at most `w_rows`.
     pub outs: usize,
     /// Rows that `x` is laid out for, a multiple of 8.
     pub capacity: usize,
@@ -254,7 +320,7 @@ impl Gemm {
     }
 
     fn of(device: &Device, portable: bool) -> Result<Self, DeviceError> {
-        let mut kernels = [[None; 5]; 3];
+        let mut kernels = [[None; 5]; OUTPUTS];
         for (kernels, names) in kernels.iter_mut().zip(KERNELS) {
             for ((kernel, name), spread) in kernels.iter_mut().zip(names).zip(Spread::ALL) {
                 if !portable || spread == Spread::Portable {
@@ -285,25 +351,33 @@ impl Gemm {
     /// Shapes or buffers that do not fit each other, a kernel that was not loaded, or a device fault.
     pub fn issue_as(&self, device: &Device, call: &Call<'_>, plan: Plan) -> Result<(), DeviceError> {
         let Call { tokens, cols, w_rows, outs, capacity, stride, .. } = *call;
-        let (output, y, len) = match call.y {
-            Output::F32(y) => (0, y.address(), y.len()),
-            Output::Bf16(y) => (1, y.address(), y.len()),
-            Output::Add(y) => (2, y.address(), y.len()),
+        let most = if tokens == 0 { 0 } else { (tokens - 1) * stride + outs };
+        let rows = outs <= w_rows && outs <= stride;
+        let (output, y, holds) = match call.y {
+            Output::F32(y) => (0, y.address(), rows && y.len() >= most),
+            Output::Bf16(y) => {
+                let even = outs.is_multiple_of(2) && stride.is_multiple_of(2);
+                (1, y.address(), rows && even && y.len() >= most)
+            }
+            Output::Add(y) => (2, y.address(), rows && y.len() >= most),
+            Output::SwiGlu(y) => {
+                let whole = outs == w_rows && outs.is_multiple_of(128);
+                (3, y.address(), whole && y.len() >= capacity * outs / 2)
+            }
+            Output::Qkv(heads) => (4, heads.q.address(), outs == w_rows && heads.fits(tokens, outs)),
         };
-        let fits = plan.spread.takes(plan.height)
+        let heads = if let Output::Qkv(heads) = call.y { heads.arguments() } else { HeadArguments::default() };
+        let fits = holds
+            && plan.spread.takes(plan.height)
             && cols.is_multiple_of(64)
             && cols > 0
             && w_rows.is_multiple_of(8)
             && capacity.is_multiple_of(8)
             && tokens <= capacity
-            && outs <= w_rows
-            && outs <= stride
-            && (output != 1 || (outs.is_multiple_of(2) && stride.is_multiple_of(2)))
             && call.w.len() >= w_rows * cols
             && call.x.len() >= capacity * cols
             && call.bias.is_none_or(|bias| bias.len() >= outs)
-            && !call.live.is_empty()
-            && (tokens == 0 || len >= (tokens - 1) * stride + outs);
+            && !call.live.is_empty();
         if !fits {
             let what = format!("{tokens} tokens of {cols} by {w_rows} rows do not fit the buffers");
             return Err(DeviceError::new(OP, what));
@@ -311,7 +385,7 @@ impl Gemm {
         if tokens == 0 {
             return Ok(());
         }
-        let Plan { spread, height, group, launch } = plan;
+        let Plan { spread, height, group, launch, lag } = plan;
         let Some(kernel) = &self.kernels[output][spread as usize] else {
             return Err(DeviceError::new(OP, format!("the kernels for {plan} are not loaded")));
         };
@@ -336,11 +410,11 @@ impl Gemm {
             overlap: true,
         };
         if spread.is_few() {
-            let arguments = FewArguments { common, launch: launch as i32 };
+            let arguments = FewArguments { common, launch: launch as i32, heads };
             // SAFETY: every buffer was checked to be large enough for the shapes.
             return unsafe { device.launch(kernel, &shape, &arguments) };
         }
-        let arguments = WalkArguments { common, group: group.max(1) as i32, height: height as i32 };
+        let arguments = WalkArguments { common, group: group.max(1) as i32, height: height as i32, lag: lag as i32 - 1, heads };
         // SAFETY: every buffer was checked to be large enough for the shapes.
         unsafe { device.launch(kernel, &shape, &arguments) }
     }

@@ -141,6 +141,8 @@ fn one_plan(shape: &Shape, facts: &Facts, lines: usize, &(variant, kernels): &Na
     };
     let full = tiles / (blocks * variant.tiles);
     let tail = (tiles - full * blocks * variant.tiles).div_ceil(blocks);
+    // A gate and its up are neighbours: blocks of even tiles never part them.
+    let tail = if variant.tiles.is_multiple_of(2) { tail.next_multiple_of(2) } else { tail };
     Some(Plan { variant, width, lines, warps, slice, blocks, full, tail, shared })
 }
 

@@ -37,13 +37,13 @@ pub struct Call<'a> {
     pub live: &'a Buffer<i32>,
     /// One frequency, in radians a token, for each of `pairs`.
     pub inv_freq: &'a Buffer<f32>,
-    /// `[rows, pairs, 2]`.
+    /// `[rows, pairs, 2]`; of each eight pairs the order is 0, 4, 1, 5, 2, 6, 3, 7.
     pub turns: &'a Buffer<f32>,
     /// Multiplies cosine and sine.
     pub mscale: f32,
     /// Most rows, which the grid is made for.
     pub rows: usize,
-    /// Half the elements of a head.
+    /// Half the elements of a head, a multiple of 8.
     pub pairs: usize,
 }
 
@@ -63,6 +63,7 @@ impl RopeTable {
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
         let Call { rows, pairs, mscale, .. } = *call;
         let fits = pairs > 0
+            && pairs.is_multiple_of(8)
             && call.position.len() >= rows
             && !call.live.is_empty()
             && call.inv_freq.len() >= pairs
