@@ -7,6 +7,8 @@ mod formats;
 #[cfg(test)]
 mod fuzz;
 #[cfg(test)]
+mod fuzz_files;
+#[cfg(test)]
 mod malformed;
 #[cfg(test)]
 mod quantised;
