@@ -8,15 +8,17 @@ use serde::Serialize;
 use super::{described, spelled};
 use crate::cli::options::ServeOptions;
 use crate::cli::values::Values;
-use crate::device::{self, Limits, Target};
+use crate::device::{self, Limits, Plan, Target};
 use crate::memory::bytes_of_one;
 
 /// What a device could hold beside the weights, as `serve` would use it without flags.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub(super) struct Fit {
     device: String,
     /// Why nothing fits.
     problem: Option<String>,
+    /// Why it is not another device.
+    notes: Vec<String>,
     /// One for each way to store keys and values.
     room: Vec<Room>,
 }
@@ -34,16 +36,30 @@ struct Room {
 
 impl Fit {
     pub(super) fn find(checkpoint: &Checkpoint) -> Self {
-        let mut fit = Self { device: "none".to_owned(), problem: None, room: Vec::new() };
-        if let Err(error) = fit.fill(checkpoint) {
+        let mut fit = Self::default();
+        "none".clone_into(&mut fit.device);
+        if let Err(error) = fit.choose(checkpoint) {
             fit.problem = Some(format!("{error:#}"));
         }
         fit
     }
 
-    fn fill(&mut self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
+    /// Takes the device that `serve` would take.
+    fn choose(&mut self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
         let options = ServeOptions::new(&Values::default(), |_| None)?;
-        let plan = device::plan(&options.device, None)?;
+        let mut plan = device::plan(&options.device, None)?;
+        loop {
+            self.notes.append(&mut plan.notes);
+            let why =
+                match plan.target.takes(checkpoint).and_then(|()| self.fill(checkpoint, &options, &plan)) {
+                    Ok(()) => return Ok(()),
+                    Err(why) => why,
+                };
+            plan = device::instead(&options.device, None, &plan, &why).ok_or(why)?;
+        }
+    }
+
+    fn fill(&mut self, checkpoint: &Checkpoint, options: &ServeOptions, plan: &Plan) -> anyhow::Result<()> {
         let dtypes = match &plan.target {
             Target::Cpu => [KvDtype::F32, KvDtype::Bf16],
             Target::Gpu(_) => [KvDtype::Bf16, KvDtype::Fp8E4m3],
@@ -52,6 +68,7 @@ impl Fit {
             Target::Cpu => "CPU".to_owned(),
             Target::Gpu(gpu) => gpu.facts().name.clone(),
         };
+        self.room.clear();
         for dtype in dtypes {
             let info = described(checkpoint, plan.page_size, dtype)?;
             let limits = Limits { chunk: plan.chunk, sequences: plan.sequences, context: info.max_context };
@@ -75,8 +92,9 @@ impl Fit {
     }
 
     pub(super) fn lines(&self) -> Vec<String> {
+        let notes = self.notes.iter().cloned();
         if let Some(problem) = &self.problem {
-            return vec![format!("not on {}: {problem}", self.device)];
+            return notes.chain([format!("not on {}: {problem}", self.device)]).collect();
         }
         let of = |room: &Room| match (room.bytes, room.longest, room.sequences) {
             (Some(bytes), Some(longest), Some(sequences)) => format!(
@@ -92,6 +110,6 @@ impl Fit {
             ),
             _ => format!("on {}: the system does not say how much memory is free", self.device),
         };
-        self.room.iter().map(of).collect()
+        notes.chain(self.room.iter().map(of)).collect()
     }
 }

@@ -16,6 +16,10 @@ const SHOWN: usize = 3;
 /// Files that other programs read and this one never does.
 const UNREAD: &[&str] = &[".py", ".bin", ".pt", ".pth", ".pkl", ".gguf", ".onnx"];
 
+/// `<|return|>` and `<|call|>` of gpt-oss.
+const GPT_OSS_RETURN: TokenId = 200_002;
+const GPT_OSS_CALL: TokenId = 200_012;
+
 /// What was found out so far.
 pub(super) struct Looked<'a> {
     pub(super) dir: &'a Path,
@@ -70,14 +74,28 @@ fn tokenizer(looked: &Looked<'_>, odd: &mut Vec<String>) {
     }
 }
 
+/// Where turns end: as the chat format has it, or, without a tokenizer, the ids of gpt-oss, which are the same in all of its
+/// checkpoints.
+pub(super) fn ends_of<'a>(stop_ids: Option<&'a [TokenId]>, family: &str, vocab: usize) -> &'a [TokenId] {
+    stop_ids.unwrap_or(match family {
+        "gpt_oss" if vocab > GPT_OSS_CALL as usize => &[GPT_OSS_RETURN, GPT_OSS_CALL],
+        _ => &[],
+    })
+}
+
 /// Ends of turns that the files should name, or name in vain.
 fn ends(looked: &Looked<'_>, odd: &mut Vec<String>) {
     let text = |id: TokenId| {
         let tokenizer = looked.tokenizer.as_ref().ok().and_then(Option::as_ref);
-        tokenizer.and_then(|tokenizer| tokenizer.token_text(id)).unwrap_or_default()
+        tokenizer.and_then(|tokenizer| tokenizer.token_text(id))
     };
-    let missing = looked.stop_ids.into_iter().flatten().filter(|id| !looked.info.eos.contains(id));
-    let missing: Vec<String> = missing.map(|&id| format!("{id} {}", text(id))).collect();
+    let named = ends_of(looked.stop_ids, looked.info.family, looked.info.vocab_size);
+    let missing = named.iter().filter(|id| !looked.info.eos.contains(id));
+    let missing = missing.map(|&id| match text(id) {
+        Some(text) => format!("{id} {text}"),
+        None => id.to_string(),
+    });
+    let missing: Vec<String> = missing.collect();
     if !missing.is_empty() {
         let named = listed(&missing);
         odd.push(format!("eos_token_id does not name {named}: this server ends turns there, others may not"));

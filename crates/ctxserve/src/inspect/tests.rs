@@ -88,6 +88,11 @@ fn what_fits_is_said_of_the_device_at_hand() {
     let found = findings(&golden("mxfp4"));
     let fit = &found["fit"];
     assert_eq!(fit["problem"], Value::Null, "{fit}");
+    // A machine without a GPU says why.
+    assert!(
+        fit["device"] != "CPU" || fit["notes"][0].as_str().unwrap().starts_with("no GPU is used: "),
+        "{fit}"
+    );
     let rooms = fit["room"].as_array().unwrap();
     assert_eq!(rooms.len(), 2);
     for room in rooms.iter().filter(|room| !room["bytes"].is_null()) {
@@ -133,6 +138,14 @@ fn odd_things_are_named() {
     has(&found, "lacks control tokens of harmony");
     std::fs::remove_file(path("generation_config.json")).unwrap();
     has(&odd(dir.path()), "there is no generation_config.json");
+}
+
+#[test]
+fn the_end_at_a_call_is_missed_without_a_tokenizer_too() {
+    let ends = |family, vocab| odd::ends_of(None, family, vocab).to_vec();
+    assert_eq!(ends("gpt_oss", 201_088), [200_002, 200_012]);
+    assert_eq!((ends("gpt_oss", 3072), ends("qwen3", 201_088)), (vec![], vec![]));
+    assert_eq!(odd::ends_of(Some(&[7]), "gpt_oss", 201_088), [7]);
 }
 
 #[test]
