@@ -7,6 +7,8 @@ mod common;
 #[cfg(test)]
 mod config;
 #[cfg(test)]
+mod config_fuzz;
+#[cfg(test)]
 mod demo;
 #[cfg(test)]
 mod goldens;
