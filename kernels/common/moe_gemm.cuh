@@ -81,7 +81,7 @@ DEVICE void store(const Params& p, const float (&d)[N / 2], int strip, int first
     // A multiple of 8 rows further is a multiple of 1024 bytes further in a panel.
     char* y;
     if constexpr (OUT == SWIGLU) y = static_cast<char*>(p.y) + panel_chunk(first + g, strip * 8, p.capacity) + 4 * t;
-    if constexpr (OUT == DOWN_BF16) y = static_cast<char*>(p.y) + (static_cast<size_t>(first + g) * p.rows + strip * STRIP_ROWS + 2 * t) * 2;
+    if constexpr (OUT == DOWN_BF16) y = static_cast<char*>(p.y) + (static_cast<size_t>(first + (g & ~1)) * p.rows + strip * STRIP_ROWS + g % 2 * 8 + 2 * t) * 2;
     if constexpr (OUT == DOWN_F32) y = static_cast<char*>(p.y) + (static_cast<size_t>(first + 2 * t) * p.rows + strip * STRIP_ROWS + g) * 4;
     const size_t stride = OUT == SWIGLU ? 1024 : static_cast<size_t>(p.rows) * (OUT == DOWN_BF16 ? 16 : 32);
 #pragma unroll
@@ -94,8 +94,9 @@ DEVICE void store(const Params& p, const float (&d)[N / 2], int strip, int first
             const float even = swiglu(v[0], v[2], p.alpha, p.limit), odd = swiglu(v[1], v[3], p.alpha, p.limit);
             *reinterpret_cast<uint32_t*>(y + j * 1024) = transpose8(pack2<__half>(even, odd));
         } else if constexpr (OUT == DOWN_BF16) {
-            *reinterpret_cast<uint32_t*>(y) = transpose8(pack2<__nv_bfloat16>(v[0], v[1]));
-            *reinterpret_cast<uint32_t*>(y + 16) = transpose8(pack2<__nv_bfloat16>(v[2], v[3]));
+            // Transposed with both halves of the strip, so that lanes of one token write a sector.
+            *reinterpret_cast<uint32_t*>(y) = transpose8(pack2<__nv_bfloat16>(v[0], v[2]));
+            *reinterpret_cast<uint32_t*>(y + p.rows * 2) = transpose8(pack2<__nv_bfloat16>(v[1], v[3]));
             y += stride;
         } else {
             auto* rows = reinterpret_cast<float*>(y);
