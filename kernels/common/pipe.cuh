@@ -19,6 +19,7 @@ DEVICE int fragment(int col) { return (col & ~31) + ((col >> 1 & 3) << 3) + ((co
 
 constexpr int MULTIPLIERS = 16;                         // warps, one for each piece of a strip
 constexpr int FINISHERS = 3;                            // warps that add up pieces; the one before them copies
+constexpr int ARRIVALS = 32;                            // of a warp at a barrier: each lane answers for what it read and wrote
 constexpr int MOST_STAGES = 8;
 constexpr int GROUP_PIPE = 16;                          // most tokens of a segment
 constexpr int SUMS = GROUP_PIPE / 8 * 32;               // partial sums of a piece, four to a lane and tile of 8 tokens
@@ -92,9 +93,9 @@ struct Pipe {
     // One thread, before the block's first barrier and before `barrier_init_fence`.
     METHOD void init() const {
 #pragma unroll 1
-        for (int stage = 0; stage < stages; ++stage) barrier_init(full(stage), 1), barrier_init(empty(stage), pieces);
+        for (int stage = 0; stage < stages; ++stage) barrier_init(full(stage), 1), barrier_init(empty(stage), pieces * ARRIVALS);
 #pragma unroll 1
-        for (int finisher = 0; finisher < FINISHERS; ++finisher) barrier_init(summed(finisher), pieces), barrier_init(added(finisher), 1);
+        for (int finisher = 0; finisher < FINISHERS; ++finisher) barrier_init(summed(finisher), pieces * ARRIVALS), barrier_init(added(finisher), ARRIVALS);
     }
 };
 
@@ -191,7 +192,6 @@ struct Multiplier {
         const uint32_t to_scales = pipe.ring + product.tiles * TILE_CODES + warp * (PIECE * TILE_SCALES) + lane / 4 * 4 - first_codes;
         const uint32_t first_out = shared_address(pipe.sums + warp * SUMS + lane);
         uint32_t codes_at = first_codes + stage * bytes, out = first_out + finisher * sums_bytes;
-        const bool leads = lane == 0;
 #pragma unroll 1
         for (; units > 0; --units) {
             barrier_wait(pipe.full(stage), parity);
@@ -205,7 +205,7 @@ struct Multiplier {
                 scales[tile] = load_shared_4(codes_at + to_scales + at * TILE_SCALES);
             }
             __syncwarp();
-            if (leads) barrier_arrive(pipe.empty(stage));
+            barrier_arrive(pipe.empty(stage));
             codes_at += bytes;
             if (++stage == pipe.stages) stage = 0, parity ^= 1, codes_at = first_codes;
             // Waited for here, not where it is needed, so that the compiler leaves the loads above in one place.
@@ -218,7 +218,7 @@ struct Multiplier {
 #pragma unroll
             for (int n = 0; n < NT; ++n) store_shared_16(out + n * 512, acc[n]);
             __syncwarp();
-            if (leads) barrier_arrive(pipe.summed(finisher));
+            barrier_arrive(pipe.summed(finisher));
             out += sums_bytes;
             if (++finisher == FINISHERS) finisher = 0, added_parity ^= 1, out = first_out;
         }
@@ -268,7 +268,7 @@ struct Finisher {
                 done(now, strip, n, sum, bias);
             }
             __syncwarp();
-            if (lane == 0) barrier_arrive(pipe.added(finisher));
+            barrier_arrive(pipe.added(finisher));
             turn += FINISHERS, strip += FINISHERS;
             while (strip >= product.strips) strip -= product.strips, ++segment;
         }
