@@ -2,7 +2,7 @@
 // rows operand B, both as the panel layout holds them: a bulk copy brings 64 k of either.
 //
 // Two shapes on Hopper, blocks that stay in both. `few`: 64 weight rows by up to 64 sorted rows, one warpgroup, two blocks to a
-// multiprocessor, a ring of some 100 KB each, because the weights' bytes are what counts. `many`: 128 weight rows by up to 256 sorted rows,
+// multiprocessor (one, of a single row), 200 KB of rings in all, because the weights' bytes are what counts. `many`: 128 weight rows by up to 256 sorted rows,
 // two warpgroups, because the products are. Elsewhere eight warps copy and multiply 16 rows each by 64 sorted rows, with mma.sync.
 #include "common/panels.cuh"
 #include "common/wgmma_more.cuh"
@@ -251,6 +251,7 @@ template <int GROUPS, int MAX, int STAGES, Output OUT> DEVICE void moe_gemm(cons
 #endif
 
 #define DEFINE(NAME, OUT)                                                                                                  \
+    KERNEL __launch_bounds__(160, 1) NAME##_one(const __grid_constant__ Params p) { BODY(1, 16, 22, OUT); }                \
     KERNEL __launch_bounds__(160, 2) NAME##_16(const __grid_constant__ Params p) { BODY(1, 16, 11, OUT); }                 \
     KERNEL __launch_bounds__(160, 2) NAME##_32(const __grid_constant__ Params p) { BODY(1, 32, 9, OUT); }                  \
     KERNEL __launch_bounds__(160, 2) NAME##_64(const __grid_constant__ Params p) { BODY(1, 64, 6, OUT); }                  \

@@ -30,13 +30,18 @@ struct Arguments {
 unsafe impl Params for Arguments {}
 
 /// Tile heights, and how the kernel of each is launched.
-const SHAPES: [Shape; 5] = [
+const SHAPES: [Shape; 6] = [
     Shape { height: 16, rows: 64, stages: 11, threads: 160, blocks: 2, group: 1 },
     Shape { height: 32, rows: 64, stages: 9, threads: 160, blocks: 2, group: 1 },
     Shape { height: 64, rows: 64, stages: 6, threads: 160, blocks: 2, group: 1 },
-    Shape { height: 128, rows: 128, stages: 7, threads: 384, blocks: 1, group: 16 },
-    Shape { height: 256, rows: 128, stages: 4, threads: 384, blocks: 1, group: 8 },
+    Shape { height: 128, rows: 128, stages: 7, threads: 384, blocks: 1, group: 4 },
+    Shape { height: 256, rows: 128, stages: 4, threads: 384, blocks: 1, group: 4 },
+    // Of so few tiles that some multiprocessors would have one block at work: all of their memory is its ring.
+    Shape { height: 16, rows: 64, stages: 22, threads: 160, blocks: 1, group: 1 },
 ];
+
+/// The last of these, and the most tiles that it is for.
+const FEWEST: (usize, usize) = (5, 8);
 
 /// How a kernel is launched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +97,7 @@ pub enum Output<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct MoeGemmBf16 {
     /// By output, then height.
-    kernels: [[Kernel; 5]; 2],
+    kernels: [[Kernel; 6]; 2],
     /// Those of the portable kernels, which any height suits, instead of [`SHAPES`].
     portable: bool,
     multiprocessors: usize,
@@ -128,15 +133,23 @@ pub struct Call<'a> {
     pub most_tiles: usize,
 }
 
-const NAMES: [[&str; 5]; 2] = [
+const NAMES: [[&str; 6]; 2] = [
     [
         "moe_gate_up_bf16_16",
         "moe_gate_up_bf16_32",
         "moe_gate_up_bf16_64",
         "moe_gate_up_bf16_128",
         "moe_gate_up_bf16_256",
+        "moe_gate_up_bf16_one",
     ],
-    ["moe_down_bf16_16", "moe_down_bf16_32", "moe_down_bf16_64", "moe_down_bf16_128", "moe_down_bf16_256"],
+    [
+        "moe_down_bf16_16",
+        "moe_down_bf16_32",
+        "moe_down_bf16_64",
+        "moe_down_bf16_128",
+        "moe_down_bf16_256",
+        "moe_down_bf16_one",
+    ],
 ];
 const PORTABLE_NAMES: [&str; 2] = ["moe_gate_up_bf16_portable", "moe_down_bf16_portable"];
 const PORTABLE: Shape = Shape { height: 64, rows: 128, stages: 3, threads: 256, blocks: 2, group: 4 };
@@ -158,6 +171,7 @@ impl MoeGemmBf16 {
                 kernel(output, 2)?,
                 kernel(output, 3)?,
                 kernel(output, 4)?,
+                kernel(output, 5)?,
             ])
         };
         Ok(Self::new(device, [all(0)?, all(1)?], false))
@@ -169,10 +183,10 @@ impl MoeGemmBf16 {
     /// No code for this device.
     pub fn portable(device: &Device) -> Result<Self, DeviceError> {
         let kernel = |output: usize| device.kernel(OP, PORTABLE_NAMES[output], PORTABLE.shared());
-        Ok(Self::new(device, [[kernel(0)?; 5], [kernel(1)?; 5]], true))
+        Ok(Self::new(device, [[kernel(0)?; 6], [kernel(1)?; 6]], true))
     }
 
-    fn new(device: &Device, kernels: [[Kernel; 5]; 2], portable: bool) -> Self {
+    fn new(device: &Device, kernels: [[Kernel; 6]; 2], portable: bool) -> Self {
         Self { kernels, portable, multiprocessors: device.facts().multiprocessors as usize }
     }
 
@@ -188,7 +202,9 @@ impl MoeGemmBf16 {
             }
             Output::Bf16(y) => (1, y.address(), y.len(), capacity * rows, 0.0, 0.0),
         };
+        let fewest = SHAPES[FEWEST.0].height == height && most_tiles <= FEWEST.1;
         let at = SHAPES.iter().position(|shape| shape.height == height);
+        let at = at.map(|at| if fewest { FEWEST.0 } else { at });
         let small = |value: usize| value <= 1 << 30;
         let fits = [experts * rows, cols, capacity, most_tiles].into_iter().all(small)
             && cols > 0
