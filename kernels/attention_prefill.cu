@@ -192,7 +192,7 @@ template <int DIM, bool WINDOW> DEVICE void attention_hopper(const Params& p) {
             proxy_fence();
             const size_t panel = static_cast<size_t>(p.lines) * 128;
             uint32_t n = 0;
-            while (walk.next(p, GROUPS * length, run, head)) {
+            while (walk.next<WINDOW>(p, GROUPS * length, run, head)) {
                 const int first = run.begin / KEYS, tiles = (run.end + KEYS - 1) / KEYS;
                 const size_t offset = (static_cast<size_t>(head / p.group) * PANELS * p.lines + run.line) * 128;
                 for (int tile = first; lane == 0 && tile < tiles; ++tile, ++n) {
@@ -211,7 +211,7 @@ template <int DIM, bool WINDOW> DEVICE void attention_hopper(const Params& p) {
             const int loads_for = warp - 1;
             uint32_t n = 0;
             for (bool more = true; more; ++n) {
-                more = walk.next(p, GROUPS * length, run, head);
+                more = walk.next<WINDOW>(p, GROUPS * length, run, head);
                 Item item = {};
                 if (more) {
                     const int before = loads_for * length, first = run.begin / KEYS;
@@ -247,13 +247,17 @@ template <int DIM, bool WINDOW> DEVICE void attention_hopper(const Params& p) {
     };
     float s[64], o[PANELS][32];
     uint32_t weights[8][4];
+    // Addresses are the same in every lane, and so are descriptors, if the assembler knows it.
     const auto issue_scores = [&]() {
-        scores<PANELS>(s, queries + slot() * PANELS * QUERIES, QUERIES, keys + n % STAGES * PANELS * TILE, TILE);
+        scores<PANELS>(s, uniform(queries + slot() * PANELS * QUERIES), QUERIES, uniform(keys + n % STAGES * PANELS * TILE), TILE);
     };
     const auto issue_values = [&]() {
         barrier_wait(value_full(n - 1), phase(n - 1, STAGES));
-        add_values<PANELS>(o, weights, values + (n - 1) % STAGES * PANELS * TILE, TILE);
+        add_values<PANELS>(o, weights, uniform(values + (n - 1) % STAGES * PANELS * TILE), TILE);
     };
+    // Two groups issue in turn, so that one has its products while the other has its softmax. Barrier 4 + group lets a group go.
+    constexpr bool TURNS = GROUPS == 2 && !WINDOW;
+    if (TURNS && group == 1) pair_arrive(4);
     const auto settle = [&]() {
 #pragma unroll
         for (int panel = 0; panel < PANELS; ++panel) wgmma_settle(o[panel]);
@@ -302,8 +306,10 @@ template <int DIM, bool WINDOW> DEVICE void attention_hopper(const Params& p) {
         for (++n; n != end; ++n) {
             // The next tile's scores and this one's outputs are under way while the next one's softmax waits for its scores only.
             barrier_wait(key_full(n), phase(n, STAGES));
+            if constexpr (TURNS) pair_sync(4 + group);
             issue_scores();
             issue_values();
+            if constexpr (TURNS) pair_arrive(5 - group);
             wgmma_wait<1>();
             const bool moved = probabilities(std::bool_constant<WINDOW>());
             now(state.sum[0] + state.sum[1]);
@@ -405,7 +411,7 @@ KERNEL __launch_bounds__(window::THREADS, 1) attention_prefill_window(const __gr
         int head;
         uint32_t n = 0;
         for (bool more = true; more; ++n) {
-            more = walk.next(p, ROWS, run, head);
+            more = walk.next<true>(p, ROWS, run, head);
             Item item = {};
             const uint32_t stage = n % STAGES, slot = warp * STAGES + stage;
             const int begin = run.begin & ~7;

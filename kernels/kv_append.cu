@@ -30,7 +30,7 @@ template <bool FP8, int DIM> DEVICE void store(const Cache& cache, size_t token,
         float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
 #pragma unroll
         for (int step = 1; step < LANES; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, step));
-        const float scale = e4m3_scale(amax);
+        const E4m3Scale scale(amax);
         const uint32_t low = to_e4m3(v.x, v.y, scale), high = to_e4m3(v.z, v.w, scale);
         if (token == ~size_t(0)) return;
         char* line = cache.data + token * DIM;
@@ -40,7 +40,7 @@ template <bool FP8, int DIM> DEVICE void store(const Cache& cache, size_t token,
         } else {
             *reinterpret_cast<uint32_t*>(line + 4 * lane) = low | high << 16;
         }
-        if (lane == 0) cache.scales[token] = scale;
+        if (lane == 0) cache.scales[token] = scale.scale;
     } else {
         if (token == ~size_t(0)) return;
         char* line = cache.data + token * DIM * 2;

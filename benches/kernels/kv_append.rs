@@ -32,7 +32,8 @@ fn of(bench: &Bench, dim: usize) -> Result<(), DeviceError> {
             let position = ints(&|row| row + 1000)?;
             let slot = ints(&|row| pages[row / PAGE] as usize * PAGE + row % PAGE)?;
             let live = device.upload(&[rows as i32])?;
-            let inv_freq: Vec<f32> = (0..dim / 2).map(|i| 150_000_f64.powf(-2.0 * i as f64 / dim as f64) as f32).collect();
+            let inv_freq: Vec<f32> =
+                (0..dim / 2).map(|i| 150_000_f64.powf(-2.0 * i as f64 / dim as f64) as f32).collect();
             let inv_freq = device.upload(&inv_freq)?;
             let bytes = rows * (width * 4 + heads * dim * 2 + pool.token_bytes());
             let name = format!("kv_append {} {rows}x{width} of {dim}", if fp8 { "e4m3" } else { "bf16" });

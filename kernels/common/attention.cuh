@@ -103,12 +103,34 @@ DEVICE uint32_t e4m3_to_half2(uint16_t codes) {
 #endif
 }
 
+// What a head's values are divided by before they become e4m3. Quotients are those of an IEEE division wherever they matter to the code
+// (above 2^-12), without its branches: one reciprocal for all, and a correction by the remainder. Scales so small that remainders would
+// be subnormal are shifted up, with the values.
+struct E4m3Scale {
+    float scale, shift, divisor, inverse;
+
+    __device__ __forceinline__ explicit E4m3Scale(float amax) {
+        constexpr float INVERSE = 1 / E4M3_MAX;
+        const float about = __fmul_rn(amax, INVERSE);
+        scale = __fmaf_rn(__fmaf_rn(-E4M3_MAX, about, amax), INVERSE, about);
+        if (amax < 0x1p-100f) scale = __fdiv_rn(amax, E4M3_MAX);
+        shift = scale < 0x1p-60f ? 0x1p64f : 1.0f;
+        divisor = __fmul_rn(scale, shift);
+        float first;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(first) : "f"(divisor));
+        inverse = __fmaf_rn(first, __fmaf_rn(-divisor, first, 1.0f), first);
+    }
+    __device__ __forceinline__ float quotient(float v) const {
+        const float shifted = __fmul_rn(v, shift), about = __fmul_rn(shifted, inverse);
+        return __fmaf_rn(__fmaf_rn(-divisor, about, shifted), inverse, about);
+    }
+};
+
 // Two values over the head's scale as e4m3: nearest even, limited to 448.
-DEVICE uint32_t to_e4m3(float low, float high, float scale) {
-    if (scale == 0) return 0;
-    return __nv_cvt_float2_to_fp8x2(make_float2(__fdiv_rn(low, scale), __fdiv_rn(high, scale)), __NV_SATFINITE, __NV_E4M3);
+DEVICE uint32_t to_e4m3(float low, float high, const E4m3Scale& scale) {
+    const uint32_t codes = __nv_cvt_float2_to_fp8x2(make_float2(scale.quotient(low), scale.quotient(high)), __NV_SATFINITE, __NV_E4M3);
+    return scale.scale == 0 ? 0 : codes;
 }
-DEVICE float e4m3_scale(float amax) { return __fdiv_rn(amax, E4M3_MAX); }
 
 DEVICE uint4 load_shared_16(uint32_t at) {
     uint4 v;

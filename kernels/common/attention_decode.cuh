@@ -129,7 +129,7 @@ template <class S> DEVICE void fetch(const Params& p, const Seen& seen, int tile
 }
 
 // Elements of a lane in shared or global memory, as words.
-template <class S> DEVICE void words_of(const float (&v)[S::OWN], float scale, uint32_t (&words)[2]) {
+template <class S> DEVICE void words_of(const float (&v)[S::OWN], const E4m3Scale& scale, uint32_t (&words)[2]) {
     if constexpr (S::FP8) {
         words[0] = to_e4m3(v[0], v[1], scale);
         if constexpr (S::OWN == 4) words[0] |= to_e4m3(v[2], v[3], scale) << 16;
@@ -165,23 +165,23 @@ template <class S> DEVICE void append(const Params& p, const Seen& seen, const f
     const int chunk = lane * BYTES / 16, within = lane * BYTES % 16;
     const uint32_t to_k = stage + key * S::LINE + key_chunk<S>(key, chunk) * 16 + within;
     const uint32_t to_v = stage + S::VALUES + key * S::LINE + value_chunk<S>(key, chunk) * 16 + within;
-    float scale_k = 0, scale_v = 0;
+    float most_k = 0, most_v = 0;
     if constexpr (S::FP8) {
-        float most_k = 0, most_v = 0;
 #pragma unroll
         for (int i = 0; i < S::OWN; ++i) {
             most_k = fmaxf(most_k, fabsf(k[i]));
             most_v = fmaxf(most_v, fabsf(v[i]));
         }
-        scale_k = e4m3_scale(warp_max(most_k));
-        scale_v = e4m3_scale(warp_max(most_v));
-        if (lane == 0) {
-            store_shared_f32(stage + S::SCALES + key * 4, scale_k);
-            store_shared_f32(stage + S::SCALES + (S::KEYS + key) * 4, scale_v);
-            if (slot >= 0) {
-                p.cache.scales[token] = scale_k;
-                p.cache.scales[token + values] = scale_v;
-            }
+        most_k = warp_max(most_k);
+        most_v = warp_max(most_v);
+    }
+    const E4m3Scale scale_k(most_k), scale_v(most_v);
+    if (S::FP8 && lane == 0) {
+        store_shared_f32(stage + S::SCALES + key * 4, scale_k.scale);
+        store_shared_f32(stage + S::SCALES + (S::KEYS + key) * 4, scale_v.scale);
+        if (slot >= 0) {
+            p.cache.scales[token] = scale_k.scale;
+            p.cache.scales[token + values] = scale_v.scale;
         }
     }
     uint32_t words_k[2], words_v[2];
@@ -307,6 +307,7 @@ DEVICE void attend(const Params& p, const Seen& seen, int tile, uint32_t stage, 
 #pragma unroll
     for (int b = 0; b < BLOCKS; ++b) {
         s[b][0] = s[b][1] = s[b][2] = s[b][3] = 0;
+        float odd[4] = {};  // of every other half: each product waits for the one before into the same sums
         const uint32_t low = stage + (b * 16 + row) * S::LINE, high = low + 8 * S::LINE;
 #pragma unroll
         for (int half = 0; half < S::HALVES; ++half) {
@@ -316,14 +317,17 @@ DEVICE void attend(const Params& p, const Seen& seen, int tile, uint32_t stage, 
             if constexpr (S::FP8) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    mma_fp16(s[b], e4m3_to_half2(xs[i]), e4m3_to_half2(ys[i]), e4m3_to_half2(xs[i] >> 16), e4m3_to_half2(ys[i] >> 16),
+                    mma_fp16(half % 2 ? odd : s[b], e4m3_to_half2(xs[i]), e4m3_to_half2(ys[i]), e4m3_to_half2(xs[i] >> 16), e4m3_to_half2(ys[i] >> 16),
                              q[8 * half + 2 * i], q[8 * half + 2 * i + 1]);
             } else {
 #pragma unroll
                 for (int i = 0; i < 2; ++i)
-                    mma_bf16(s[b], xs[2 * i], ys[2 * i], xs[2 * i + 1], ys[2 * i + 1], q[4 * half + 2 * i], q[4 * half + 2 * i + 1]);
+                    mma_bf16(half % 2 ? odd : s[b], xs[2 * i], ys[2 * i], xs[2 * i + 1], ys[2 * i + 1], q[4 * half + 2 * i], q[4 * half + 2 * i + 1]);
             }
         }
+        if constexpr (S::HALVES > 1)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[b][i] += odd[i];
     }
     float peak[2] = {state.peak[0], state.peak[1]};
 #pragma unroll

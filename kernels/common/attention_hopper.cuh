@@ -32,15 +32,27 @@ template <bool KEEP> DEVICE void product_of_keys(float (&s)[72], uint64_t q, uin
     half(s + 36, k + 72 * 128 / 16);
 }
 // O[64 x 64] += P[64 x 16] V[16 x 64]; V's lines are keys, so it is transposed on the way.
-DEVICE void product_of_values(float (&o)[32], const uint32_t (&p)[4], uint64_t v) {
+DEVICE void product_of_values(float (&o)[1][32], const uint32_t (&p)[4], uint64_t v) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" LIST_32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"
-                 : S32(o, 0)
+                 : S32(o[0], 0)
+                 : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v));
+}
+// O[64 x 128] += P[64 x 16] V[16 x 128]: two panels, whose distance the descriptor has. Two products of half the width are slower.
+DEVICE void product_of_values(float (&o)[2][32], const uint32_t (&p)[4], uint64_t v) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" LIST_64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"
+                 : S32(o[0], 0), S32(o[1], 0)
                  : "r"(p[0]), "r"(p[1]), "r"(p[2]), "r"(p[3]), "l"(v));
 }
 #undef S8
 #undef S32
 #undef LIST_32
 #undef LIST_64
+
+// Descriptor of values, whose lines are k: panels of 64 columns are `panel` bytes apart.
+DEVICE uint64_t values_descriptor(uint32_t address, uint32_t panel) {
+    constexpr uint64_t UNUSED = 1ull << 16;
+    return (wgmma_descriptor(address) & ~UNUSED) | static_cast<uint64_t>(panel >> 4) << 16;
+}
 
 // Issues S = Q K^T for heads of PANELS * 64 dimensions; panels of rows and of keys are so many bytes apart.
 template <int PANELS, int N> DEVICE void scores(float (&s)[N], uint32_t q, uint32_t q_panel, uint32_t k, uint32_t k_panel) {
@@ -61,11 +73,10 @@ template <int PANELS, int N> DEVICE void scores(float (&s)[N], uint32_t q, uint3
 // Issues O += P V.
 template <int PANELS, int N> DEVICE void add_values(float (&o)[PANELS][32], const uint32_t (&p)[N][4], uint32_t v, uint32_t v_panel) {
     wgmma_fence();
+    const uint64_t first = PANELS == 1 ? wgmma_descriptor(v) : values_descriptor(v, v_panel);
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-#pragma unroll
-        // 16 lines of 128 bytes further each time.
-        for (int panel = 0; panel < PANELS; ++panel) product_of_values(o[panel], p[i], wgmma_descriptor(v + panel * v_panel) + 128 * i);
+    // 16 lines of 128 bytes further each time.
+    for (int i = 0; i < N; ++i) product_of_values(o, p[i], first + 128 * i);
     wgmma_commit();
 }
 // A lane's probabilities as operand A.
@@ -245,6 +256,9 @@ DEVICE uint32_t uniform(uint32_t v) { return __reduce_max_sync(~0u, v); }
 
 DEVICE void shared_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void group_sync(int barrier) { asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory"); }
+// Two groups: one waits until the other has been here.
+DEVICE void pair_sync(int barrier) { asm volatile("bar.sync %0, 256;" ::"r"(barrier) : "memory"); }
+DEVICE void pair_arrive(int barrier) { asm volatile("bar.arrive %0, 256;" ::"r"(barrier) : "memory"); }
 DEVICE void store_matrices(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }

@@ -28,19 +28,50 @@ struct Run {
     int begin, end;     // lines needed, from `line`
 };
 
-DEVICE bool find_run(const Params& p, int item, int length, Run& run) {
-    const Place place = find_place<true>(p.sequences, p.window, item, length);
-    if (place.rows == 0) return false;
-    const int start = place.start, count = place.rows;
-    // The last rows of a sequence see most: they come first.
-    const int skipped = ((count + length - 1) / length - 1 - (item - place.run)) * length;
+// Rows of a sequence from its `skipped`-th on, at most `length`.
+DEVICE void cut(const Params& p, const Place& place, int skipped, int length, Run& run) {
     run.row = place.first_row + skipped;
-    run.rows = min(count - skipped, length);
-    run.position = start + skipped;
-    run.base = first_visible(start, p.window);
+    run.rows = min(place.rows - skipped, length);
+    run.position = place.start + skipped;
+    run.base = first_visible(place.start, p.window);
     run.line = place.line;
     run.begin = first_visible(run.position, p.window) - run.base;
     run.end = run.position + run.rows - run.base;
+}
+
+DEVICE bool find_run(const Params& p, int item, int length, Run& run) {
+    const Place place = find_place<true>(p.sequences, p.window, item, length);
+    if (place.rows == 0) return false;
+    // The last rows of a sequence see most: they come first.
+    cut(p, place, ((place.rows + length - 1) / length - 1 - (item - place.run)) * length, length, run);
+    return true;
+}
+
+// Runs of at most 32 sequences in the order of what they see, those that see most first, by lengths of `length` positions ("levels").
+DEVICE bool find_longest(const Params& p, int item, int length, Run& run) {
+    const int lane = threadIdx.x % 32, s = p.sequences.first + min(lane, p.sequences.count - 1);
+    const bool there = lane < p.sequences.count;
+    const int first_row = p.sequences.first_row[s], rows = there ? p.sequences.row_count[s] : 0, start = p.sequences.start[s];
+    const int begin = start / length, end = begin + (rows + length - 1) / length;  // levels of this lane's sequence
+    // Runs of a level and above.
+    const auto above = [&](int level) { return static_cast<int>(__reduce_add_sync(~0u, max(end - max(level, begin), 0))); };
+    if (item >= above(0)) return false;
+    int level = 0;
+    for (int high = __reduce_max_sync(~0u, end); high - level > 1;) {
+        const int middle = (level + high) / 2;
+        if (above(middle) > item)
+            level = middle;
+        else
+            high = middle;
+    }
+    const int rank = item - above(level + 1);
+    const bool has = begin <= level && level < end;
+    const uint32_t all = __ballot_sync(~0u, has);
+    const int from = __ffs(__ballot_sync(~0u, has && __popc(all & ((1u << lane) - 1)) == rank)) - 1;
+    const int own = there ? (start + rows - first_visible(start, p.window) + LINES - 1) / LINES * LINES : 0;
+    const int line = __reduce_add_sync(~0u, lane < from ? own : 0);
+    const Place place{p.sequences.first + from, __shfl_sync(~0u, first_row, from), __shfl_sync(~0u, rows, from), __shfl_sync(~0u, start, from), line, 0};
+    cut(p, place, (level - place.start / length) * length, length, run);
     return true;
 }
 
@@ -64,11 +95,14 @@ struct Item {
 // Walks over the items of this block: long ones come first, so blocks take turns in going first.
 struct Walk {
     int round = 0;
-    __device__ __forceinline__ bool next(const Params& p, int rows, Run& run, int& head) {
+    template <bool WINDOW> __device__ __forceinline__ bool next(const Params& p, int rows, Run& run, int& head) {
         const int sets = p.heads >> p.pack_shift, blocks = gridDim.x;
         const int item = round * blocks + (round % 2 ? blocks - 1 - blockIdx.x : blockIdx.x);
         ++round;
-        if (item >= p.runs * sets || !find_run(p, item / sets, rows, run)) return false;
+        if (item >= p.runs * sets) return false;
+        // Where rows see a window all items are alike.
+        const bool mixed = !WINDOW && p.sequences.count > 1 && p.sequences.count <= 32;
+        if (mixed ? !find_longest(p, item / sets, rows, run) : !find_run(p, item / sets, rows, run)) return false;
         head = (item % sets) << p.pack_shift;
         return true;
     }

@@ -3,7 +3,8 @@
 use ctxserve_backend::DeviceError;
 
 use super::attention::{
-    Cache, CacheArguments, HEAD_DIM, HeadNorms, MOST_GROUP, NormsArguments, Tables, TablesArguments, kernel_of,
+    Cache, CacheArguments, HEAD_DIM, HeadNorms, MOST_GROUP, NormsArguments, Tables, TablesArguments,
+    kernel_of,
 };
 use crate::driver::{Buffer, Device, Facts, Kernel, Launch, Params};
 
@@ -190,12 +191,8 @@ impl Queries<'_> {
     fn arguments(&self) -> (u64, u64, RawArguments) {
         match *self {
             Self::Rotated { q, kv } => {
-                let raw = RawArguments {
-                    qkv: 0,
-                    inv_freq: 0,
-                    norms: HeadNorms::arguments(None),
-                    mscale: 0.0,
-                };
+                let raw =
+                    RawArguments { qkv: 0, inv_freq: 0, norms: HeadNorms::arguments(None), mscale: 0.0 };
                 (q.address(), kv.map_or(0, Buffer::address), raw)
             }
             Self::Raw { qkv, norms, inv_freq, mscale } => {

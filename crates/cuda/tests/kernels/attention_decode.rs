@@ -63,10 +63,7 @@ fn check(device: &Device, random: &mut Random, case: Case, lengths: &[usize]) {
     for _ in 0..2 {
         out.fill(0xff).unwrap();
         let call = Call {
-            queries: Queries::Rotated {
-                q: &q_on_device,
-                kv: Some(&kv_on_device).filter(|_| case.appends),
-            },
+            queries: Queries::Rotated { q: &q_on_device, kv: Some(&kv_on_device).filter(|_| case.appends) },
             cache: on_device.cache,
             tables: on_device.tables(),
             position: &position,

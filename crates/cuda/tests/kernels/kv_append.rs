@@ -212,8 +212,7 @@ fn kv_store_puts_rotated_rows_into_the_cache() {
         for row in (0..live).filter(|&row| slot[row] >= 0) {
             for head in 0..2 * kv_heads {
                 let stored = round(&kv[row * width + head * dim..][..dim], fp8);
-                let (data, scale) =
-                    paged.places(slot[row] as usize, head % kv_heads, head >= kv_heads);
+                let (data, scale) = paged.places(slot[row] as usize, head % kv_heads, head >= kv_heads);
                 want[data].copy_from_slice(&stored.bytes);
                 if fp8 {
                     want[scale].copy_from_slice(&stored.scale.to_le_bytes());
