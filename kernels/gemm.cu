@@ -20,7 +20,6 @@ struct Params {
     int tokens;  // most that the grid is made for
     int group;   // token tiles that are swept together, for reuse in L2
     int height;  // tokens of a tile, a multiple of 64, where a kernel leaves it open
-    int lag;     // steps that the second warpgroup starts after the first, less one; negative: none
     Heads heads; // of QKV: y is [tokens, q_width], bf16
 };
 
@@ -227,10 +226,8 @@ template <Output OUT> DEVICE void gemm_portable(const Params& p) {
 
 #ifdef HOPPER
 
-// Adds to d the products of the next `steps` stages: 64 weight rows of each warpgroup by N tokens. After LAG + 1 of them the other warpgroup may
-// start, if its barrier is given.
-template <int N, int STAGE_BYTES, class R>
-DEVICE void multiply(float (&d)[N / 2], R& ring, uint32_t stages, int steps, int lag, uint32_t follower) {
+// Adds to d the products of the next `steps` stages: 64 weight rows of each warpgroup by N tokens.
+template <int N, int STAGE_BYTES, class R> DEVICE void multiply(float (&d)[N / 2], R& ring, uint32_t stages, int steps) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t before = 0;
     for (int step = 0; step < steps; ++step) {
@@ -243,7 +240,6 @@ DEVICE void multiply(float (&d)[N / 2], R& ring, uint32_t stages, int steps, int
         wgmma_commit();
         wgmma_wait<1>();
         if (step > 0 && lane == 0) barrier_arrive(before);
-        if (step == lag && follower && lane == 0) barrier_arrive(follower);
         before = ring.empty();
         ring.advance();
     }
@@ -253,25 +249,22 @@ DEVICE void multiply(float (&d)[N / 2], R& ring, uint32_t stages, int steps, int
 }
 
 template <int N, int STAGE_BYTES, Output OUT, class R>
-DEVICE void consume(const Params& p, R& ring, uint32_t stages, Place at, int end, uint32_t follower) {
+DEVICE void consume(const Params& p, R& ring, uint32_t stages, Place at, int end) {
     float d[N / 2] = {};
     const int row = at.row + threadIdx.x / 32 * 16;
     Turns turns;
     if constexpr (OUT == QKV) turns.start(p, row, at.token, end, N / 8);
-    multiply<N, STAGE_BYTES>(d, ring, stages, p.cols / 64, p.lag, follower);
+    multiply<N, STAGE_BYTES>(d, ring, stages, p.cols / 64);
     store<N, OUT>(p, d, row, at.token, end, turns);
 }
 
 template <int MAX, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
     constexpr int STAGE_BYTES = (ROWS + MAX) * 128;
     extern __shared__ __align__(1024) char shared[];
-    __shared__ __align__(8) uint64_t barriers[2 * STAGES + 1];
-    const uint32_t stages = shared_address(shared), turn = shared_address(barriers + 2 * STAGES);
+    __shared__ __align__(8) uint64_t barriers[2 * STAGES];
+    const uint32_t stages = shared_address(shared);
     Ring<STAGES, 1, CONSUMERS> ring(shared_address(barriers));
-    if (threadIdx.x == 0) {
-        barrier_init(turn, CONSUMERS / 2);
-        ring.init();
-    }
+    if (threadIdx.x == 0) ring.init();
     __syncthreads();
     pdl_wait();
     pdl_launch();
@@ -300,37 +293,29 @@ template <int MAX, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
         }
     } else {
         registers_grow<240>();
-        // The second warpgroup starts each tile some steps after the first, so that one stores while the other multiplies.
-        const bool lags = p.lag >= 0 && p.lag < min(steps, STAGES - 1), second = threadIdx.x >= 128;
-        const uint32_t follower = lags && !second ? turn : 0;
-        uint32_t parity = 0;
         for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
             const Place at = place(p, tile, row_tiles, token_tiles, p.height);
             const int tokens = min(p.height, live - at.token), end = at.token + tokens;
-            if (lags && second) {
-                barrier_wait(turn, parity);
-                parity ^= 1;
-            }
             // A ragged tile multiplies as few columns as an instruction for it has.
             if constexpr (MAX == 256) {
                 if (tokens > 128) {
                     if (tokens > 208)
-                        consume<256, STAGE_BYTES, OUT>(p, ring, stages, at, end, follower);
+                        consume<256, STAGE_BYTES, OUT>(p, ring, stages, at, end);
                     else if (tokens > 192)
-                        consume<208, STAGE_BYTES, OUT>(p, ring, stages, at, end, follower);
+                        consume<208, STAGE_BYTES, OUT>(p, ring, stages, at, end);
                     else if (tokens > 176)
-                        consume<192, STAGE_BYTES, OUT>(p, ring, stages, at, end, follower);
+                        consume<192, STAGE_BYTES, OUT>(p, ring, stages, at, end);
                     else
-                        consume<176, STAGE_BYTES, OUT>(p, ring, stages, at, end, follower);
+                        consume<176, STAGE_BYTES, OUT>(p, ring, stages, at, end);
                     continue;
                 }
             }
             if (tokens > 64)
-                consume<128, STAGE_BYTES, OUT>(p, ring, stages, at, end, follower);
+                consume<128, STAGE_BYTES, OUT>(p, ring, stages, at, end);
             else if (MAX == 256 || tokens > 32)
-                consume<64, STAGE_BYTES, OUT>(p, ring, stages, at, end, follower);
+                consume<64, STAGE_BYTES, OUT>(p, ring, stages, at, end);
             else
-                consume<32, STAGE_BYTES, OUT>(p, ring, stages, at, end, follower);
+                consume<32, STAGE_BYTES, OUT>(p, ring, stages, at, end);
         }
     }
 }

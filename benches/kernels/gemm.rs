@@ -22,7 +22,9 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
     for (name, cols, outs) in cases {
         let of_qwen = name.ends_with("4b");
         for tokens in [16, 32, 64, 128, 256, 1024, 8192] {
-            if (name == "head" && tokens > 512) || !bench.wants(&format!("gemm_dense_{name}_{tokens}").replace(' ', "_")) {
+            if (name == "head" && tokens > 512)
+                || !bench.wants(&format!("gemm_dense_{name}_{tokens}").replace(' ', "_"))
+            {
                 continue;
             }
             let sets = (ROTATION / (outs * cols * 2)).clamp(1, 8);
@@ -40,8 +42,7 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
             let y16 = device.zeros::<u16>(tokens * outs)?;
             let turns = device.zeros::<f32>(tokens * 64)?;
             let kv = device.zeros::<f32>(tokens * 1024)?;
-            let heads =
-                Heads { q: &y16, kv: &kv, turns: &turns, q_width: 4096, kv_width: 512, head_dim: 64 };
+            let heads = Heads { q: &y16, kv: &kv, turns: &turns, q_width: 4096, kv_width: 512, head_dim: 64 };
             let outputs: &[(&str, Output<'_>)] = match name {
                 "qkv" => &[
                     ("f32", Output::F32(&y32)),
@@ -73,13 +74,11 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                     65..=256 => &[(Spread::Few128, 128), (Spread::Narrow, 128), (Spread::Wide, 192)],
                     _ => &[(Spread::Wide, 192), (Spread::Wide, 208), (Spread::Wide, 256)],
                 };
-                let lagging = [1, 2, 0, 3].map(|lag| Plan { lag, ..planned });
-                let lagging = lagging.into_iter().filter(|_| planned.spread == Spread::Wide && !kind.ends_with("again"));
                 let others = others.iter().map(|&(spread, height)| Plan { height, ..Plan::of(spread) });
-                let plans = std::iter::once(planned).chain(lagging).chain(others.filter(|&plan| plan != planned));
+                let plans = std::iter::once(planned).chain(others.filter(|&plan| plan != planned));
                 for plan in plans {
                     // What is large or not compared only as planned.
-                    if (name == "head" || of_qwen || kind.ends_with("again")) && (Plan { lag: planned.lag, ..plan }) != planned {
+                    if (name == "head" || of_qwen || kind.ends_with("again")) && plan != planned {
                         continue;
                     }
                     let issue = |at: usize| {

@@ -27,7 +27,13 @@ const KERNELS: [[&str; 5]; OUTPUTS] = [
     ["gemm_few_f32_64", "gemm_few_f32_128", "gemm_f32_128", "gemm_f32_256", "gemm_f32_portable"],
     ["gemm_few_bf16_64", "gemm_few_bf16_128", "gemm_bf16_128", "gemm_bf16_256", "gemm_bf16_portable"],
     ["gemm_few_add_64", "gemm_few_add_128", "gemm_add_128", "gemm_add_256", "gemm_add_portable"],
-    ["gemm_few_swiglu_64", "gemm_few_swiglu_128", "gemm_swiglu_128", "gemm_swiglu_256", "gemm_swiglu_portable"],
+    [
+        "gemm_few_swiglu_64",
+        "gemm_few_swiglu_128",
+        "gemm_swiglu_128",
+        "gemm_swiglu_256",
+        "gemm_swiglu_portable",
+    ],
     ["gemm_few_qkv_64", "gemm_few_qkv_128", "gemm_qkv_128", "gemm_qkv_256", "gemm_qkv_portable"],
 ];
 
@@ -65,7 +71,6 @@ struct WalkArguments {
     common: Arguments,
     group: i32,
     height: i32,
-    lag: i32,
     heads: HeadArguments,
 }
 
@@ -166,8 +171,6 @@ pub struct Plan {
     pub group: usize,
     /// Of few tokens, the next kernel may start when this many steps of weights have not been asked for.
     pub launch: usize,
-    /// Steps that the second warpgroup starts after the first, where blocks walk; at most 2 of wide tiles.
-    pub lag: usize,
 }
 
 /// Tokens that tiles may have.
@@ -175,7 +178,7 @@ const HEIGHTS: [usize; 6] = [64, 128, 176, 192, 208, 256];
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} {}, groups of {}, launch at {}, lag {}", self.spread, self.height, self.group, self.launch, self.lag)
+        write!(f, "{:?} {}, groups of {}, launch at {}", self.spread, self.height, self.group, self.launch)
     }
 }
 
@@ -222,7 +225,7 @@ impl Plan {
     /// With the tallest tiles.
     pub fn of(spread: Spread) -> Self {
         let (height, ..) = spread.tile();
-        Self { spread, height, group: GROUP, launch: 0, lag: 0 }
+        Self { spread, height, group: GROUP, launch: 0 }
     }
 
     /// Blocks for a product.
@@ -366,7 +369,8 @@ impl Gemm {
             }
             Output::Qkv(heads) => (4, heads.q.address(), outs == w_rows && heads.fits(tokens, outs)),
         };
-        let heads = if let Output::Qkv(heads) = call.y { heads.arguments() } else { HeadArguments::default() };
+        let heads =
+            if let Output::Qkv(heads) = call.y { heads.arguments() } else { HeadArguments::default() };
         let fits = holds
             && plan.spread.takes(plan.height)
             && cols.is_multiple_of(64)
@@ -385,7 +389,7 @@ impl Gemm {
         if tokens == 0 {
             return Ok(());
         }
-        let Plan { spread, height, group, launch, lag } = plan;
+        let Plan { spread, height, group, launch } = plan;
         let Some(kernel) = &self.kernels[output][spread as usize] else {
             return Err(DeviceError::new(OP, format!("the kernels for {plan} are not loaded")));
         };
@@ -414,7 +418,7 @@ impl Gemm {
             // SAFETY: every buffer was checked to be large enough for the shapes.
             return unsafe { device.launch(kernel, &shape, &arguments) };
         }
-        let arguments = WalkArguments { common, group: group.max(1) as i32, height: height as i32, lag: lag as i32 - 1, heads };
+        let arguments = WalkArguments { common, group: group.max(1) as i32, height: height as i32, heads };
         // SAFETY: every buffer was checked to be large enough for the shapes.
         unsafe { device.launch(kernel, &shape, &arguments) }
     }

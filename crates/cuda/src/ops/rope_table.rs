@@ -69,7 +69,10 @@ impl RopeTable {
             && call.inv_freq.len() >= pairs
             && call.turns.len() >= rows * pairs * 2;
         if !fits {
-            return Err(DeviceError::new(OP, format!("{rows} rows of {pairs} pairs do not fit their buffers")));
+            return Err(DeviceError::new(
+                OP,
+                format!("{rows} rows of {pairs} pairs do not fit their buffers"),
+            ));
         }
         let arguments = Arguments {
             position: call.position.address(),

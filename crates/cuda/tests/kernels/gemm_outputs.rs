@@ -25,7 +25,7 @@ fn ways(device: &Device) -> Vec<(Gemm, Option<Plan>)> {
             (Spread::Wide, 208),
             (Spread::Wide, 176),
         ] {
-            let plan = Plan { spread, height, group: 3, launch: 2, lag: usize::from(height != 128) * 2 };
+            let plan = Plan { spread, height, group: 3, launch: 2 };
             ways.push((Gemm::load(device).unwrap(), Some(plan)));
         }
     }
@@ -55,7 +55,13 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn new(device: &Device, random: &mut Random, (live, tokens): (usize, usize), cols: usize, outs: usize) -> Self {
+    fn new(
+        device: &Device,
+        random: &mut Random,
+        (live, tokens): (usize, usize),
+        cols: usize,
+        outs: usize,
+    ) -> Self {
         let capacity = (tokens + 9).next_multiple_of(8);
         let w = to_bf16(&random.units(outs * cols, 4.0 / (cols as f32).sqrt()));
         let x = to_bf16(&random.units(tokens * cols, 1.0));
@@ -192,7 +198,13 @@ fn gemm_swiglu_of_large_gates_is_finite() {
 }
 
 /// The table of `rows` rows, on the device.
-fn table(device: &Device, position: &Buffer<i32>, inv_freq: &Buffer<f32>, rows: usize, live: usize) -> Buffer<f32> {
+fn table(
+    device: &Device,
+    position: &Buffer<i32>,
+    inv_freq: &Buffer<f32>,
+    rows: usize,
+    live: usize,
+) -> Buffer<f32> {
     let pairs = inv_freq.len();
     let turns = poisoned::<f32>(device, rows * pairs * 2);
     let live = device.upload(&[live as i32]).unwrap();
@@ -258,7 +270,8 @@ fn check_qkv(
     let out = Heads { q: &q, kv: &kv, turns: &turns, q_width, kv_width, head_dim: dim };
     issue(device, way, &inputs.call(Output::Qkv(out)));
 
-    let what = format!("{live} of {tokens} tokens, {heads} over {kv_heads} of {dim}, {cols} columns, {:?}", way.1);
+    let what =
+        format!("{live} of {tokens} tokens, {heads} over {kv_heads} of {dim}, {cols} columns, {:?}", way.1);
     let (sums, turns) = (plain.read(0, plain.len()).unwrap(), turns.read(0, turns.len()).unwrap());
     let (got_q, got_kv) = (q.read(0, q.len()).unwrap(), kv.read(0, kv.len()).unwrap());
     for token in 0..live {
@@ -275,7 +288,10 @@ fn check_qkv(
             }
             if head < heads {
                 let want: Vec<u16> = want.iter().map(|&v| bf16::from_f32(v).to_bits()).collect();
-                assert!(got_q[token * q_width + head * dim..][..dim] == want, "{what}: token {token}, query head {head}");
+                assert!(
+                    got_q[token * q_width + head * dim..][..dim] == want,
+                    "{what}: token {token}, query head {head}"
+                );
             } else {
                 let got = &got_kv[token * 2 * kv_width + (head - heads) * dim..][..dim];
                 assert!(got == want, "{what}: token {token}, head {head}");

@@ -80,9 +80,14 @@ fn check(
         };
         GemvGateUp::with_plan(device, dims, plan).unwrap().issue(device, &call).unwrap();
         let got = y.read(0, y.len()).unwrap();
-        let bits: Vec<u16> =
-            (0..live).flat_map(|row| compared.iter().map(move |at| row * inner + at)).map(|at| got[at]).collect();
+        let bits: Vec<u16> = (0..live)
+            .flat_map(|row| compared.iter().map(move |at| row * inner + at))
+            .map(|at| got[at])
+            .collect();
         assert_rows(&what, &from_bf16(&bits), &want, compared.len(), 4e-3);
-        assert!(got[live * inner..].iter().all(|&v| v == 0xffff), "{what}: beyond the live rows y was written");
+        assert!(
+            got[live * inner..].iter().all(|&v| v == 0xffff),
+            "{what}: beyond the live rows y was written"
+        );
     }
 }
