@@ -87,6 +87,49 @@ struct Turns {
     }
 };
 
+// Sums to be added go through shared memory, so that a warp adds to whole lines of 128 bytes. A warpgroup has a place of its own for 64
+// tokens by 64 outputs, padded. `stride` and `outs` are multiples of 4.
+constexpr int PITCH = 68 * 4, STAGING = 64 * PITCH;
+template <int N>
+DEVICE void add_staged(uint32_t staging, float* y, size_t stride, const float (&d)[N / 2], int row, int outs, int token, int live, float bias_low,
+                       float bias_high) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, line = threadIdx.x % 128 / 16, column = row - warp * 16 + threadIdx.x % 16 * 4;
+    const uint32_t to = staging + lane % 4 * 2 * PITCH + (warp * 16 + lane / 4) * 4, from = staging + line * PITCH + threadIdx.x % 16 * 16;
+    const auto sync = [] {
+        __syncwarp();
+        asm volatile("bar.sync %0, 128;" ::"r"(threadIdx.x / 128 + 1) : "memory");
+    };
+    const auto put = [](uint32_t at, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(v) : "memory"); };
+#pragma unroll
+    for (int base = 0; base < N / 8; base += 8) {
+        sync();
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                if (base + j >= N / 8) continue;
+                put(to + (8 * j + c) * PITCH, d[4 * (base + j) + c] + bias_low);
+                put(to + (8 * j + c) * PITCH + 32, d[4 * (base + j) + 2 + c] + bias_high);
+            }
+        sync();
+        float* const first = y + (token + 8 * base + line) * stride + column;
+        if (column < outs) {
+#pragma unroll
+            for (int i = 0; i < 64; i += 8) {
+                if (token + 8 * base + line + i >= live) break;
+                float4 v;
+                asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                             : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                             : "r"(from + i * PITCH)
+                             : "memory");
+                asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(first + i * stride), "f"(v.x), "f"(v.y), "f"(v.z),
+                             "f"(v.w)
+                             : "memory");
+            }
+        }
+    }
+}
+
 // Queries and keys. A lane and the one four further have the two rows of a pair, of two tokens each: they swap, so that each has both rows of
 // one token, and turns them. Queries move on between lanes until each has four dimensions of a token in a row.
 template <int N, bool QUERY>
@@ -130,7 +173,8 @@ DEVICE void store_turned(const Params& p, const float (&d)[N / 2], int row, int 
     }
 }
 
-template <int N, Output OUT> DEVICE void store(const Params& p, const float (&d)[N / 2], int row, int token, int live, Turns& turns) {
+template <int N, Output OUT>
+DEVICE void store(const Params& p, const float (&d)[N / 2], int row, int token, int live, Turns& turns, uint32_t staging) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int low = row + g, high = row + g + 8;
     const float bias_low = p.bias && low < p.outs ? p.bias[low] : 0.0f, bias_high = p.bias && high < p.outs ? p.bias[high] : 0.0f;
@@ -168,6 +212,8 @@ template <int N, Output OUT> DEVICE void store(const Params& p, const float (&d)
             float* const y = p.heads.kv - p.heads.q_width;
             store_floats<N, false>(y, 2 * p.heads.kv_width, d, row, p.outs, token, live, bias_low, bias_high);
         }
+    } else if (OUT == ADD_F32 && staging) {
+        add_staged<N>(staging, static_cast<float*>(p.y), p.stride, d, row, p.outs, token, live, bias_low, bias_high);
     } else {
         store_floats<N, OUT == ADD_F32>(static_cast<float*>(p.y), p.stride, d, row, p.outs, token, live, bias_low, bias_high);
     }
@@ -220,7 +266,7 @@ template <Output OUT> DEVICE void gemm_portable(const Params& p) {
         copy_wait<0>();
         Turns turns;
         if (OUT == QKV) turns.start(p, at.row + warp * 16, at.token, live, TOKENS / 8);
-        store<TOKENS, OUT>(p, reinterpret_cast<const float(&)[TOKENS / 2]>(d), at.row + warp * 16, at.token, live, turns);
+        store<TOKENS, OUT>(p, reinterpret_cast<const float(&)[TOKENS / 2]>(d), at.row + warp * 16, at.token, live, turns, 0);
     }
 }
 
@@ -249,13 +295,13 @@ template <int N, int STAGE_BYTES, class R> DEVICE void multiply(float (&d)[N / 2
 }
 
 template <int N, int STAGE_BYTES, Output OUT, class R>
-DEVICE void consume(const Params& p, R& ring, uint32_t stages, Place at, int end) {
+DEVICE void consume(const Params& p, R& ring, uint32_t stages, Place at, int end, uint32_t staging) {
     float d[N / 2] = {};
     const int row = at.row + threadIdx.x / 32 * 16;
     Turns turns;
     if constexpr (OUT == QKV) turns.start(p, row, at.token, end, N / 8);
     multiply<N, STAGE_BYTES>(d, ring, stages, p.cols / 64);
-    store<N, OUT>(p, d, row, at.token, end, turns);
+    store<N, OUT>(p, d, row, at.token, end, turns, staging);
 }
 
 template <int MAX, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
@@ -293,6 +339,8 @@ template <int MAX, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
         }
     } else {
         registers_grow<240>();
+        const bool whole = OUT == ADD_F32 && p.stride % 4 == 0 && p.outs % 4 == 0;
+        const uint32_t staging = whole ? stages + STAGES * STAGE_BYTES + (threadIdx.x >= 128 ? STAGING : 0) : 0;
         for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
             const Place at = place(p, tile, row_tiles, token_tiles, p.height);
             const int tokens = min(p.height, live - at.token), end = at.token + tokens;
@@ -300,22 +348,22 @@ template <int MAX, int STAGES, Output OUT> DEVICE void gemm(const Params& p) {
             if constexpr (MAX == 256) {
                 if (tokens > 128) {
                     if (tokens > 208)
-                        consume<256, STAGE_BYTES, OUT>(p, ring, stages, at, end);
+                        consume<256, STAGE_BYTES, OUT>(p, ring, stages, at, end, staging);
                     else if (tokens > 192)
-                        consume<208, STAGE_BYTES, OUT>(p, ring, stages, at, end);
+                        consume<208, STAGE_BYTES, OUT>(p, ring, stages, at, end, staging);
                     else if (tokens > 176)
-                        consume<192, STAGE_BYTES, OUT>(p, ring, stages, at, end);
+                        consume<192, STAGE_BYTES, OUT>(p, ring, stages, at, end, staging);
                     else
-                        consume<176, STAGE_BYTES, OUT>(p, ring, stages, at, end);
+                        consume<176, STAGE_BYTES, OUT>(p, ring, stages, at, end, staging);
                     continue;
                 }
             }
             if (tokens > 64)
-                consume<128, STAGE_BYTES, OUT>(p, ring, stages, at, end);
+                consume<128, STAGE_BYTES, OUT>(p, ring, stages, at, end, staging);
             else if (MAX == 256 || tokens > 32)
-                consume<64, STAGE_BYTES, OUT>(p, ring, stages, at, end);
+                consume<64, STAGE_BYTES, OUT>(p, ring, stages, at, end, staging);
             else
-                consume<32, STAGE_BYTES, OUT>(p, ring, stages, at, end);
+                consume<32, STAGE_BYTES, OUT>(p, ring, stages, at, end, staging);
         }
     }
 }

@@ -18,6 +18,8 @@ const SPLIT: usize = 4;
 const GROUP: usize = 8;
 /// What a multiprocessor gets out of L2 when all ask.
 const L2_BYTES_A_CYCLE: usize = 58;
+/// Shared memory in which the two warpgroups of a block stage outputs.
+const STAGING: usize = 2 * 64 * 68 * 4;
 /// Bytes of a step of 64 of one row.
 const LINE: usize = 128;
 /// Kinds of output.
@@ -202,7 +204,7 @@ impl Spread {
 
     fn shared(self) -> usize {
         let (tokens, rows, stages) = self.tile();
-        stages * (rows + tokens) * LINE
+        stages * (rows + tokens) * LINE + if matches!(self, Self::Narrow | Self::Wide) { STAGING } else { 0 }
     }
 
     fn threads(self) -> u32 {
