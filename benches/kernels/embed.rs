@@ -17,6 +17,7 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
         let x = device.zeros(rows * HIDDEN)?;
         let call = Call {
             table: &table,
+            capacity: None,
             tokens: &tokens,
             feed: None,
             live: &live,

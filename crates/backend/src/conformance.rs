@@ -144,6 +144,8 @@ pub struct Like {
     pub head_norms: bool,
     /// How projections are stored, and the dense layer.
     pub dense: Encoding,
+    /// How experts are stored.
+    pub expert: Encoding,
 }
 
 /// Runs each op, few rows and many (up to 400 of as many sequences), on one small layer like a model's: what a server can wait for.

@@ -69,9 +69,9 @@ fn the_short_form_tells_right_from_wrong() {
     let claims = Claims { exact: 5e-6, products: 5e-6, experts: vec![Encoding::Mxfp4], kv, ..claims() };
     let gpt_oss = |head_dim, group, experts, top_k| {
         let dense = Encoding::Bf16;
-        Like { head_dim, group, experts, top_k, head_norms: false, dense }
+        Like { head_dim, group, experts, top_k, head_norms: false, dense, expert: Encoding::Mxfp4 }
     };
-    let qwen = |dense| Like { head_dim: 128, group: 4, experts: 0, top_k: 0, head_norms: true, dense };
+    let qwen = |dense| Like { head_norms: true, dense, ..gpt_oss(128, 4, 0, 0) };
     let options = CpuOptions { threads: NonZeroUsize::new(2), ..CpuOptions::default() };
     for like in [
         gpt_oss(64, 8, 32, 4),

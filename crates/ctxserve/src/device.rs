@@ -173,7 +173,7 @@ fn cpu_plan(options: &DeviceOptions, chunk: Option<usize>, mut notes: Vec<String
 }
 
 impl Target {
-    /// Whether there are kernels for this model, as far as its first expert shows. Reads that.
+    /// Whether there are kernels for this model, as far as its first expert shows. Reads that, if it has any.
     ///
     /// # Errors
     /// What there are no kernels for; weights that cannot be read.
@@ -181,15 +181,9 @@ impl Target {
         if matches!(self, Self::Cpu) {
             return Ok(());
         }
-        let wants = wants(checkpoint)?;
-        let Some(experts) = wants.iter().find(|want| matches!(want.shape, Shape::Experts { .. })) else {
-            bail!("there are no kernels yet for models without experts; --device cpu takes them");
-        };
-        let found = checkpoint.rows(experts, 0..1)?.encoding();
-        if found != Encoding::Mxfp4 {
-            bail!(
-                "there are kernels for experts in MXFP4, and these are {found:?}; --device cpu takes them, and convert --to mxfp4 makes them so"
-            );
+        // Codes of other kinds and float32 become BF16 while they load.
+        if expert_encoding(checkpoint)? == Some(Encoding::Nvfp4) {
+            bail!("there are no kernels for experts in NVFP4; --device cpu takes them");
         }
         Ok(())
     }
@@ -214,6 +208,7 @@ impl Target {
             Self::Gpu(gpu) => gpu,
         };
         ctxserve_cuda::check_kv(&info.kv)?;
+        let weights = usize::try_from(info.weight_bytes_without_affine).unwrap_or(usize::MAX);
         let (facts, free) = (gpu.facts(), gpu.free_memory()?);
         let workspace = ctxserve_cuda::workspace_bytes(
             &widths(info),
@@ -292,7 +287,7 @@ impl Target {
                 // Beside loading, which waits for files most of the time.
                 let ended = give_up_after(SELF_TEST_TIME, "the self-test of the GPU's kernels")?;
                 thread::scope(|scope| {
-                    let tested = scope.spawn(|| self_test(&gpu, info));
+                    let tested = scope.spawn(|| self_test(&gpu, info, checkpoint));
                     let runner = CudaBackend::new(gpu.clone(), cuda)
                         .map_err(anyhow::Error::from)
                         .and_then(|backend| loaded(backend, checkpoint, load_options));
@@ -320,8 +315,27 @@ fn give_up_after(time: Duration, what: &'static str) -> anyhow::Result<mpsc::Sen
     Ok(sender)
 }
 
+/// How projections may be stored on the device.
+fn dense_encodings(checkpoint: &Checkpoint) -> &'static [Encoding] {
+    match checkpoint.format_name() {
+        // Some may have been left out.
+        "nvfp4" => &[Encoding::Nvfp4, Encoding::Bf16],
+        _ => &[Encoding::Bf16],
+    }
+}
+
+/// How experts are stored, as far as the first one shows. Reads that, if there is any.
+fn expert_encoding(checkpoint: &Checkpoint) -> anyhow::Result<Option<Encoding>> {
+    let wants = wants(checkpoint)?;
+    let experts = wants.iter().find(|want| matches!(want.shape, Shape::Experts { .. }));
+    Ok(match experts {
+        Some(experts) => Some(checkpoint.rows(experts, 0..1)?.encoding()),
+        None => None,
+    })
+}
+
 /// What the self-test takes from a model.
-fn like(info: &ModelInfo) -> Like {
+fn like(info: &ModelInfo, dense: Encoding, expert: Encoding) -> Like {
     let (costs, kv) = (&info.costs, &info.kv);
     let heads = costs.query_width / kv.head_dim.max(1);
     Like {
@@ -331,7 +345,8 @@ fn like(info: &ModelInfo) -> Like {
         top_k: costs.top_k,
         // Dense families are those that norm their heads.
         head_norms: costs.experts == 0,
-        dense: Encoding::Bf16,
+        dense,
+        expert,
     }
 }
 
@@ -339,7 +354,7 @@ fn like(info: &ModelInfo) -> Like {
 ///
 /// # Errors
 /// The first op that differs by more than its rounding allows, or a fault of the device.
-fn self_test(gpu: &Gpu, info: &ModelInfo) -> anyhow::Result<()> {
+fn self_test(gpu: &Gpu, info: &ModelInfo, checkpoint: &Checkpoint) -> anyhow::Result<()> {
     let start = Instant::now();
     let mut kv: Vec<KvDtype> = Vec::new();
     for dtype in info.kv.groups.iter().map(|group| group.dtype) {
@@ -347,16 +362,24 @@ fn self_test(gpu: &Gpu, info: &ModelInfo) -> anyhow::Result<()> {
             kv.push(dtype);
         }
     }
-    let report = ctxserve_cuda::self_test(gpu, like(info), kv, || Ok(CpuBackend::plain()))
-        .with_context(|| format!("the self-test of {}", gpu.facts().name))?;
-    let cases = report.cases.len();
-    report.failures().for_each(|case| tracing::error!("self-test: {case}"));
-    if let Some(case) = report.failures().next() {
-        let failed = report.failures().count();
-        bail!(
-            "{} computes wrong results: {failed} of {cases} cases of the self-test, first {case}",
-            gpu.facts().name
-        );
+    // What is not in MXFP4 is decoded while it is loaded.
+    let expert = expert_encoding(checkpoint)?.filter(|&found| found == Encoding::Mxfp4);
+    let expert = expert.unwrap_or(Encoding::Bf16);
+    let mut cases = 0;
+    for &dense in dense_encodings(checkpoint) {
+        let like = like(info, dense, expert);
+        let report = ctxserve_cuda::self_test(gpu, like, kv.clone(), || Ok(CpuBackend::plain()))
+            .with_context(|| format!("the self-test of {}", gpu.facts().name))?;
+        cases += report.cases.len();
+        report.failures().for_each(|case| tracing::error!("self-test: {case}"));
+        if let Some(case) = report.failures().next() {
+            let failed = report.failures().count();
+            bail!(
+                "{} computes wrong results: {failed} cases of the self-test of {}, first {case}",
+                gpu.facts().name,
+                report.cases.len()
+            );
+        }
     }
     tracing::info!("self-test: {cases} cases in {:.0} ms", 1e3 * start.elapsed().as_secs_f64());
     Ok(())
@@ -364,14 +387,18 @@ fn self_test(gpu: &Gpu, info: &ModelInfo) -> anyhow::Result<()> {
 
 fn widths(info: &ModelInfo) -> Widths {
     let costs = &info.costs;
+    let (inner, dense) = if costs.experts > 0 { (costs.inner, 0) } else { (0, costs.inner) };
     Widths {
         hidden: costs.hidden,
         heads: costs.query_width.div_ceil(info.kv.head_dim.max(1)),
         kv_heads: info.kv.kv_heads,
+        head_dim: info.kv.head_dim,
         experts: costs.experts,
         top_k: costs.top_k,
-        inner: costs.inner,
+        inner,
+        dense,
         vocab: info.vocab_size,
+        nvfp4: false,
     }
 }
 

@@ -1,5 +1,6 @@
 //! The device as the model sees it.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 
 use ctxserve_backend::{
@@ -10,11 +11,11 @@ use ctxserve_core::{Encoding, Matrix};
 
 use crate::driver::{Buffer, Device, Graph};
 use crate::kernels::Kernels;
-use crate::kv::CudaKv;
-use crate::ops::attention::HEAD_DIM;
+use crate::kv::{CudaKv, padded_head};
+use crate::layers::RawHeads;
 use crate::sampler::{Pending, Sampler};
-use crate::step::{Capacity, Description, Shape};
-use crate::weights::{CudaExperts, CudaMatrix, CudaVector, Packer};
+use crate::step::{Capacity, Description, Extent, Shape};
+use crate::weights::{CudaExperts, CudaMatrix, CudaVector, Packer, without_nvfp4};
 use crate::workspace::{Widths, Workspace};
 
 /// Rows that a decode step is recorded for; a batch takes the next larger one.
@@ -43,7 +44,7 @@ pub struct CudaBackend {
     widths: Widths,
     state: Option<State>,
     /// What the grids of the step being issued are made for.
-    extent: Extent,
+    pub(crate) extent: Extent,
     /// Whether the step being issued was described already: [`Backend::step`] does so before it records.
     described: bool,
     /// The norm that the op before this one left in the workspace, if it did.
@@ -59,7 +60,11 @@ pub(crate) struct State {
     pub(crate) work: Workspace,
     pub(crate) widths: Widths,
     pub(crate) sampler: Sampler,
+    /// Most rows of a step whose dense layers go through the matrix-vector kernels.
+    pub(crate) few_rows: usize,
     pub(crate) rope: Option<(RopeTable, Buffer<f32>)>,
+    /// Whether the workspace has the rotations of the step's positions.
+    pub(crate) turned: Cell<bool>,
     /// By rows. A bucket runs as it is when it first comes, which loads its kernels; it is recorded when it comes again.
     graphs: HashMap<usize, Option<Graph>>,
 }
@@ -74,42 +79,19 @@ impl NormKey {
     }
 }
 
-/// Rows that grids are made for: those of the step, or those of its bucket.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Extent {
-    /// Tokens.
-    pub(crate) rows: usize,
-    /// Leading sequences of one row.
-    pub(crate) decode: usize,
-    /// Other sequences.
-    pub(crate) prefill: usize,
-    /// Rows of logits.
-    pub(crate) logits: usize,
-}
-
-impl Extent {
-    /// Rows that panels are laid out for.
-    pub(crate) fn capacity(&self) -> usize {
-        self.rows.next_multiple_of(8)
-    }
-}
-
-impl From<Shape> for Extent {
-    fn from(shape: Shape) -> Self {
-        let Shape { rows, decode, prefill, logits } = shape;
-        Self { rows, decode, prefill, logits }
-    }
-}
-
 /// The residual stream, of which there is one.
 #[derive(Debug)]
 pub struct HiddenRows(());
 
 /// Heads of the one step in the making.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum HeadRows {
-    /// Rotated queries.
+    /// Queries, keys and values as they were multiplied.
+    Raw(RawHeads),
+    /// Rotated queries, whose keys and values are in the cache.
     Queries,
+    /// Rotated queries, with rotated keys, and values, beside them.
+    Apart,
     /// Attention's output.
     Attended,
 }
@@ -172,12 +154,11 @@ impl CudaBackend {
         if state.rope.as_ref().is_some_and(|(known, _)| known == rope) {
             return Ok(());
         }
-        if rope.inv_freq.len() > HEAD_DIM / 2 {
-            return Err(DeviceError::new(OP, format!("heads of {} elements", 2 * rope.inv_freq.len())));
-        }
+        let half = padded_head(OP, 2 * rope.inv_freq.len())?.max(state.widths.head()) / 2;
         // The angle is rounded to f32 before its cosine is taken, as in the reference.
         let mut values: Vec<f32> = rope.inv_freq.iter().map(|&f| f as f32).collect();
-        values.resize(HEAD_DIM / 2, 0.0);
+        values.resize(half, 0.0);
+        state.turned.set(false);
         state.rope = Some((rope.clone(), self.device.upload(&values)?));
         Ok(())
     }
@@ -201,9 +182,10 @@ impl CudaBackend {
         let Some(state) = &mut self.state else {
             return Err(DeviceError::new("begin", "the KV cache was never allocated"));
         };
-        let shape = state.description.begin(&self.device, batch, &self.kernels.prefill)?;
+        state.turned.set(false);
+        let shape = state.description.begin(&self.device, batch, &self.kernels.heads.prefill)?;
         self.extent = match bucket {
-            Some(rows) => Extent { rows, decode: rows, prefill: 0, logits: rows },
+            Some(rows) => Extent { rows, decode: rows, prefill: 0, logits: rows, narrowed: false },
             None => Extent::from(shape),
         };
         Ok(())
@@ -239,7 +221,7 @@ impl Backend for CudaBackend {
     }
 
     fn accepts(&self, encoding: Encoding) -> bool {
-        matches!(encoding, Encoding::Bf16 | Encoding::Mxfp4)
+        matches!(encoding, Encoding::Bf16 | Encoding::Mxfp4 | Encoding::Nvfp4)
     }
 
     fn load_matrix(
@@ -250,18 +232,20 @@ impl Backend for CudaBackend {
     ) -> Result<CudaMatrix, DeviceError> {
         let loaded = self.packer.matrix(&self.device, matrix, bias, role)?;
         let widths = &mut self.widths;
+        widths.nvfp4 |= loaded.nvfp4.is_some();
         match role {
             Role::Qkv(spec) => {
                 widths.hidden = widths.hidden.max(loaded.cols);
                 widths.heads = widths.heads.max(spec.heads);
                 widths.kv_heads = widths.kv_heads.max(spec.kv_heads);
+                widths.head_dim = widths.head_dim.max(spec.head_dim);
             }
             Role::Embedding { head: true } | Role::Head => {
                 widths.hidden = widths.hidden.max(loaded.cols);
                 widths.vocab = widths.vocab.max(loaded.rows);
             }
-            Role::Embedding { head: false } | Role::Output(_) | Role::Router => {}
-            Role::GateUp | Role::Down => {}
+            Role::Down => widths.dense = widths.dense.max(loaded.cols),
+            Role::Embedding { head: false } | Role::Output(_) | Role::Router | Role::GateUp => {}
         }
         Ok(loaded)
     }
@@ -275,6 +259,10 @@ impl Backend for CudaBackend {
         weights: ExpertWeights,
         spec: &ExpertSpec,
     ) -> Result<CudaExperts, DeviceError> {
+        // There are kernels for dense layers in NVFP4 only.
+        let ExpertWeights { gate_up, down, .. } = weights;
+        let (gate_up, down) = (without_nvfp4(gate_up)?, without_nvfp4(down)?);
+        let weights = ExpertWeights { gate_up, down, ..weights };
         let loaded = self.packer.experts(&self.device, weights, spec)?;
         let widths = &mut self.widths;
         widths.hidden = widths.hidden.max(loaded.hidden);
@@ -289,6 +277,7 @@ impl Backend for CudaBackend {
         #[cfg(feature = "fault-injection")]
         self.faults.allocation(&self.device)?;
         let kv = CudaKv::new(&self.device, plan)?;
+        self.kernels.turn_to_heads(&self.device, self.widths.head())?;
         let (rows, sequences) = (self.options.max_rows, self.options.max_sequences);
         let capacity = Capacity::new(rows, sequences, self.options.max_context);
         let widths = self.widths;
@@ -297,7 +286,9 @@ impl Backend for CudaBackend {
             work: Workspace::new(&self.device, &widths, capacity)?,
             widths,
             sampler: Sampler::new(&self.device, sequences, widths.vocab, widths.stride())?,
+            few_rows: widths.few_rows(self.device.facts()),
             rope: None,
+            turned: Cell::new(false),
             graphs: HashMap::new(),
         });
         self.device.synchronize()?;
@@ -327,11 +318,17 @@ impl Backend for CudaBackend {
         kv: &mut CudaKv,
         _batch: &Batch,
     ) -> Result<HeadRows, DeviceError> {
-        if weights.head_norms.is_some() {
-            return Err(DeviceError::new("attention_input", "there is no kernel for norms of heads yet"));
-        }
-        self.issue_attention_input(layer, weights, spec, rope, kv)?;
-        Ok(HeadRows::Queries)
+        self.issue_attention_input(layer, weights, spec, rope, kv)
+    }
+
+    fn narrow(
+        &mut self,
+        layer: usize,
+        q: &mut HeadRows,
+        _x: &mut HiddenRows,
+        _batch: &Batch,
+    ) -> Result<(), DeviceError> {
+        self.issue_narrow(layer, q)
     }
 
     fn attention(
@@ -339,11 +336,11 @@ impl Backend for CudaBackend {
         layer: usize,
         spec: &AttentionSpec,
         sinks: Option<&CudaVector>,
-        _q: &HeadRows,
+        q: &HeadRows,
         kv: &CudaKv,
         _batch: &Batch,
     ) -> Result<HeadRows, DeviceError> {
-        self.issue_attention(layer, spec, sinks, kv)?;
+        self.issue_attention(layer, spec, sinks, q, kv)?;
         Ok(HeadRows::Attended)
     }
 
@@ -353,7 +350,7 @@ impl Backend for CudaBackend {
         heads: &HeadRows,
         _x: &mut HiddenRows,
     ) -> Result<(), DeviceError> {
-        self.issue_attention_output(output, *heads)
+        self.issue_attention_output(output, heads)
     }
 
     fn experts(&mut self, moe: &Moe<Self>, _x: &mut HiddenRows) -> Result<(), DeviceError> {
@@ -369,8 +366,8 @@ impl Backend for CudaBackend {
         self.issue_experts(moe, Some(norm.as_norm(eps)))
     }
 
-    fn mlp(&mut self, _mlp: &Mlp<Self>, _x: &mut HiddenRows) -> Result<(), DeviceError> {
-        Err(DeviceError::new("mlp", "there is no kernel for dense layers yet"))
+    fn mlp(&mut self, mlp: &Mlp<Self>, _x: &mut HiddenRows) -> Result<(), DeviceError> {
+        self.issue_mlp(mlp)
     }
 
     fn logits(

@@ -3,7 +3,7 @@
 use ctxserve_backend::{DeviceError, KvDtype, KvPlan, KvSpec};
 
 use crate::driver::{Buffer, Device};
-use crate::ops::attention::{Cache, HEAD_DIM};
+use crate::ops::attention::{Cache, HEAD_DIMS};
 
 const OP: &str = "allocate_kv";
 
@@ -24,6 +24,17 @@ struct Pool {
     scales: Option<usize>,
 }
 
+/// Elements of a head as kernels have it: the next of [`HEAD_DIMS`].
+///
+/// # Errors
+/// A longer head than there are kernels for.
+pub(crate) fn padded_head(op: &'static str, head_dim: usize) -> Result<usize, DeviceError> {
+    let [.., most] = HEAD_DIMS;
+    HEAD_DIMS.into_iter().find(|&dim| dim >= head_dim).ok_or_else(|| {
+        DeviceError::new(op, format!("heads of {head_dim} elements; there are kernels for up to {most}"))
+    })
+}
+
 /// Whether the kernels know this storage.
 ///
 /// # Errors
@@ -33,8 +44,9 @@ pub fn check(spec: &KvSpec) -> Result<(), DeviceError> {
     if !spec.page_size.is_power_of_two() || !(16..=256).contains(&spec.page_size) {
         return fail(format!("pages of {} positions; they must be 16, 32, 64, 128 or 256", spec.page_size));
     }
-    if spec.head_dim == 0 || spec.head_dim > HEAD_DIM || !spec.head_dim.is_multiple_of(2) {
-        return fail(format!("heads of {} elements; there are kernels for up to {HEAD_DIM}", spec.head_dim));
+    padded_head(OP, spec.head_dim)?;
+    if spec.head_dim == 0 || !spec.head_dim.is_multiple_of(2) {
+        return fail(format!("heads of {} elements; they must be even", spec.head_dim));
     }
     if spec.groups.iter().any(|group| group.dtype == KvDtype::F32) {
         return fail("keys and values in float32 are for the CPU".to_owned());
@@ -46,6 +58,7 @@ impl CudaKv {
     pub(crate) fn new(device: &Device, plan: &KvPlan) -> Result<Self, DeviceError> {
         let spec = &plan.spec;
         check(spec)?;
+        let head_dim = padded_head(OP, spec.head_dim)?;
         if plan.pages.len() != spec.groups.len() || plan.pages.contains(&0) {
             return Err(DeviceError::new(OP, "a group without pages"));
         }
@@ -53,7 +66,7 @@ impl CudaKv {
             let fp8 = group.dtype == KvDtype::Fp8E4m3;
             let lines = [2, spec.kv_heads, spec.page_size].iter().try_fold(pages, |n, &by| n.checked_mul(by));
             let bytes = |lines: usize| {
-                let data = lines.checked_mul(HEAD_DIM * if fp8 { 1 } else { 2 })?;
+                let data = lines.checked_mul(head_dim * if fp8 { 1 } else { 2 })?;
                 let layer = data.checked_add(if fp8 { lines.checked_mul(size_of::<f32>())? } else { 0 })?;
                 Some((data, layer, layer.checked_mul(group.layers.len())?))
             };

@@ -1,6 +1,6 @@
 //! What the backend claims, and the check of it that a server runs before it is ready.
 
-use ctxserve_backend::conformance::{Claims, Feature, Like, Report, quick};
+use ctxserve_backend::conformance::{Claims, Like, Report, quick};
 use ctxserve_backend::{Backend, DeviceError, KvDtype};
 use ctxserve_core::Encoding;
 
@@ -18,11 +18,9 @@ pub fn claims(kv: Vec<KvDtype>) -> Claims {
         products: 1.5e-2,
         bitwise: false,
         kv,
-        experts: vec![Encoding::Mxfp4],
+        experts: vec![Encoding::Mxfp4, Encoding::Bf16],
         page_sizes: vec![16, 32, 64, 128],
-        lacks: [Feature::Mlp, Feature::HeadNorms, Feature::WideHeads]
-            .map(|feature| (feature, "no kernel yet"))
-            .into(),
+        lacks: Vec::new(),
     }
 }
 

@@ -43,6 +43,35 @@ impl Shape {
     }
 }
 
+/// Rows that grids are made for: those of the step, or those of its bucket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Extent {
+    /// Tokens.
+    pub(crate) rows: usize,
+    /// Leading sequences of one row.
+    pub(crate) decode: usize,
+    /// Other sequences.
+    pub(crate) prefill: usize,
+    /// Rows of logits.
+    pub(crate) logits: usize,
+    /// Whether the rows are those of the logits, in order.
+    pub(crate) narrowed: bool,
+}
+
+impl Extent {
+    /// Rows that panels are laid out for.
+    pub(crate) fn capacity(&self) -> usize {
+        self.rows.next_multiple_of(8)
+    }
+}
+
+impl From<Shape> for Extent {
+    fn from(shape: Shape) -> Self {
+        let Shape { rows, decode, prefill, logits } = shape;
+        Self { rows, decode, prefill, logits, narrowed: false }
+    }
+}
+
 /// What the arrays have room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
@@ -112,6 +141,8 @@ pub(crate) struct Arrays {
     pub(crate) start: Buffer<i32>,
     /// `[logit rows]`: the row of the residual stream.
     pub(crate) logit_row: Buffer<i32>,
+    /// `[logit rows]`: the sequence.
+    pub(crate) logit_sequence: Buffer<i32>,
     /// One entry a KV group.
     pub(crate) groups: Vec<GroupArrays>,
     block: Buffer<u32>,
@@ -127,6 +158,7 @@ struct Layout {
     row_count: usize,
     start: usize,
     logit_row: usize,
+    logit_sequence: usize,
     groups: Vec<[usize; 4]>,
     pages: Vec<usize>,
     end: usize,
@@ -147,9 +179,20 @@ impl Layout {
         let mut group = |&count: &usize| [take(rows), take(sequences), take(sequences), take(count)];
         let groups = pages.iter().map(&mut group).collect();
         let [tokens, feed, position] = [take(rows), take(rows), take(rows)];
-        let [first_row, row_count, start, logit_row] =
-            [take(sequences), take(sequences), take(sequences), take(sequences)];
-        Self { tokens, feed, position, first_row, row_count, start, logit_row, groups, pages, end }
+        let [first_row, row_count, start, logit_row, logit_sequence] = [(); 5].map(|()| take(sequences));
+        Self {
+            tokens,
+            feed,
+            position,
+            first_row,
+            row_count,
+            start,
+            logit_row,
+            logit_sequence,
+            groups,
+            pages,
+            end,
+        }
     }
 }
 
@@ -200,6 +243,7 @@ impl Description {
             row_count: view(layout.row_count, sequences)?,
             start: view(layout.start, sequences)?,
             logit_row: view(layout.logit_row, sequences)?,
+            logit_sequence: view(layout.logit_sequence, sequences)?,
             groups,
             block,
         };
@@ -222,6 +266,11 @@ impl Description {
     /// The arrays, as of the step begun last.
     pub(crate) fn arrays(&self) -> &Arrays {
         &self.arrays
+    }
+
+    /// The arrays of the group that a model's layer is in.
+    pub(crate) fn group_of(&self, layer: usize) -> Option<&GroupArrays> {
+        self.plan.spec.place(layer).and_then(|(group, _)| self.arrays.groups.get(group))
     }
 
     /// The passes of a group's prefill sequences, as of the step begun last.
@@ -285,6 +334,8 @@ impl Description {
         fits &= put(layout.row_count, &mut slices.iter().map(|slice| slice.rows.len() as u32));
         fits &= put(layout.start, &mut slices.iter().map(|slice| slice.start as u32));
         fits &= put(layout.logit_row, &mut batch.logit_rows().map(|row| row as u32));
+        let sampled = slices.iter().enumerate().filter(|(_, slice)| slice.sample.is_some());
+        fits &= put(layout.logit_sequence, &mut sampled.map(|(at, _)| at as u32));
         let page_size = plan.spec.page_size;
         passes.resize_with(layout.groups.len(), Vec::new);
         let [slots, starts] = scratch;

@@ -2,6 +2,7 @@
 
 mod experts;
 mod maps;
+mod nvfp4;
 
 use std::borrow::Cow;
 use std::thread;
@@ -11,12 +12,17 @@ use ctxserve_core::{Elements, Matrix};
 use half::bf16;
 
 use crate::driver::{Buffer, Device, Pod, Uploader};
+use crate::kv::padded_head;
+use crate::ops::attention::HEAD_DIMS;
 use crate::ops::moe_gemm::MoeGemm;
 use crate::ops::pack_mxfp4::PackMxfp4;
+use crate::ops::pack_nvfp4::PackNvfp4;
 use crate::ops::pack_panels::{self, PackPanels, Source};
 pub use experts::CudaExperts;
 pub(crate) use experts::Stacks;
-use maps::{output_cols, qkv_rows};
+pub(crate) use nvfp4::{Nvfp4, without_nvfp4};
+
+use maps::{gate_up_rows, natural, output_cols, qkv_rows};
 
 /// Widths are padded to whole panels.
 pub(crate) const PANEL: usize = 64;
@@ -25,13 +31,15 @@ const CHUNK: usize = 256 << 20;
 /// Alignment of the parts of the staging memory.
 const ALIGN: usize = 256;
 
-/// A matrix in one or two layouts.
+/// A matrix in one layout.
 #[derive(Debug)]
 pub struct CudaMatrix {
-    /// Row-major `[rows, cols padded]`, bits of bf16: embeddings, routers.
+    /// Row-major `[rows, cols padded]`, bits of bf16: routers, and embeddings that are not the head too.
     pub(crate) plain: Option<Buffer<u16>>,
     /// Panel layout of `[rows padded, cols padded]`, bits of bf16: everything that is multiplied in bulk.
     pub(crate) panels: Option<Buffer<u16>>,
+    /// The same in place of panels, for projections that are stored so.
+    pub(crate) nvfp4: Option<Nvfp4>,
     /// `[rows padded]`, in the panels' order; zeros without a bias.
     pub(crate) bias: Buffer<f32>,
     /// Output features.
@@ -49,15 +57,26 @@ pub struct CudaVector {
     /// Present where it is padded: the values times `sqrt(len / padded)`. A norm over all padded columns with these and
     /// with epsilon times `len / padded` is the norm over the real ones.
     scaled: Option<Buffer<f32>>,
+    /// Present where it is padded and no longer than a head: `scaled` in the order of a padded head.
+    head: Option<Buffer<f32>>,
     pub(crate) len: usize,
 }
 
 impl CudaVector {
     /// The weight of a norm over padded columns, and its epsilon.
     pub(crate) fn as_norm(&self, eps: f32) -> (&Buffer<f32>, f32) {
-        match &self.scaled {
+        self.padded(self.scaled.as_ref(), eps)
+    }
+
+    /// The same for a norm over padded heads.
+    pub(crate) fn as_head_norm(&self, eps: f32) -> (&Buffer<f32>, f32) {
+        self.padded(self.head.as_ref(), eps)
+    }
+
+    fn padded<'a>(&'a self, weight: Option<&'a Buffer<f32>>, eps: f32) -> (&'a Buffer<f32>, f32) {
+        match weight {
             None => (&self.values, eps),
-            Some(scaled) => (scaled, eps * self.len as f32 / scaled.len() as f32),
+            Some(weight) => (weight, eps * self.len as f32 / weight.len() as f32),
         }
     }
 }
@@ -68,6 +87,7 @@ impl CudaVector {
 pub(crate) struct Packer {
     panels: PackPanels,
     mxfp4: PackMxfp4,
+    nvfp4: PackNvfp4,
     gemm: MoeGemm,
     tools: Option<Tools>,
     /// Bytes that are packed at a time, of a tensor whose parts can be packed one after the other.
@@ -94,6 +114,35 @@ struct Layout {
     col_map: Option<Vec<i32>>,
 }
 
+impl Layout {
+    fn new(role: Role<'_>, rows: usize, real_cols: usize) -> Result<Self, DeviceError> {
+        const OP: &str = "load_matrix";
+        let (row_map, col_map) = match role {
+            Role::Qkv(spec) => (Some(qkv_rows(spec, padded_head(OP, spec.head_dim)?)), None),
+            Role::Output(spec) => (None, Some(output_cols(spec, padded_head(OP, spec.head_dim)?))),
+            Role::GateUp => (Some(gate_up_rows(rows / 2, (rows / 2).next_multiple_of(PANEL))), None),
+            Role::Embedding { .. } | Role::Router | Role::Down | Role::Head => (None, None),
+        };
+        let agrees = match role {
+            Role::Qkv(spec) => rows == (spec.heads + 2 * spec.kv_heads) * spec.head_dim,
+            Role::Output(spec) => real_cols == spec.heads * spec.head_dim,
+            Role::GateUp => rows.is_multiple_of(2),
+            Role::Embedding { .. } | Role::Router | Role::Down | Role::Head => true,
+        };
+        if !agrees {
+            return Err(shape_error(OP, "rows and columns"));
+        }
+        let cols = col_map.as_ref().map_or(real_cols.next_multiple_of(PANEL), Vec::len);
+        // The rows of an output projection are the columns of the residual stream.
+        let rows = match (&row_map, role) {
+            (Some(map), _) => map.len(),
+            (None, Role::Output(_) | Role::Down) => rows.next_multiple_of(PANEL),
+            (None, _) => rows.next_multiple_of(8),
+        };
+        Ok(Self { rows, cols, row_map, col_map })
+    }
+}
+
 fn shape_error(op: &'static str, what: &str) -> DeviceError {
     DeviceError::new(op, format!("{what} contradict the layer's shape"))
 }
@@ -101,7 +150,8 @@ fn shape_error(op: &'static str, what: &str) -> DeviceError {
 impl Packer {
     pub(crate) fn new(device: &Device, gemm: MoeGemm) -> Result<Self, DeviceError> {
         let (panels, mxfp4) = (PackPanels::load(device)?, PackMxfp4::load(device)?);
-        Ok(Self { panels, mxfp4, gemm, tools: None, chunk: CHUNK, finished: false })
+        let nvfp4 = PackNvfp4::load(device)?;
+        Ok(Self { panels, mxfp4, nvfp4, gemm, tools: None, chunk: CHUNK, finished: false })
     }
 
     /// Lets go of the staging memory once everything is loaded. Whoever calls it synchronizes before the first step.
@@ -149,74 +199,36 @@ impl Packer {
         if rows == 0 || real_cols == 0 || bias.as_ref().is_some_and(|bias| bias.len() != rows) {
             return Err(shape_error(OP, "rows, columns and bias"));
         }
-        let (row_map, col_map) = match role {
-            Role::Qkv(spec) => (Some(qkv_rows(spec)), None),
-            Role::Output(spec) => (None, Some(output_cols(spec))),
-            Role::Embedding { .. } | Role::Router | Role::GateUp | Role::Down | Role::Head => (None, None),
-        };
-        let agrees = match role {
-            Role::Qkv(spec) => rows == (spec.heads + 2 * spec.kv_heads) * spec.head_dim,
-            Role::Output(spec) => real_cols == spec.heads * spec.head_dim,
-            Role::Embedding { .. } | Role::Router | Role::GateUp | Role::Down | Role::Head => true,
-        };
-        if !agrees {
-            return Err(shape_error(OP, "rows and columns"));
+        if role == Role::GateUp && bias.is_some() {
+            return Err(DeviceError::new(OP, "there are no kernels for a bias of gate and up"));
         }
-        let cols = col_map.as_ref().map_or(real_cols.next_multiple_of(PANEL), Vec::len);
-        // The rows of an output projection are the columns of the residual stream.
-        let padded_rows = match (&row_map, role) {
-            (Some(map), _) => map.len(),
-            (None, Role::Output(_) | Role::Down) => rows.next_multiple_of(PANEL),
-            (None, _) => rows.next_multiple_of(8),
-        };
+        let layout = Layout::new(role, rows, real_cols)?;
+        let (padded_rows, cols) = (layout.rows, layout.cols);
         let mut padded_bias = vec![0.0; padded_rows];
         for (at, place) in padded_bias.iter_mut().enumerate() {
-            let source = row_map.as_ref().map_or(at, |map| usize::try_from(map[at]).unwrap_or(usize::MAX));
+            let source =
+                layout.row_map.as_ref().map_or(at, |map| usize::try_from(map[at]).unwrap_or(usize::MAX));
             *place = bias.as_ref().and_then(|bias| bias.get(source)).copied().unwrap_or_default();
         }
         let plain = match (role, matrix.elements()) {
-            (Role::Qkv(_) | Role::Output(_) | Role::GateUp | Role::Down | Role::Head, _) => None,
+            (Role::Qkv(_) | Role::Output(_) | Role::GateUp | Role::Down, _) => None,
+            // What is multiplied too is looked up in its panels.
+            (Role::Head | Role::Embedding { head: true }, _) => None,
             (_, Elements::Bf16(values)) if cols == real_cols => {
                 Some(self.upload(device, bytemuck::cast_slice(values))?)
             }
             _ => Some(self.upload(device, &rows_of(&matrix, cols))?),
         };
-        let layout = Layout { rows: padded_rows, cols, row_map, col_map };
-        let panels = match (role, &plain) {
-            (Role::Embedding { head: false } | Role::Router, _) => None,
-            (_, Some(plain)) => Some(self.repacked(device, plain, rows, &layout)?),
-            (_, None) => Some(self.packed(device, &matrix, &layout)?),
+        let stays = nvfp4::stays(&matrix, bias.is_some(), role);
+        let nvfp4 = if stays { self.nvfp4(device, &matrix, &layout)? } else { None };
+        let panels = match (&plain, &nvfp4) {
+            (None, None) => Some(self.packed(device, &matrix, &layout)?),
+            _ => None,
         };
         let bias = self.upload(device, &padded_bias)?;
         discard(matrix, rows * real_cols);
         self.settle(device)?;
-        Ok(CudaMatrix { plain, panels, bias, rows, padded_rows, cols })
-    }
-
-    /// Panels of a row-major matrix that is on the device already, padded as they are.
-    fn repacked(
-        &self,
-        device: &Device,
-        plain: &Buffer<u16>,
-        rows: usize,
-        layout: &Layout,
-    ) -> Result<Buffer<u16>, DeviceError> {
-        let Layout { rows: padded_rows, cols, .. } = *layout;
-        let panels = device.allocate(padded_rows * cols)?;
-        let call = pack_panels::Call {
-            source: Source::Bf16(plain),
-            rows,
-            cols,
-            panels: &panels,
-            capacity: padded_rows,
-            padded: cols,
-            first: 0,
-            count: padded_rows,
-            row_map: None,
-            column_map: None,
-        };
-        self.panels.issue(device, &call)?;
-        Ok(panels)
+        Ok(CudaMatrix { plain, panels, nvfp4, bias, rows, padded_rows, cols })
     }
 
     /// Panels of a matrix in host memory: at once where its rows are permuted, else some rows at a time.
@@ -286,10 +298,21 @@ impl Packer {
         values.resize(padded, 0.0);
         let factor = (len as f64 / padded.max(1) as f64).sqrt();
         let scaled: Vec<f32> = values.iter().map(|&v| (f64::from(v) * factor) as f32).collect();
-        let scaled = if len == padded { None } else { Some(self.upload(device, &scaled)?) };
+        let (scaled, head) = if len == padded {
+            (None, None)
+        } else {
+            let head = if HEAD_DIMS.contains(&padded) && len.is_multiple_of(2) {
+                let mut spread = vec![0.0; padded];
+                (0..len).for_each(|at| spread[natural(at, len / 2, padded)] = scaled[at]);
+                Some(self.upload(device, &spread)?)
+            } else {
+                None
+            };
+            (Some(self.upload(device, &scaled)?), head)
+        };
         let values = self.upload(device, &values)?;
         self.settle(device)?;
-        Ok(CudaVector { values, scaled, len })
+        Ok(CudaVector { values, scaled, head, len })
     }
 }
 

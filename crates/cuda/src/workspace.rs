@@ -2,15 +2,21 @@
 
 use ctxserve_backend::DeviceError;
 
-use crate::driver::{Buffer, Device};
-use crate::ops::attention::{Cache, HEAD_DIM};
+use crate::driver::{Buffer, Device, Facts};
+use crate::ops::attention::{Cache, HEAD_DIM, HEAD_DIMS};
 use crate::ops::attention_decode::{self, splits};
+use crate::ops::gemv_nvfp4;
 use crate::ops::kv_gather::LINES;
 use crate::ops::moe_sort;
 use crate::step::Capacity;
+use crate::weights::PANEL;
 
 /// Rows that the matrix-vector kernels take; more go through the matrix products.
 pub(crate) const GEMV_ROWS: usize = 16;
+/// The same in NVFP4: the four products of a layer of Qwen3's 4B take 39 us of 8 rows, and of 16 rows 63 where matrix products take 40.
+const GEMV_ROWS_NVFP4: usize = 8;
+/// Widest input of the matrix-vector kernels.
+const GEMV_COLS: usize = 16_384;
 /// Rows whose experts go through the kernels that stream weights. At 64 rows they take 130 us on an H200 where the products of sorted
 /// rows and what goes with them take 192; at 96, 150 us.
 pub(crate) const EXPERT_ROWS: usize = 64;
@@ -26,14 +32,20 @@ pub struct Widths {
     pub heads: usize,
     /// Key/value heads, a layer's most.
     pub kv_heads: usize,
+    /// Elements of a head, as the model has it.
+    pub head_dim: usize,
     /// Experts, a layer's most; 0 without any.
     pub experts: usize,
     /// Experts of a token.
     pub top_k: usize,
     /// Width between the experts' products.
     pub inner: usize,
+    /// Width between the products of a dense layer, a layer's most; 0 without any.
+    pub dense: usize,
     /// Logits.
     pub vocab: usize,
+    /// Whether there are projections in NVFP4.
+    pub nvfp4: bool,
 }
 
 impl Widths {
@@ -42,12 +54,31 @@ impl Widths {
         self.vocab.next_multiple_of(8)
     }
 
+    /// Elements of a head as kernels have it.
+    pub(crate) fn head(&self) -> usize {
+        HEAD_DIMS.into_iter().find(|&dim| dim >= self.head_dim).unwrap_or(HEAD_DIM)
+    }
+
+    /// Most rows of a step whose dense layers go through the matrix-vector kernels: none of a model that is too wide for them, or that
+    /// they cannot take on this device as it is stored.
+    pub(crate) fn few_rows(&self, facts: &Facts) -> usize {
+        let rows = if self.nvfp4 { GEMV_ROWS_NVFP4 } else { GEMV_ROWS };
+        let takes = |cols: usize, normed| {
+            let dims = gemv_nvfp4::Dims { rows, cols, outputs: PANEL, normed };
+            facts.is_hopper() && gemv_nvfp4::Plan::all(&dims, facts).is_ok_and(|plans| !plans.is_empty())
+        };
+        let inner = self.q().max(self.dense);
+        let fits = inner.max(self.hidden) <= GEMV_COLS
+            && (!self.nvfp4 || takes(inner, false) && takes(self.hidden, true));
+        if fits { rows } else { 0 }
+    }
+
     fn q(&self) -> usize {
-        self.heads * HEAD_DIM
+        self.heads * self.head()
     }
 
     fn kv(&self) -> usize {
-        self.kv_heads * HEAD_DIM
+        self.kv_heads * self.head()
     }
 }
 
@@ -56,10 +87,10 @@ impl Widths {
 struct Sizes {
     x: usize,
     q: usize,
-    kv: usize,
     heads: usize,
     normed: usize,
     qkv: usize,
+    turns: usize,
     choice: usize,
     scale: usize,
     h: usize,
@@ -67,6 +98,7 @@ struct Sizes {
     products: usize,
     sorted: usize,
     tiles: usize,
+    dense: usize,
     scratch: usize,
     logits: usize,
     partials: [usize; 3],
@@ -74,7 +106,7 @@ struct Sizes {
 
 impl Sizes {
     fn new(widths: &Widths, capacity: Capacity, multiprocessors: usize) -> Self {
-        let Widths { hidden, top_k, inner, experts, kv_heads, .. } = *widths;
+        let Widths { hidden, top_k, inner, experts, kv_heads, dense, .. } = *widths;
         let rows = capacity.rows.next_multiple_of(8);
         let few = rows.min(EXPERT_ROWS);
         let shape =
@@ -84,7 +116,7 @@ impl Sizes {
         Self {
             x: rows * hidden,
             q: rows * widths.q(),
-            kv: GEMV_ROWS * 2 * widths.kv(),
+            turns: rows * widths.head(),
             heads: rows * widths.q(),
             normed: rows.max(capacity.sequences.next_multiple_of(8)) * hidden,
             qkv: rows * (widths.q() + 2 * widths.kv()),
@@ -95,7 +127,8 @@ impl Sizes {
             products: few * top_k * hidden,
             sorted: if large { shape.sorted() } else { 0 },
             tiles: if large { shape.tiles() } else { 0 },
-            scratch: kv_heads * capacity.scratch_lines.next_multiple_of(LINES) * HEAD_DIM,
+            dense: rows * dense,
+            scratch: kv_heads * capacity.scratch_lines.next_multiple_of(LINES) * widths.head(),
             logits: capacity.sequences * widths.stride(),
             partials: [decode, kv_heads.max(1), most_partials(decode, kv_heads, multiprocessors)],
         }
@@ -105,7 +138,7 @@ impl Sizes {
         let Self {
             x,
             q,
-            kv,
+            turns,
             heads,
             normed,
             qkv,
@@ -116,16 +149,17 @@ impl Sizes {
             products,
             sorted,
             tiles,
+            dense,
             scratch,
             logits,
             partials,
         } = *self;
         let sorted_bytes = sorted * (2 * widths.hidden + 2 * widths.inner + 2 * widths.hidden + 4);
         let [rows, kv_heads, splits] = partials;
-        4 * (x + kv + qkv + 3 * choice + scale + products + 4 * tiles + logits)
-            + 2 * (q + heads + normed + h + a + 2 * scratch)
+        4 * (x + turns + qkv + 3 * choice + scale + products + 4 * tiles + logits)
+            + 2 * (q + heads + normed + h + a + dense + 2 * scratch)
             + sorted_bytes
-            + attention_decode::Workspace::bytes(rows, kv_heads, splits)
+            + attention_decode::Workspace::bytes_for(widths.head(), rows, kv_heads, splits)
     }
 }
 
@@ -141,15 +175,15 @@ fn most_partials(rows: usize, kv_heads: usize, multiprocessors: usize) -> usize 
 pub(crate) struct Workspace {
     /// `[rows, hidden]`: the residual stream.
     pub(crate) x: Buffer<f32>,
-    /// `[rows, heads * 64]`.
+    /// `[rows, heads * head]`.
     pub(crate) q: Buffer<u16>,
-    /// `[few rows, 2 * kv_heads * 64]`.
-    pub(crate) kv: Buffer<f32>,
-    /// `[rows, heads * 64]`, row-major or panels.
+    /// `[rows, head / 2, 2]`: rotations of the step's positions.
+    pub(crate) turns: Buffer<f32>,
+    /// `[rows, heads * head]`, row-major or panels.
     pub(crate) heads: Buffer<u16>,
     /// Panels `[rows, hidden]`.
     pub(crate) normed: Buffer<u16>,
-    /// `[rows, (heads + 2 * kv_heads) * 64]`.
+    /// `[rows, (heads + 2 * kv_heads) * head]`; or `[rows, 2 * kv_heads * head]`, keys and values that are rotated.
     pub(crate) qkv: Buffer<f32>,
     /// `[rows, top_k]`.
     pub(crate) choice: Buffer<i32>,
@@ -177,7 +211,9 @@ pub(crate) struct Workspace {
     pub(crate) sorted_a: Buffer<u16>,
     /// `[sorted, hidden]`, bits of bf16.
     pub(crate) sorted_y: Buffer<u16>,
-    /// `[kv_heads, lines, 64]`.
+    /// `[rows, dense]`, row-major or panels.
+    pub(crate) dense: Buffer<u16>,
+    /// `[kv_heads, head / 64, lines, 64]`.
     pub(crate) keys: Buffer<u16>,
     /// The same, of values.
     pub(crate) values: Buffer<u16>,
@@ -204,7 +240,7 @@ impl Workspace {
         Ok(Self {
             x: device.zeros(sizes.x)?,
             q: device.zeros(sizes.q)?,
-            kv: device.zeros(sizes.kv)?,
+            turns: device.zeros(sizes.turns)?,
             heads: device.zeros(sizes.heads)?,
             normed: device.zeros(sizes.normed)?,
             qkv: device.zeros(sizes.qkv)?,
@@ -221,10 +257,11 @@ impl Workspace {
             sorted_h: device.zeros(sorted * widths.hidden)?,
             sorted_a: device.zeros(sorted * widths.inner)?,
             sorted_y: device.zeros(sorted * widths.hidden)?,
+            dense: device.zeros(sizes.dense)?,
             keys: device.zeros(sizes.scratch)?,
             values: device.zeros(sizes.scratch)?,
             logits: device.zeros(sizes.logits)?,
-            partials: attention_decode::Workspace::new(device, rows, kv_heads, splits)?,
+            partials: attention_decode::Workspace::new_for(device, widths.head(), rows, kv_heads, splits)?,
             sorted,
         })
     }

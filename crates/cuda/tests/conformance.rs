@@ -31,7 +31,7 @@ fn kernels_match_the_plain_loops_within_bf16() {
     let report =
         run(seed, &claims, || CudaBackend::new(Device::open(0)?, options), || Ok(CpuBackend::plain()))
             .unwrap();
-    for part in ["Embed", "Queries", "Attention", "Output", "Experts", "independence"] {
+    for part in ["Embed", "Queries", "Attention", "Output", "Experts", "Mlp", "independence"] {
         println!("{part}: worst {:.2e}", report.worst(part));
     }
     report.skipped.iter().for_each(|what| println!("skipped: {what}"));
@@ -45,15 +45,29 @@ fn the_self_test_passes_and_is_quick() {
         return;
     }
     let device = Device::open(0).unwrap();
-    for (head_dim, group, experts, top_k) in [(64, 8, 32, 4), (64, 8, 128, 4), (64, 2, 8, 4), (32, 3, 5, 2)] {
+    let like = |head_dim, group, experts, top_k| {
+        let (head_norms, dense, expert) = (experts == 0, Encoding::Bf16, Encoding::Mxfp4);
+        Like { head_dim, group, experts, top_k, head_norms, dense, expert }
+    };
+    let likes = [
+        like(64, 8, 32, 4),
+        like(64, 8, 128, 4),
+        like(64, 2, 8, 4),
+        like(32, 3, 5, 2),
+        like(128, 4, 0, 0),
+        like(64, 2, 0, 0),
+        like(96, 3, 0, 0),
+        Like { expert: Encoding::Bf16, ..like(64, 8, 32, 4) },
+        Like { dense: Encoding::Nvfp4, ..like(128, 4, 0, 0) },
+        Like { dense: Encoding::Nvfp4, ..like(32, 3, 0, 0) },
+    ];
+    for like in likes {
         for kv in [vec![KvDtype::Bf16], vec![KvDtype::Bf16, KvDtype::Fp8E4m3]] {
-            let dense = Encoding::Bf16;
-            let like = Like { head_dim, group, experts, top_k, head_norms: false, dense };
             let start = Instant::now();
             let report = self_test(&device, like, kv.clone(), || Ok(CpuBackend::plain())).unwrap();
             let seconds = start.elapsed().as_secs_f64();
             println!("{like:?}, {kv:?}: {} cases in {seconds:.3} s", report.cases.len());
-            for part in ["Embed", "Queries", "Attention", "Experts"] {
+            for part in ["Embed", "Queries", "Attention", "Output", "Experts", "Mlp"] {
                 println!("  {part}: worst {:.2e}", report.worst(part));
             }
             assert_eq!(report.failures().count(), 0, "{report}");

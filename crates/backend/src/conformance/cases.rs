@@ -34,6 +34,7 @@ fn shape() -> Shape {
         kv: KvDtype::F32,
         spare_pages: 8,
         head_norms: false,
+        biased: true,
         mlp: false,
         experts: 8,
         top_k: 4,
@@ -44,9 +45,9 @@ fn shape() -> Shape {
     }
 }
 
-/// As in Qwen3: wide heads with norms, no sinks, a dense layer.
+/// As in Qwen3: wide heads with norms, no sinks, no biases, a dense layer.
 fn qwen() -> Shape {
-    Shape { head_dim: 128, group: 4, sinks: false, head_norms: true, mlp: true, ..shape() }
+    Shape { head_dim: 128, group: 4, sinks: false, head_norms: true, biased: false, mlp: true, ..shape() }
 }
 
 impl<'a> Suite<'a> {
@@ -105,8 +106,10 @@ impl<'a> Suite<'a> {
             Shape { dense: Affine, expert: Affine, extra: 64, ..shape() },
             Shape { dense: Nvfp4, expert: Nvfp4, inner: 48, extra: 16, ..shape() },
             Shape { extra: 64, dense: Bf16, ..qwen() },
-            Shape { extra: 33, inner: 37, dense: Bf16, ..qwen() },
+            Shape { extra: 33, inner: 37, dense: Bf16, biased: true, ..qwen() },
             Shape { head_dim: 32, extra: 16, inner: 48, dense: Nvfp4, ..qwen() },
+            Shape { extra: 16, inner: 208, dense: Nvfp4, ..qwen() },
+            Shape { head_dim: 64, extra: 48, inner: 80, dense: Nvfp4, biased: true, ..qwen() },
             Shape { head_dim: 32, extra: 64, inner: 192, dense: Affine, ..qwen() },
             Shape { head_dim: 32, extra: 128, inner: 96, dense: Affine, ..qwen() },
         ];
@@ -117,7 +120,7 @@ impl<'a> Suite<'a> {
             let fixture = Fixture::new(shape, &mut self.random)?;
             let (mut ours, mut theirs) = (fixture.load(make()?)?, fixture.load(reference()?)?);
             // Every row count once for FP4 experts and once for other codes, the edges for the rest.
-            let all = shape.experts == 32 || shape.mlp && shape.dense == Nvfp4;
+            let all = shape.experts == 32 || shape.mlp && shape.dense == Nvfp4 && shape.head_dim == 32;
             for rows in ROWS.into_iter().filter(|&rows| all || [1, 2, 5, 8, 17, 33].contains(&rows)) {
                 let tokens = self.tokens(rows);
                 // Every row writes the same slot, which nobody reads here.
@@ -139,6 +142,9 @@ impl<'a> Suite<'a> {
         reference: &impl Fn() -> Result<R, DeviceError>,
     ) -> Result<(), DeviceError> {
         for shape in self.attention_shapes() {
+            if !self.takes(shape.dense, make)? {
+                continue;
+            }
             let fixture = Fixture::new(shape, &mut self.random)?;
             let (mut ours, mut theirs) = (fixture.load(make()?)?, fixture.load(reference()?)?);
             poison(&mut ours)?;
@@ -182,6 +188,8 @@ impl<'a> Suite<'a> {
                 Shape { kv, head_dim: 64, kv_heads: 2, page_size: 1, ..shape() },
                 Shape { kv, ..qwen() },
                 Shape { kv, kv_heads: 2, head_dim: 32, page_size: 6, ..qwen() },
+                Shape { kv, extra: 48, dense: Encoding::Nvfp4, ..qwen() },
+                Shape { kv, head_dim: 64, kv_heads: 2, extra: 16, dense: Encoding::Nvfp4, ..qwen() },
             ]);
         }
         shapes.into_iter().map(|shape| self.claims.fit(shape)).collect()
@@ -320,7 +328,7 @@ fn storage(kv: KvDtype) -> f64 {
     match kv {
         KvDtype::F32 => 0.0,
         KvDtype::Bf16 => 2e-3,
-        KvDtype::Fp8E4m3 => 3e-2,
+        KvDtype::Fp8E4m3 => 5e-2,
     }
 }
 

@@ -30,6 +30,8 @@ pub(super) struct Shape {
     pub(super) spare_pages: usize,
     /// Whether query and key heads have norms.
     pub(super) head_norms: bool,
+    /// Whether attention's projections are biased.
+    pub(super) biased: bool,
     /// Whether a dense layer follows attention, and not experts.
     pub(super) mlp: bool,
     pub(super) experts: usize,
@@ -192,10 +194,11 @@ impl Fixture {
                 norm_eps: spec.norm_eps,
             }),
         };
+        let bias = |values: &Vec<f32>| self.shape.biased.then(|| values.clone());
         let [q, k] = self.head_norms.clone();
         let input = AttentionInput {
             norm: b.load_vector(self.norm.clone())?,
-            qkv: b.load_matrix(self.qkv.0.clone(), Some(self.qkv.1.clone()), Role::Qkv(&attention))?,
+            qkv: b.load_matrix(self.qkv.0.clone(), bias(&self.qkv.1), Role::Qkv(&attention))?,
             head_norms: if self.shape.head_norms {
                 Some(HeadNorms { q: b.load_vector(q)?, k: b.load_vector(k)? })
             } else {
@@ -209,11 +212,7 @@ impl Fixture {
             embedding: b.load_matrix(self.embedding.clone(), None, Role::Embedding { head: false })?,
             input,
             copy_heads: b.load_matrix(self.copy_heads.clone(), None, Role::Output(&attention))?,
-            output: b.load_matrix(
-                self.output.0.clone(),
-                Some(self.output.1.clone()),
-                Role::Output(&attention),
-            )?,
+            output: b.load_matrix(self.output.0.clone(), bias(&self.output.1), Role::Output(&attention))?,
             sinks: if self.shape.sinks { Some(b.load_vector(self.sinks.clone())?) } else { None },
             after,
             ones: b.load_vector(vec![1.0; self.shape.hidden()])?,

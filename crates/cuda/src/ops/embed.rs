@@ -19,6 +19,7 @@ struct Arguments {
     vocab: i32,
     hidden: i32,
     cols: i32,
+    capacity: i32,
 }
 
 // SAFETY: mirrors `Params` of kernels/embed.cu.
@@ -33,8 +34,11 @@ pub struct Embed {
 /// `x[row] = table[token of row]`, one row a block.
 #[derive(Debug)]
 pub struct Call<'a> {
-    /// `[vocab, hidden]`, row-major, bits of bf16.
+    /// `[vocab, hidden]`, bits of bf16.
     pub table: &'a Buffer<u16>,
+    /// Rows that its panels are laid out for, a multiple of 8, where it is in panels: then `hidden` is a multiple of 64. Absent:
+    /// row-major.
+    pub capacity: Option<usize>,
     /// `[rows]`.
     pub tokens: &'a Buffer<i32>,
     /// `[rows]` and what it points into: where `feed[row] >= 0` the token is `sampled[feed[row]]`.
@@ -72,7 +76,13 @@ impl Embed {
             && hidden <= cols
             && cols.is_multiple_of(4)
             && i32::try_from(vocab.max(cols)).is_ok()
-            && call.table.len() >= vocab * hidden
+            && call.capacity.is_none_or(|capacity| {
+                capacity >= vocab
+                    && capacity < 1 << 30
+                    && capacity.is_multiple_of(8)
+                    && hidden.is_multiple_of(64)
+            })
+            && call.table.len() >= call.capacity.unwrap_or(vocab) * hidden
             && call.tokens.len() >= rows
             && call.feed.is_none_or(|(feed, _)| feed.len() >= rows)
             && !call.live.is_empty()
@@ -93,6 +103,7 @@ impl Embed {
             vocab: vocab as i32,
             hidden: hidden as i32,
             cols: cols as i32,
+            capacity: call.capacity.unwrap_or(0) as i32,
         };
         let launch = Launch { grid: [rows as u32, 1, 1], block: THREADS, shared: 0, overlap: true };
         // SAFETY: every buffer was checked to be large enough; `feed` points into `sampled` by the caller's plan.

@@ -1,22 +1,36 @@
 use ctxserve_cuda::ops::embed::{Call, Embed};
 use half::bf16;
 
-use crate::common::{Random, device, to_bf16};
+use crate::common::{Random, device, panel, to_bf16};
 use crate::gemv::poisoned;
 
 #[test]
 fn embed_copies_rows_of_the_table() {
     let Some((device, _turn)) = device() else { return };
     let mut random = Random::new();
-    for (rows, hidden, cols, fed) in [
-        (1, 64, 64, false),
-        (5, 2880, 2880, true),
-        (16, 100, 128, true),
-        (33, 2880, 2944, false),
-        (3, 7, 8, true),
+    for (rows, hidden, cols, fed, panels) in [
+        (1, 64, 64, false, false),
+        (1, 64, 64, false, true),
+        (5, 2880, 2880, true, false),
+        (5, 2880, 2880, true, true),
+        (33, 2560, 2624, true, true),
+        (16, 100, 128, true, false),
+        (33, 2880, 2944, false, false),
+        (3, 7, 8, true, false),
     ] {
         let vocab = 1000;
         let table = to_bf16(&random.units(vocab * hidden, 3.0));
+        let capacity = panels.then_some(vocab + 8);
+        let stored = match capacity {
+            None => table.clone(),
+            Some(capacity) => {
+                let mut stored = vec![u16::MAX; capacity * hidden];
+                for (at, &bits) in table.iter().enumerate() {
+                    stored[panel(at / hidden, at % hidden, capacity)] = bits;
+                }
+                stored
+            }
+        };
         let mut tokens: Vec<i32> = (0..rows).map(|_| random.below(vocab) as i32).collect();
         let sampled: Vec<i32> = (0..rows).map(|_| random.below(vocab) as i32).collect();
         let feed: Vec<i32> = (0..rows).map(|_| random.below(rows + 3) as i32 - 3).collect();
@@ -26,7 +40,8 @@ fn embed_copies_rows_of_the_table() {
         let x = poisoned::<f32>(&device, rows * cols);
         let (feed_on, sampled_on) = (device.upload(&feed).unwrap(), device.upload(&sampled).unwrap());
         let call = Call {
-            table: &device.upload(&table).unwrap(),
+            table: &device.upload(&stored).unwrap(),
+            capacity,
             tokens: &device.upload(&tokens).unwrap(),
             feed: fed.then_some((&feed_on, &sampled_on)),
             live: &device.upload(&[live as i32]).unwrap(),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ctxserve_core::{Encoding, MXFP4_BLOCK, SamplingParams};
+use ctxserve_core::{MXFP4_BLOCK, SamplingParams};
 
 use super::super::fixture::{Fixture, Loaded, Shape, Stage};
 use super::super::schedule::{Pages, Sequence, singles, step};
@@ -26,11 +26,12 @@ impl Suite<'_> {
         reference: &impl Fn() -> Result<R, DeviceError>,
     ) -> Result<(), DeviceError> {
         for (at, &kv) in self.claims.kv.iter().enumerate() {
-            let Like { head_dim, group, head_norms, dense, .. } = like;
+            let Like { head_dim, group, head_norms, dense, expert, .. } = like;
             let mlp = like.experts == 0 && self.claims.has(Feature::Mlp);
             let (experts, top_k) = if like.experts == 0 { (8, 4) } else { (like.experts, like.top_k) };
+            // Of a dense layer not whole panels.
+            let inner = if mlp { 224 } else { 64 };
             let (window, page_size, spare_pages) = (Some(20), 32, SEQUENCES);
-            let expert = Encoding::Mxfp4;
             // Codes come in blocks along rows, which are as wide as the residual stream.
             let width = group * head_dim;
             let extra = (width + 1).next_multiple_of(MXFP4_BLOCK) - width;
@@ -39,9 +40,12 @@ impl Suite<'_> {
                 head_dim,
                 group,
                 head_norms,
+                // Where heads are normed projections are not biased.
+                biased: !head_norms,
                 mlp,
                 experts,
                 top_k,
+                inner,
                 window,
                 page_size,
                 spare_pages,
@@ -105,9 +109,10 @@ impl Suite<'_> {
             for layer in [1, 2] {
                 ours.turn_to(layer);
                 theirs.turn_to(layer);
-                let (got, want) =
-                    (ours.run(&batch, Stage::Attention)?, theirs.run(&batch, Stage::Attention)?);
-                self.compare(format!("Attention, step {at}, {:?}", ours.shape), &got, &want, limit);
+                for stage in [Stage::Attention, Stage::Output] {
+                    let (got, want) = (ours.run(&batch, stage)?, theirs.run(&batch, stage)?);
+                    self.compare(format!("{stage:?}, step {at}, {:?}", ours.shape), &got, &want, limit);
+                }
             }
         }
         Ok(())
