@@ -15,6 +15,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Context;
+use ctxserve_engine::EngineHandle;
 use ctxserve_models::ModelInfo;
 use ctxserve_server::PromptDate;
 
@@ -141,7 +142,17 @@ fn measure(
         }
         server.stop()?;
     }
+    stop(&started.engine)?;
     Ok(report)
+}
+
+/// Ends the engine: a process that ends while a step is being issued takes the device's driver away from under it.
+fn stop(engine: &EngineHandle) -> anyhow::Result<()> {
+    engine.abort_all();
+    engine.drain();
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    runtime.block_on(engine.stopped());
+    Ok(())
 }
 
 /// The runner's line without what it says of the model.
