@@ -4,6 +4,7 @@
 // B, which one more warp copies in bulk. Blocks stay, and take tiles of W quads (of four strips, 64 rows) by some tokens in turn, over all
 // columns; gemm_nvfp4_few.cu shares columns. The portable path has mma.sync.
 #include "common/gemm_nvfp4.cuh"
+#include "common/wgmma_more.cuh"
 
 // A tile: quads from `quad` on, tokens from `token` on, and how many.
 struct Place {
@@ -97,21 +98,30 @@ template <int W_, int MAX_, int STAGES_, int LAG_, int REGISTERS_> struct Shape 
     using Activations = Ring<STAGES, 1, 4 * W>;
 };
 
+// Of few tokens all that there may be are multiplied, so that nothing waits to hear of the live ones.
+DEVICE bool is_few(const Params& p) { return p.tokens <= 256; }
+
 template <class S, Output OUT> DEVICE void consume(const Params& p, typename S::Activations ring, uint32_t stages, uint32_t turns) {
     const int group = uniform(threadIdx.x / 128), warp = uniform(threadIdx.x / 32 % 4);
     const int strips = p.rows / STRIP_ROWS, steps = p.cols / 64;
     const auto strip_at = [&](int quad) { return min((quad + group) * 4 + warp, strips - 1); };
     const auto address = [&](int strip) { return p.w + strip * nv_strip_bytes(steps); };
-    pdl_wait();
-    pdl_launch();
-    const int live = uniform(min(*p.live, p.tokens));
-    const Tiles<S::W> tiles(p, live);
+    if (!is_few(p)) pdl_wait();
+    const Tiles<S::W> tiles(p, is_few(p) ? p.tokens : uniform(min(*p.live, p.tokens)));
     int tile = blockIdx.x;
     if (tile >= tiles.count) return;
     Place now = tiles.at(p, tile);
     Weights weights;
     weights.enter(address(strip_at(now.quad)), 0, steps);
     weights.fill(steps);
+    if (p.ahead > 0) {
+        const char* from = address(strip_at(now.quad));
+        prefetch(from, min(p.ahead, steps) * NV_TILE_CODES);
+        prefetch(from + steps * NV_TILE_CODES, min(p.ahead, steps) * NV_TILE_SCALES);
+    }
+    pdl_launch();
+    if (is_few(p)) pdl_wait();
+    const int live = min(*p.live, p.tokens);
     const bool lags = S::LAG >= 0 && steps > 2 * S::STAGES;
     const uint32_t follower = lags && group + 1 < S::W ? turns + 8 * group + 8 : 0;
     uint32_t turn = 0;
@@ -131,8 +141,8 @@ template <class S, Output OUT> DEVICE void consume(const Params& p, typename S::
                 constexpr int N = columns.value;
                 const Rows rows(p, strip);
                 float d[N / 2] = {};
-                multiply<N, S::MAX, S::LAG, 2, true>(d, ring, weights, next, wgmma_descriptor(stages), steps, follower, [] {});
-                if (real) store<N, OUT>(p, d, rows, strip, token, end);
+                multiply<N, S::MAX, S::LAG, true>(d, ring, weights, next, wgmma_descriptor(stages), steps, follower, [] {});
+                if (real) store<N, OUT>(p, d, rows, strip, token, min(end, live));
             });
         } else {
             if (follower) give_back(follower);
@@ -160,11 +170,11 @@ template <class S, Output OUT> DEVICE void gemm_nvfp4(const Params& p) {
     if (uniform(threadIdx.x / 128) >= S::W) {
         registers_shrink<S::W == 2 ? 40 : 32>();
         if (threadIdx.x != S::W * 128) return;
-        pdl_wait();
         pdl_launch();
-        proxy_fence();
+        pdl_wait();
+        global_proxy_fence();
         const int steps = p.cols / 64;
-        const Tiles<S::W> tiles(p, min(*p.live, p.tokens));
+        const Tiles<S::W> tiles(p, is_few(p) ? p.tokens : min(*p.live, p.tokens));
         for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
             const Place at = tiles.at(p, tile);
             const uint32_t bytes = (at.tokens + 7) / 8 * 1024;

@@ -7,30 +7,34 @@ use crate::harness::{Bench, Work};
 /// More than L2 holds, so that weights come from memory in every launch.
 const ROTATION: usize = 160 << 20;
 
+/// Tokens.
+const COUNTS: [usize; 9] = [17, 32, 64, 128, 256, 512, 1024, 2048, 8192];
+
 /// The products of a block of FastContext-1.0-4B: name, columns, rows.
-const CASES: [(&str, usize, usize); 4] =
-    [("qkv", 2560, 6144), ("o", 4096, 2560), ("gate_up", 2560, 19_456), ("down", 9728, 2560)];
+const CASES: [(&str, usize, usize); 5] = [
+    ("qkv", 2560, 6144),
+    ("o", 4096, 2560),
+    ("gate_up", 2560, 19_456),
+    ("down", 9728, 2560),
+    // What a launch takes where there is next to nothing to multiply.
+    ("tiny", 512, 2560),
+];
 
 /// What else is worth a look beside the plan.
 fn others(tokens: usize) -> Vec<Plan> {
     let mut ways = Vec::new();
-    let few: Vec<Spread> = GemmNvfp4::shared_ways().collect();
-    for &spread in &few {
+    for spread in GemmNvfp4::shared_ways() {
         let Spread::Few { tokens: most, .. } = spread else { continue };
         if (tokens <= 64 && most == 64) || (tokens > 64 && tokens <= 256 && most == 128) {
             ways.push(Plan::of(spread));
-            if matches!(tokens, 64 | 256) {
-                ways.push(Plan { ahead: 64, ..Plan::of(spread) });
-                ways.push(Plan { late: true, ..Plan::of(spread) });
-            }
         }
     }
     let of = |spread, height| Plan { height, tail: height, ..Plan::of(spread) };
-    match tokens {
-        0..=64 => ways.extend([of(Spread::Low, 64), of(Spread::Middle, 64), of(Spread::High, 64)]),
-        65..=256 => ways.extend([of(Spread::Middle, 128), of(Spread::Middle, 96), of(Spread::High, 128)]),
-        _ => ways.extend([of(Spread::Middle, 160), of(Spread::High, 192), of(Spread::High, 256)]),
-    }
+    ways.extend(match tokens {
+        0..=64 => [of(Spread::Low, 64), of(Spread::Middle, 64), of(Spread::High, 64)],
+        65..=256 => [of(Spread::Middle, 128), of(Spread::Middle, 96), of(Spread::High, 128)],
+        _ => [of(Spread::Middle, 160), of(Spread::High, 192), of(Spread::High, 256)],
+    });
     ways
 }
 
@@ -59,7 +63,8 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
         let wide = bits(rows * cols);
         let wide = (0..wide_sets).map(|_| device.upload(&wide)).collect::<Result<Vec<_>, _>>()?;
         let factors = device.upload(&vec![0.01_f32; rows])?;
-        for tokens in [17_usize, 32, 64, 128, 256, 512, 1024, 2048, 8192] {
+        let counts: &[usize] = if name == "tiny" { &[17, 64, 128] } else { &COUNTS };
+        for &tokens in counts {
             let capacity = tokens.next_multiple_of(8);
             let x = device.upload(&bits(capacity * cols))?;
             let live = device.upload(&[tokens as i32])?;
@@ -97,6 +102,25 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                 let mark = if at == 0 { "*" } else { " " };
                 let launches = if tokens > 1024 { sets.min(4) } else { sets };
                 bench.time(&format!("gemm_nvfp4_{name} {tokens}{mark} {plan}"), work, launches, issue)?;
+            }
+            if tokens <= 256 {
+                let issue = |_: usize| {
+                    let (w, stride) = (&w[0], rows);
+                    let call = Call {
+                        w,
+                        factors: &factors,
+                        x: &x,
+                        y,
+                        live: &live,
+                        tokens,
+                        cols,
+                        rows,
+                        capacity,
+                        stride,
+                    };
+                    gemm.issue_as(device, &call, planned)
+                };
+                bench.time(&format!("gemm_nvfp4_{name} {tokens}  in L2, {planned}"), work, 8, issue)?;
             }
             let issue = |at: usize| {
                 let call = gemm::Call {

@@ -20,8 +20,7 @@ struct Params {
     int group;        // token tiles that are swept together, for reuse in L2
     int whole;        // row tiles that are cut by `height`; those after them by `tail`
     int tail;         // tokens of a tile, a multiple of 8
-    int ahead;        // of few tokens: tiles of a strip that L2 is told of before the wait
-    int launch;       // of few tokens: the next kernel may start at once (0) or once the weights are multiplied (1)
+    int ahead;        // of few tokens: tiles of its first strip that a warp tells L2 of before the wait
 };
 
 // What becomes of the sums: stored, added to what is there, or rows are gates and ups.
@@ -46,12 +45,12 @@ struct Rows {
     }
 };
 
-// Finishes the sums of one strip by eight tokens from `token` on (a multiple of 8), of which those before `end` are stored. Lane (g, t)
+// Stores or adds sums of one strip by eight tokens from `token` on (a multiple of 8), of which those before `end` are stored. Lane (g, t)
 // has v = {row g: tokens 2 t, 2 t + 1}, {row g + 8: the same}. All lanes of a warp.
-template <Output OUT> DEVICE void put(const Params& p, const float (&v)[4], Rows rows, int strip, int token, int end) {
+template <Output OUT> DEVICE void put(const Params& p, const float (&v)[4], int strip, int token, int end) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     if constexpr (OUT == SWIGLU) {
-        const float even = silu(v[0] * rows.low) * (v[2] * rows.high), odd = silu(v[1] * rows.low) * (v[3] * rows.high);
+        const float even = silu(v[0]) * v[2], odd = silu(v[1]) * v[3];
         const uint32_t pair = transpose8(pack2<__nv_bfloat16>(even, odd));
         char* to = static_cast<char*>(p.y) + panel_chunk(token + g, strip * 8, p.capacity) + 4 * t;
         if (token + g < end) *reinterpret_cast<uint32_t*>(to) = pair;
@@ -62,12 +61,11 @@ template <Output OUT> DEVICE void put(const Params& p, const float (&v)[4], Rows
 #pragma unroll
         for (int c = 0; c < 2; ++c, y += p.stride) {
             if (token + 2 * t + c >= end) break;
-            const float low = v[c] * rows.low, high = v[2 + c] * rows.high;
             if constexpr (OUT == ADD_F32) {
-                asm volatile("red.global.add.f32 [%0], %1;" ::"l"(y), "f"(low) : "memory");
-                asm volatile("red.global.add.f32 [%0], %1;" ::"l"(y + 8), "f"(high) : "memory");
+                asm volatile("red.global.add.f32 [%0], %1;" ::"l"(y), "f"(v[c]) : "memory");
+                asm volatile("red.global.add.f32 [%0], %1;" ::"l"(y + 8), "f"(v[2 + c]) : "memory");
             } else {
-                y[0] = low, y[8] = high;
+                y[0] = v[c], y[8] = v[2 + c];
             }
         }
     }
@@ -78,8 +76,8 @@ template <int N, Output OUT> DEVICE void store(const Params& p, const float (&d)
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
         if (token + 8 * j >= end) break;
-        const float v[4] = {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]};
-        put<OUT>(p, v, rows, strip, token + 8 * j, end);
+        const float v[4] = {d[4 * j] * rows.low, d[4 * j + 1] * rows.low, d[4 * j + 2] * rows.high, d[4 * j + 3] * rows.high};
+        put<OUT>(p, v, strip, token + 8 * j, end);
     }
 }
 
@@ -130,13 +128,14 @@ struct Weights {
 };
 
 // Adds to d the products of one strip's next `steps` tiles with the next stages of N tokens. Leaves the first group of `next`, a strip
-// of `steps` tiles, in `weights`, if there is one. After LAG steps of the first whole group tells `follower`, if there is one. With two BUFFERS
-// codes are spread while the products of the tile before run; with one, other warps' products run. `fed` is called after each step.
-template <int N, int MAX, int LAG, int BUFFERS, bool STAYS, class R, class Fed>
+// of `steps` tiles, in `weights`, if there is one. After LAG steps of the first whole group tells `follower`, if there is one.
+// `fed` is called after each step. Without STAYS the first group may be a whole one, whose products overlap; a kernel that stays with `next`
+// begins with a group of its own, one product after the other: otherwise the compiler gives up overlapping them.
+template <int N, int MAX, int LAG, bool STAYS, class R, class Fed>
 DEVICE void multiply(float (&d)[N / 2], R& ring, Weights& weights, const char* next, uint64_t descriptor, int steps, uint32_t follower,
                      const Fed& fed) {
     const int t = threadIdx.x % 4, first = (steps - 1) % GROUP + 1, lead = STAYS ? first : steps % GROUP;
-    uint32_t a[BUFFERS][4][4];
+    uint32_t a[2][4][4];
     const auto product = [&](const uint32_t (&operand)[4][4]) {
         const uint64_t b = descriptor + ring.stage * (MAX * 8);
         wgmma_fence();
@@ -187,13 +186,12 @@ DEVICE void multiply(float (&d)[N / 2], R& ring, Weights& weights, const char* n
         const uint2 scales = turn(k + GROUP);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) {
-            nv_dequantise(weights.held[i], scales_of(scales, i), a[i % BUFFERS]);
+            nv_dequantise(weights.held[i], scales_of(scales, i), a[i % 2]);
             if (i < refill) weights.held[i] = load_streaming(weights.codes + i * NV_TILE_CODES);
             ring.wait_full();
-            product(a[i % BUFFERS]);
-            wgmma_wait<BUFFERS - 1>();
-            if (BUFFERS == 1) give_back(ring.empty());
-            else if (i > 0 || k > lead) give_back(before);
+            product(a[i % 2]);
+            wgmma_wait<1>();
+            if (i > 0 || k > lead) give_back(before);
             before = ring.empty();
             ring.advance();
             fed();
@@ -204,7 +202,7 @@ DEVICE void multiply(float (&d)[N / 2], R& ring, Weights& weights, const char* n
     }
     wgmma_wait<0>();
     wgmma_settle(d);
-    if (BUFFERS == 2 && steps > lead) give_back(before);
+    if (steps > lead) give_back(before);
 }
 
 template <int N> struct Columns {

@@ -20,8 +20,9 @@ const LINE: usize = 128;
 const PIECE: usize = 512;
 /// Token tiles that are swept together.
 const GROUP: usize = 8;
-/// What a multiprocessor gets out of L2 when all ask.
-const L2_BYTES_A_CYCLE: usize = 58;
+
+/// Tiles of 64 columns that L2 is told of where blocks walk by few tokens: more of them delay the tokens.
+const AHEAD: usize = 12;
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +43,6 @@ struct Arguments {
     whole: i32,
     tail: i32,
     ahead: i32,
-    launch: i32,
 }
 
 // SAFETY: mirrors `Params` of kernels/common/gemm_nvfp4.cuh.
@@ -92,24 +92,17 @@ pub struct Plan {
     pub whole: usize,
     /// Tokens of a tile of the other row tiles, a multiple of 8.
     pub tail: usize,
-    /// Where blocks share columns: tiles of 64 columns that each strip has L2 told of before the kernel before has ended.
+    /// Where blocks walk: tiles of 64 columns of its first strip that each warp has L2 told of before the kernel before has ended.
     pub ahead: usize,
-    /// Where blocks share columns: the next kernel may start once weights are multiplied, not at once.
-    pub late: bool,
 }
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.spread {
-            Spread::Few { quads, tokens, split } => {
-                write!(
-                    f,
-                    "{quads} x {tokens} / {split}, ahead {}{}",
-                    self.ahead,
-                    if self.late { ", late" } else { "" }
-                )
+            Spread::Few { quads, tokens, split } => write!(f, "{quads} x {tokens} / {split}"),
+            spread if self.whole == usize::MAX => {
+                write!(f, "{spread:?} {}, ahead {}", self.height, self.ahead)
             }
-            spread if self.whole == usize::MAX => write!(f, "{spread:?} {}", self.height),
             spread => write!(f, "{spread:?} {}, after {} {}", self.height, self.whole, self.tail),
         }
     }
@@ -136,19 +129,12 @@ const fn few(
     Few { name, quads, tokens, split, stages, blocks }
 }
 
-const FEWS: [Few; 12] = [
+const FEWS: [Few; 5] = [
     few("gemm_nvfp4_few_2x64_4", 2, 64, 4, 6, 2),
-    few("gemm_nvfp4_few_2x64_6", 2, 64, 6, 6, 2),
-    few("gemm_nvfp4_few_2x64_8", 2, 64, 8, 6, 2),
-    few("gemm_nvfp4_few_4x64_4", 4, 64, 4, 12, 1),
-    few("gemm_nvfp4_few_4x64_5", 4, 64, 5, 12, 1),
-    few("gemm_nvfp4_few_4x64_8", 4, 64, 8, 12, 1),
-    few("gemm_nvfp4_few_5x64_2", 5, 64, 2, 12, 1),
-    few("gemm_nvfp4_few_2x128_4", 2, 128, 4, 6, 1),
-    few("gemm_nvfp4_few_2x128_6", 2, 128, 6, 6, 1),
-    few("gemm_nvfp4_few_3x128_2", 3, 128, 2, 6, 1),
+    few("gemm_nvfp4_few_3x64_2", 3, 64, 2, 14, 1),
+    few("gemm_nvfp4_few_3x64_8", 3, 64, 8, 14, 1),
     few("gemm_nvfp4_few_3x128_4", 3, 128, 4, 6, 1),
-    few("gemm_nvfp4_few_4x128_6", 4, 128, 6, 6, 1),
+    few("gemm_nvfp4_few_3x128_8", 3, 128, 8, 6, 1),
 ];
 
 /// By output, then by the order of `Spread`'s last four.
@@ -202,7 +188,7 @@ impl Plan {
     /// With the tallest tiles, all alike.
     pub fn of(spread: Spread) -> Self {
         let (_, height) = spread.tile();
-        Self { spread, height, whole: usize::MAX, tail: height, ahead: 0, late: false }
+        Self { spread, height, whole: usize::MAX, tail: height, ahead: 0 }
     }
 
     /// Row tiles that are cut by `height`, others, and tiles of all.
@@ -215,46 +201,60 @@ impl Plan {
         (high, low, high + low)
     }
 
-    /// About how long it takes, in cycles, where blocks walk.
-    fn cycles(&self, tokens: usize, rows: usize, cols: usize, multiprocessors: usize) -> usize {
-        let (high, low, _) = self.tiles(tokens, rows);
-        let (quads, _) = self.spread.tile();
-        let cost = |height: usize| {
-            // A step of 64 is bound by the tensor core (2 cycles a token and quad), by what a multiprocessor gets out of L2, or by what it
-            // takes to spread codes.
-            let bytes = height * LINE + quads * 4 * TILE_BYTES;
-            let step = (2 * height * quads).max(bytes / L2_BYTES_A_CYCLE).max(100 * quads);
-            cols / 64 * step + 400 + 12 * height
+    /// About how long it takes in nanoseconds, by measurements on an H200.
+    fn nanoseconds(&self, tokens: usize, rows: usize, cols: usize, multiprocessors: usize) -> usize {
+        let (high, low, tiles) = self.tiles(tokens, rows);
+        let (quads, most) = self.spread.tile();
+        let steps = cols / 64;
+        if let Some((_, few)) = Few::find(self.spread) {
+            // Clusters that run side by side with one block to a multiprocessor.
+            let whole =
+                if few.split == 2 { multiprocessors / 2 } else { multiprocessors * 15 / 16 / few.split };
+            let quad = cost(&[(32, 90), (64, 125), (96, 170), (128, 215)], tokens.min(most));
+            let rounds = tiles.div_ceil(whole.max(1));
+            let shared = rounds.min(few.blocks) + 2 * rounds.saturating_sub(few.blocks);
+            return 4500 + shared * quads * steps.div_ceil(few.split) * quad;
+        }
+        let costs: &[(usize, usize)] = match self.spread {
+            Spread::Low => &[(64, 117)],
+            Spread::Middle => &[(32, 88), (48, 90), (64, 112), (96, 125), (128, 170), (160, 225)],
+            _ => {
+                &[(48, 127), (64, 140), (96, 160), (128, 185), (160, 222), (192, 255), (224, 300), (256, 345)]
+            }
         };
-        high.div_ceil(multiprocessors) * cost(self.height) + low.div_ceil(multiprocessors) * cost(self.tail)
+        // Under a long load the clock falls, most where most is multiplied.
+        let slower = |height: usize| if tokens > 4096 && height > 192 { 117 } else { 100 };
+        let cost = |height: usize| cost(costs, height.min(tokens)) * slower(height) / 100;
+        let of = |tiles: usize, height: usize| {
+            tiles.div_ceil(multiprocessors) * (steps * quads * cost(height) + 400)
+        };
+        3500 + of(high, self.height) + of(low, self.tail)
     }
+}
+
+/// Nanoseconds of one quad by 64 columns and `tokens` tokens, from a list by most tokens.
+fn cost(costs: &[(usize, usize)], tokens: usize) -> usize {
+    costs.iter().find(|(most, _)| tokens <= *most).or(costs.last()).map_or(0, |&(_, cost)| cost)
 }
 
 /// The launch for a product on a Hopper device.
 pub fn plan(tokens: usize, rows: usize, cols: usize, multiprocessors: usize) -> Plan {
-    // Blocks that share columns do so at once: as many as there is room for.
-    if tokens <= 256 {
-        let most = if tokens <= 64 { 64 } else { 128 };
-        let fits = FEWS.iter().filter(|few| few.quads == 2 && few.tokens == most).filter(|few| {
-            let tiles = rows.div_ceil(few.quads * QUAD_ROWS) * tokens.div_ceil(most);
-            tiles * few.split <= few.blocks * multiprocessors * 15 / 16
-        });
-        if let Some(few) = fits.max_by_key(|few| few.split) {
-            return Plan::of(Spread::Few { quads: few.quads, tokens: few.tokens, split: few.split });
-        }
-    }
     let heights: &[usize] = &[48, 64, 96, 128, 160, 192, 224, 256];
     let mut ways = Vec::new();
+    if tokens <= 256 {
+        ways.extend(GemmNvfp4::shared_ways().filter(|way| tokens > 64 || way.tile().1 == 64).map(Plan::of));
+    }
     for spread in [Spread::Low, Spread::Middle, Spread::High] {
         let (quads, most) = spread.tile();
         let row_tiles = rows.div_ceil(QUAD_ROWS * quads);
-        for &height in heights.iter().filter(|&&height| height <= most) {
-            let way = Plan { height, tail: height, ..Plan::of(spread) };
+        for &height in heights.iter().filter(|&&height| height == most || (height < most && tokens <= 4096)) {
+            let ahead = if tokens <= 64 { AHEAD } else { 0 };
+            let way = Plan { height, tail: height, ahead, ..Plan::of(spread) };
             ways.push(way);
             // Whole rounds of tall tiles, then lower ones.
             let columns = tokens.div_ceil(height);
             let whole = row_tiles * columns / multiprocessors * multiprocessors / columns;
-            if tokens <= 2048 && whole > 0 && whole < row_tiles {
+            if tokens <= 4096 && whole > 0 && whole < row_tiles {
                 ways.extend(heights.iter().filter(|&&tail| tail < height).map(|&tail| Plan {
                     whole,
                     tail,
@@ -263,7 +263,7 @@ pub fn plan(tokens: usize, rows: usize, cols: usize, multiprocessors: usize) -> 
             }
         }
     }
-    let best = ways.into_iter().min_by_key(|way| way.cycles(tokens, rows, cols, multiprocessors));
+    let best = ways.into_iter().min_by_key(|way| way.nanoseconds(tokens, rows, cols, multiprocessors));
     best.unwrap_or(Plan::of(Spread::High))
 }
 
@@ -422,7 +422,6 @@ impl GemmNvfp4 {
             whole: plan.whole.min(i32::MAX as usize) as i32,
             tail: plan.tail as i32,
             ahead: plan.ahead.min(i32::MAX as usize) as i32,
-            launch: i32::from(plan.late),
         };
         let shape = Launch { grid: [blocks as u32, 1, 1], block, shared: shared as u32, overlap: true };
         // SAFETY: every buffer was checked to be large enough for the shapes.
@@ -453,8 +452,7 @@ mod tests {
         let plan = |tokens, rows, cols| super::plan(tokens, rows, cols, 132);
         assert!(matches!(plan(64, 2560, 9728).spread, Spread::Few { tokens: 64, .. }));
         assert!(matches!(plan(100, 2560, 4096).spread, Spread::Few { tokens: 128, .. }));
-        assert_eq!(plan(8192, 19_456, 2560), Plan::of(Spread::High));
-        // 152 row tiles of two quads are one round and 20 more; these are cut lower.
-        assert_eq!((plan(256, 19_456, 2560).whole, plan(256, 19_456, 2560).height), (132, 256));
+        assert_eq!(plan(8192, 2560, 9728), Plan::of(Spread::High));
+        assert_eq!(plan(8192, 6144, 2560), Plan::of(Spread::Middle));
     }
 }
