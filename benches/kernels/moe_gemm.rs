@@ -20,7 +20,11 @@ fn fill(device: &Device, block: &[u8], bytes: usize) -> Result<Buffer<u8>, Devic
 
 /// Sorting, both products and the sum, at the sizes of gpt-oss-20b, on evenly spread choices.
 pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
-    if !["moe_sort", "moe_scatter", "moe_gemm", "moe_combine"].iter().any(|name| bench.wants(name)) {
+    let wants = |op: &str, rows: usize| bench.wants(&format!("{op}_{rows}_rows"));
+    let all = ["moe_sort", "moe_scatter", "moe_gemm", "moe_combine"];
+    let sizes = [32, 64, 128, 256, 512, 1024, 2048, 8192];
+    let sizes = sizes.into_iter().filter(|&rows| all.iter().any(|op| wants(op, rows))).collect::<Vec<_>>();
+    if sizes.is_empty() {
         return Ok(());
     }
     let device = &bench.device;
@@ -41,7 +45,7 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
     gemm.exponents(device, &down, &of_down, EXPERTS * HIDDEN, HIDDEN)?;
     let bias = device.upload(&vec![0.5_f32; EXPERTS * 2 * HIDDEN])?;
     let popularity: Vec<f32> = (0..EXPERTS).map(|_| 1.0 + 0.3 * bench.unit()).collect();
-    for rows in [32, 64, 128, 256, 512, 1024, 2048, 8192] {
+    for rows in sizes {
         let shape = Shape { rows, slots: SLOTS, experts: EXPERTS, height: height(rows, SLOTS, EXPERTS) };
         // Experts of unequal popularity, distinct in a row.
         let choice: Vec<i32> = (0..rows)
@@ -133,7 +137,7 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
             bench.time(&name, work, 4, |_| gemm.issue(device, &call))?;
         }
 
-        if !bench.wants("moe_combine") {
+        if !wants("moe_combine", rows) {
             continue;
         }
         let weight = device.upload(&vec![0.25_f32; rows * SLOTS])?;
