@@ -110,6 +110,7 @@ fn measure(args: &Args, sequences: usize, context: usize) -> Result<Vec<Duration
         sampling: SamplingParams::greedy(),
         stop: StopRules::default(),
         max_tokens: args.steps + 1,
+        guide: None,
     };
     let streams = engine.submit_all((0..sequences as u64).map(request).collect())?;
     for mut stream in streams {

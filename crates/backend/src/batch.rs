@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use ctxserve_core::{SamplingParams, TokenId, TokenLogprobs};
+use ctxserve_core::{SamplingParams, TokenId, TokenLogprobs, TokenMask};
 use thiserror::Error;
 
 use crate::{KvSpec, PageTable};
@@ -19,6 +19,8 @@ pub struct SampleRow {
     pub step: u64,
     /// Ids that must not be picked (stop ids before `min_tokens`).
     pub banned: Arc<[TokenId]>,
+    /// The ids that may be picked, where a constraint says so; all others count as minus infinity.
+    pub mask: Option<Arc<TokenMask>>,
     /// Prompt and generated ids, for penalties; empty when the parameters have none.
     pub prompt: Arc<[TokenId]>,
     /// See `prompt`.
@@ -29,7 +31,7 @@ impl SampleRow {
     /// The first draw with these parameters, seed 0, nothing banned and no history.
     pub fn new(params: Arc<SamplingParams>) -> Self {
         let (banned, prompt, generated) = (Arc::default(), Arc::default(), Arc::default());
-        Self { params, seed: 0, step: 0, banned, prompt, generated }
+        Self { params, seed: 0, step: 0, banned, mask: None, prompt, generated }
     }
 }
 
@@ -163,7 +165,7 @@ pub enum SampleError {
     /// A scripted model has said all it has to say; the sequence ends as if cut by length.
     #[error("the script of this sequence has ended")]
     ScriptEnded,
-    /// Bans left nothing to pick.
+    /// Bans and masks left nothing to pick.
     #[error("every token of the vocabulary is banned")]
     NothingLeft,
 }

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use ctxserve_core::TokenId;
+use ctxserve_core::{Constraint, TokenId};
 use thiserror::Error;
 
 use crate::Conversation;
+use crate::guide::{Demands, GuideError, Guides};
 
 /// A conversation that cannot be rendered: the client's mistake.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -186,4 +187,16 @@ pub trait ChatFormat: Send + Sync {
 
     /// A parser for an answer to a prompt of [`ChatFormat::render`].
     fn parser(&self, options: ParserOptions) -> Box<dyn StreamParser>;
+
+    /// A guide for an answer to `prompt`, of [`ChatFormat::render`], that holds it to `demands`. What it allows, the
+    /// format's parser reads as what was demanded.
+    ///
+    /// # Errors
+    /// A schema or grammar that cannot be used.
+    fn guide(
+        &self,
+        guides: &Guides,
+        demands: &Demands,
+        prompt: &[TokenId],
+    ) -> Result<Box<dyn Constraint>, GuideError>;
 }

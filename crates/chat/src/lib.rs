@@ -7,6 +7,7 @@ mod collect;
 mod detokenize;
 mod format;
 pub mod formats;
+pub mod guide;
 pub mod harmony;
 pub mod hermes;
 mod jinja;

@@ -2,6 +2,7 @@
 //!
 //! Nothing here does IO, knows a wire format or owns a thread, so every crate may depend on it.
 
+mod constraint;
 mod decode;
 mod event;
 mod ids;
@@ -9,6 +10,7 @@ mod request;
 mod sampling;
 mod weights;
 
+pub use constraint::{Allowed, Constraint, ConstraintError, Guide, TokenMask};
 pub use decode::{E2M1, e4m3, e8m0};
 pub use event::{Event, FinishReason, StopCause, TokenEvent, TokenLogprob, TokenLogprobs, Usage};
 pub use ids::{RequestId, TokenId};

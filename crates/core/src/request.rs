@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{RequestId, SamplingParams, TokenId};
+use crate::{Guide, RequestId, SamplingParams, TokenId};
 
 /// When a sequence ends by the model's own token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,4 +44,6 @@ pub struct GenerateRequest {
     pub stop: StopRules,
     /// Most tokens to generate, stop token included; already clamped to the context.
     pub max_tokens: usize,
+    /// What the answer may be; `None` is anything.
+    pub guide: Option<Guide>,
 }

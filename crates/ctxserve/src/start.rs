@@ -351,6 +351,7 @@ fn warm_up(engine: &EngineHandle, format: &dyn ChatFormat) -> anyhow::Result<()>
         sampling: SamplingParams::greedy(),
         stop: StopRules::default(),
         max_tokens: 1,
+        guide: None,
     })?;
     let mut tokens = 0;
     while let Some(event) = events.blocking_next() {

@@ -5,15 +5,23 @@ use std::collections::VecDeque;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ctxserve_backend::{Batch, SampleError, Sampled};
 use ctxserve_core::FinishReason;
 
 use crate::Runner;
+use crate::guides::Guides;
 use crate::scheduler::{Launched, Scheduler, Step};
 use crate::sequence::{Ending, Sequence};
 use crate::shared::{Published, Shared, Submission};
+
+/// How long a step may wait for constraints that are about to answer: a mask takes less as a rule, and a row that misses
+/// the step is a whole step late. With two steps in flight the device is busy meanwhile.
+const PATIENCE: Duration = Duration::from_micros(200);
+
+/// How long the thread sleeps for constraints at most, with nothing else to do, before it looks for arrivals.
+const NAP: Duration = Duration::from_millis(5);
 
 /// Everything that lives on the engine thread.
 pub(crate) struct Driver {
@@ -26,6 +34,8 @@ pub(crate) struct Driver {
     in_flight: VecDeque<Launched>,
     /// The step being launched; empty in between, its memory is kept.
     batch: Batch,
+    /// Where constraints are asked.
+    guides: Guides,
     shared: Arc<Shared>,
     seeds: Seeds,
     pace: Pace,
@@ -42,6 +52,7 @@ impl Driver {
             scheduler,
             in_flight: VecDeque::new(),
             batch: Batch::default(),
+            guides: Guides::new(),
             shared,
             seeds: Seeds::new(),
             pace: Pace::default(),
@@ -78,17 +89,33 @@ impl Driver {
     /// Steps until drained.
     fn run(&mut self) -> Result<(), String> {
         while self.receive() {
+            self.advise(PATIENCE);
             let step = self.scheduler.schedule();
             let wait = step.is_empty();
             if !wait {
                 self.launch(step)?;
             }
-            if wait || self.in_flight.len() >= self.depth {
+            if wait && self.in_flight.is_empty() && self.guides.is_pending() {
+                self.advise(NAP);
+            } else if wait || self.in_flight.len() >= self.depth {
                 let (step, outcomes) = self.collect()?;
                 self.commit(step, outcomes);
             }
         }
         Ok(())
+    }
+
+    /// Asks constraints what comes next and takes what they answer within `wait`.
+    fn advise(&mut self, wait: Duration) {
+        self.scheduler.take_questions().into_iter().for_each(|question| self.guides.ask(question));
+        let until = Instant::now() + if self.scheduler.has_held() { wait } else { Duration::ZERO };
+        let mut endings = Vec::new();
+        while let Some(answer) = self.guides.next(until.saturating_duration_since(Instant::now())) {
+            endings.extend(self.scheduler.guide(answer));
+        }
+        if !endings.is_empty() {
+            self.tell(endings);
+        }
     }
 
     /// Hands a step to the runner, which may still be busy with the one before.

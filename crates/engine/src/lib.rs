@@ -6,6 +6,7 @@
 
 mod config;
 mod driver;
+mod guides;
 mod handle;
 mod model_runner;
 mod pages;

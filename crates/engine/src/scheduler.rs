@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use ctxserve_backend::{Batch, SampleError, Sampled};
 use ctxserve_core::FinishReason;
 
+use crate::guides::{Answer, Question};
 use crate::pages::{KvPools, PageError};
 use crate::sequence::{Ending, Sequence};
 use crate::shared::Counters;
@@ -73,6 +74,8 @@ pub(crate) struct Scheduler {
     ending: Vec<Sequence>,
     /// Steps launched so far.
     launched: u64,
+    /// What constraints have yet to be asked.
+    questions: Vec<Question>,
     counters: Counters,
 }
 
@@ -81,7 +84,8 @@ impl Scheduler {
     pub(crate) fn new(mut limits: Limits, pools: KvPools) -> Self {
         limits.max_num_seqs = limits.max_num_seqs.min(limits.max_batched_tokens);
         let (waiting, running, ending) = (VecDeque::new(), Vec::new(), Vec::new());
-        Self { limits, pools, waiting, running, ending, launched: 0, counters: Counters::default() }
+        let (questions, counters) = (Vec::new(), Counters::default());
+        Self { limits, pools, waiting, running, ending, launched: 0, questions, counters }
     }
 
     /// The pools.
@@ -140,14 +144,16 @@ impl Scheduler {
     }
 
     /// Plans a step: a row for every sequence in decode, then prompt chunks, oldest first, in what the budget
-    /// leaves. A sequence whose next token is in flight gets a row that is fed with it, as if it would not stop.
-    /// Empty only where a step in flight has to be committed first, or there is no sequence.
+    /// leaves. A sequence whose next token is in flight gets a row that is fed with it, as if it would not stop; one
+    /// whose constraint has to know that token first is left out.
+    /// Empty only where a step in flight has to be committed first, a constraint to answer, or there is no sequence.
     pub(crate) fn schedule(&mut self) -> Step {
         // A row left out would be computed a whole step late; waiting costs the few microseconds of a commit.
-        if self.running.iter().any(|sequence| sequence.must_wait(self.launched)) {
+        let waits = |sequence: &Sequence| !sequence.is_held() && sequence.must_wait(self.launched);
+        if self.running.iter().any(waits) {
             return Step::default();
         }
-        let decoding = self.running.iter().filter(|sequence| sequence.remaining() == 1).count();
+        let decoding = self.running.iter().filter(|s| s.remaining() == 1 && !s.is_held()).count();
         let mut budget = self.limits.max_batched_tokens.saturating_sub(decoding);
         let mut step = Step::default();
         self.advance_running(&mut step, &mut budget);
@@ -162,6 +168,10 @@ impl Scheduler {
     fn advance_running(&mut self, step: &mut Step, budget: &mut usize) {
         let mut index = 0;
         while let Some(sequence) = self.running.get_mut(index) {
+            if sequence.is_held() {
+                index += 1;
+                continue;
+            }
             let prefill = sequence.remaining() > 1;
             let rows = if prefill { sequence.remaining().min(*budget) } else { 1 };
             if rows > 0 && !sequence.grow(rows) {
@@ -183,7 +193,7 @@ impl Scheduler {
         while *budget > 0 && self.running.len() < self.limits.max_num_seqs {
             let Some(sequence) = self.waiting.front() else { return };
             // Preempted with its last token still to arrive: its rows cannot be told from here.
-            if sequence.in_flight() > 0 {
+            if sequence.in_flight() > 0 || sequence.is_held() {
                 return;
             }
             let rows = sequence.remaining().min(*budget);
@@ -263,10 +273,34 @@ impl Scheduler {
         for (key, outcome) in step.keys.into_iter().zip(outcomes) {
             // Who is gone was cancelled, or ended by an earlier step: the row was computed in vain.
             let Some(sequence) = self.find(key) else { continue };
-            let sampled = sequence.accept(outcome, vocab);
+            let (sampled, question) = sequence.accept(outcome, vocab);
             self.counters.generation_tokens += u64::from(sampled);
+            self.questions.extend(question);
         }
         self.counters.steps += 1;
+        self.take_ended()
+    }
+
+    /// What constraints have to be asked since the last call.
+    pub(crate) fn take_questions(&mut self) -> Vec<Question> {
+        std::mem::take(&mut self.questions)
+    }
+
+    /// Takes what a constraint says, and returns the sequence if that ends it.
+    pub(crate) fn guide(&mut self, answer: Answer) -> Vec<Ending> {
+        // Who is gone was cancelled.
+        if let Some(sequence) = self.find(answer.key) {
+            sequence.guide(answer.guided);
+        }
+        self.take_ended()
+    }
+
+    /// Whether any sequence is left out of steps for now.
+    pub(crate) fn has_held(&self) -> bool {
+        self.running.iter().chain(&self.waiting).any(Sequence::is_held)
+    }
+
+    fn take_ended(&mut self) -> Vec<Ending> {
         let mut ended: Vec<_> = self.running.extract_if(.., |sequence| sequence.has_ended()).collect();
         ended.extend(self.ending.extract_if(.., |sequence| sequence.has_ended()));
         // Who was preempted with a token in flight is at the head of the queue.

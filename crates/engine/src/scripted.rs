@@ -1,6 +1,6 @@
 //! A runner that speaks from a script: end-to-end tests of odd model behaviour, without a model.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::thread;
 use std::time::Duration;
 
@@ -12,7 +12,8 @@ use ctxserve_core::{TokenId, TokenLogprob, TokenLogprobs};
 use crate::{Runner, RunnerInfo};
 
 /// Answers the k-th submitted sequence with line `k % lines`, whatever was asked, and ends with
-/// [`SampleError::ScriptEnded`] where the line does.
+/// [`SampleError::ScriptEnded`] where the line does. Where a mask forbids what the line says next, it says the lowest id
+/// that is allowed, and tries again behind that.
 #[derive(Clone, Debug)]
 pub struct ScriptedRunner {
     info: RunnerInfo,
@@ -23,6 +24,8 @@ pub struct ScriptedRunner {
     in_flight: VecDeque<Vec<Result<Sampled, SampleError>>>,
     /// Sequence and draw of each sampling row of the step launched last.
     last: Vec<(u64, u64)>,
+    /// Of each sequence, tokens that it had to say beside its line.
+    strayed: HashMap<u64, u64>,
 }
 
 impl ScriptedRunner {
@@ -33,7 +36,8 @@ impl ScriptedRunner {
         let description = format!("script of {} answers", lines.len());
         let info = RunnerInfo { vocab_size, max_context, kv, description };
         let (in_flight, last) = (VecDeque::new(), Vec::new());
-        Self { info, lines, pace: Duration::ZERO, depth: 1, in_flight, last }
+        let strayed = HashMap::new();
+        Self { info, lines, pace: Duration::ZERO, depth: 1, in_flight, last, strayed }
     }
 
     /// Plays a device that takes `depth` steps, at least 1, before the oldest is collected.
@@ -60,11 +64,16 @@ impl ScriptedRunner {
         }
     }
 
-    fn answer(&self, key: u64, row: &SampleRow) -> Result<Sampled, SampleError> {
+    fn answer(&mut self, key: u64, row: &SampleRow) -> Result<Sampled, SampleError> {
         let lines = self.lines.len().max(1) as u64;
         let line = usize::try_from(key % lines).ok().and_then(|line| self.lines.get(line));
-        let at = usize::try_from(row.step).ok();
-        let id = at.and_then(|at| line?.get(at).copied()).ok_or(SampleError::ScriptEnded)?;
+        let strayed = self.strayed.get(&key).copied().unwrap_or(0);
+        let at = usize::try_from(row.step.saturating_sub(strayed)).ok();
+        let mut id = at.and_then(|at| line?.get(at).copied()).ok_or(SampleError::ScriptEnded)?;
+        if let Some(mask) = row.mask.as_ref().filter(|mask| !mask.allows(id)) {
+            id = mask.ids().next().ok_or(SampleError::NothingLeft)?;
+            *self.strayed.entry(key).or_default() += 1;
+        }
         // A script is certain of what it says.
         let sampled = TokenLogprob { id, logprob: 0.0 };
         let logprobs = row.params.logprobs.map(|asked| {

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use ctxserve_backend::{SampleError, SampleRow, Sampled, SequenceSlice};
 use ctxserve_core::{
-    Event, FinishReason, RequestId, SamplingParams, StopCause, StopRules, TokenEvent, TokenId, Usage,
+    Allowed, ConstraintError, Event, FinishReason, RequestId, SamplingParams, StopCause, StopRules, TokenEvent, TokenId, Usage,
 };
 use tokio::sync::mpsc::UnboundedSender;
 
+use crate::guides::{Guided, Question};
 use crate::pages::KvLease;
 use crate::queue::Ticket;
 use crate::shared::Submission;
@@ -31,6 +32,8 @@ pub(crate) struct Sequence {
     stop: StopRules,
     /// Ids that may not be sampled before `min_tokens`.
     banned: Arc<[TokenId]>,
+    /// What the next token may be.
+    guided: Guided,
     /// Most tokens to generate.
     limit: usize,
     /// Why it ended, once it has.
@@ -64,6 +67,7 @@ impl Sequence {
             sampling: Arc::new(request.sampling),
             stop,
             banned,
+            guided: Guided::new(request.guide),
             limit,
             end: None,
             begun: false,
@@ -101,6 +105,12 @@ impl Sequence {
     /// the one launched last, does not sample it and so cannot feed it.
     pub(crate) fn must_wait(&self, last: u64) -> bool {
         self.in_flight > 0 && (self.sampling.has_penalties() || self.sampled_by.0 != last)
+    }
+
+    /// Whether it takes no part in steps for now: a constraint has to know the token in flight before it can say what
+    /// comes next, or is about to say it.
+    pub(crate) fn is_held(&self) -> bool {
+        self.guided.is_busy() || (self.in_flight > 0 && self.guided.is_bound())
     }
 
     /// Whether it has left the queue before.
@@ -168,11 +178,19 @@ impl Sequence {
 
     fn sample_row(&self) -> SampleRow {
         let history = self.sampling.has_penalties();
+        let stops = if self.may_stop(self.drawn()) { Arc::default() } else { Arc::clone(&self.banned) };
+        let (banned, mask) = match self.guided.allowed() {
+            Allowed::Any => (stops, None),
+            Allowed::Except(ids) if stops.is_empty() => (Arc::clone(ids), None),
+            Allowed::Except(ids) => (ids.iter().chain(stops.iter()).copied().collect(), None),
+            Allowed::Only(mask) => (stops, Some(Arc::clone(mask))),
+        };
         SampleRow {
             params: Arc::clone(&self.sampling),
             seed: self.seed,
             step: self.drawn() as u64,
-            banned: if self.may_stop(self.drawn()) { Arc::default() } else { Arc::clone(&self.banned) },
+            banned,
+            mask,
             prompt: if history { Arc::clone(&self.prompt) } else { Arc::default() },
             generated: if history { Arc::clone(&self.generated) } else { Arc::default() },
         }
@@ -202,23 +220,28 @@ impl Sequence {
         samples
     }
 
-    /// Takes the outcome of its oldest row in flight and tells its owner. Returns whether a token was sampled.
-    pub(crate) fn accept(&mut self, outcome: Result<Sampled, SampleError>, vocab: usize) -> bool {
+    /// Takes the outcome of its oldest row in flight and tells its owner. Returns whether a token was sampled, and the
+    /// question of what may follow it, where that is one.
+    pub(crate) fn accept(
+        &mut self,
+        outcome: Result<Sampled, SampleError>,
+        vocab: usize,
+    ) -> (bool, Option<Question>) {
         self.in_flight = self.in_flight.saturating_sub(1);
         let Sampled { id, logprobs } = match outcome {
             Ok(sampled) if (sampled.id as usize) < vocab => sampled,
             Ok(sampled) => {
                 let what = format!("the model sampled token {} of a vocabulary of {vocab}", sampled.id);
                 self.end = Some(FinishReason::Error(what));
-                return false;
+                return (false, None);
             }
             Err(SampleError::ScriptEnded) => {
                 self.end = Some(FinishReason::Length);
-                return false;
+                return (false, None);
             }
             Err(error @ (SampleError::NonFinite | SampleError::NothingLeft)) => {
                 self.end = Some(FinishReason::Error(error.to_string()));
-                return false;
+                return (false, None);
             }
         };
         self.end = self.cause(id).map(FinishReason::Stop);
@@ -227,7 +250,26 @@ impl Sequence {
             self.end = Some(FinishReason::Length);
         }
         self.send(Event::Token(TokenEvent { id, logprobs }));
-        true
+        if self.end.is_some() {
+            return (true, None);
+        }
+        let question = self.guided.accept(self.key, id).unwrap_or_else(|error| {
+            self.fail(&error);
+            None
+        });
+        (true, question)
+    }
+
+    /// Takes what its constraint says, or ends with it.
+    pub(crate) fn guide(&mut self, guided: Result<Guided, ConstraintError>) {
+        match guided {
+            Ok(guided) => self.guided = guided,
+            Err(error) => self.fail(&error),
+        }
+    }
+
+    fn fail(&mut self, error: &ConstraintError) {
+        self.end = Some(FinishReason::Error(error.to_string()));
     }
 
     /// Why sampling `id` next ends the sequence, if it does. An id in both lists counts as the model's own end.

@@ -32,6 +32,7 @@ pub(crate) fn request(id: u64, prompt: &[TokenId], max_tokens: usize) -> Generat
         sampling: SamplingParams::greedy(),
         stop: StopRules { eos: [EOS].into(), ..StopRules::default() },
         max_tokens,
+        guide: None,
     }
 }
 

@@ -1,5 +1,6 @@
 //! Harmony, the chat protocol of gpt-oss and Context-1.
 
+mod guide;
 pub mod parse;
 mod prompt;
 mod render;
@@ -8,8 +9,9 @@ mod typescript;
 
 use std::sync::Arc;
 
-use ctxserve_core::TokenId;
+use ctxserve_core::{Constraint, TokenId};
 
+use crate::guide::{Demands, GuideError, Guides};
 use crate::{ChatFormat, Conversation, FormatError, ParserOptions, RenderError, StreamParser, Tokenizer};
 
 pub use tokens::HarmonyTokens;
@@ -55,5 +57,14 @@ impl ChatFormat for Harmony {
 
     fn parser(&self, options: ParserOptions) -> Box<dyn StreamParser> {
         Box::new(parse::HarmonyParser::new(Arc::clone(&self.tokenizer), self.tokens.clone(), options))
+    }
+
+    fn guide(
+        &self,
+        guides: &Guides,
+        demands: &Demands,
+        _prompt: &[TokenId],
+    ) -> Result<Box<dyn Constraint>, GuideError> {
+        Ok(Box::new(guide::HarmonyGuide::new(&self.tokens, guides, demands)?))
     }
 }

@@ -1,19 +1,22 @@
 //! ChatML turns rendered by a chat template, and calls in `<tool_call>` tags: the protocol of Qwen3 and FastContext.
 
+mod guide;
 pub mod parse;
 mod render;
 mod tokens;
 
 use std::sync::Arc;
 
-use ctxserve_core::TokenId;
+use ctxserve_core::{Constraint, TokenId};
 
+use crate::guide::{Demands, GuideError, Guides};
 use crate::{
     ChatFormat, Conversation, FormatError, ParserOptions, PromptFiles, RenderError, StreamParser, Tokenizer,
 };
 
 pub use tokens::HermesTokens;
 
+use guide::Thinking;
 use render::Renderer;
 
 /// The format's name in profiles and flags.
@@ -41,6 +44,23 @@ impl Hermes {
     }
 }
 
+impl Hermes {
+    /// What the head of the answer's turn says of thinking.
+    fn thinking(&self, prompt: &[TokenId]) -> Thinking {
+        let head = prompt.len().saturating_sub(TURN_HEAD);
+        let tail = prompt.get(head..).unwrap_or_default();
+        let Some(start) = tail.iter().rposition(|id| *id == self.tokens.start) else {
+            return Thinking::Possible;
+        };
+        let text = self.tokenizer.decode(&tail[start..], false);
+        match (text.rfind("<think>"), text.rfind("</think>")) {
+            (open, close) if open > close => Thinking::Open,
+            (_, Some(_)) => Thinking::Over,
+            (_, None) => Thinking::Possible,
+        }
+    }
+}
+
 impl ChatFormat for Hermes {
     fn name(&self) -> &'static str {
         NAME
@@ -55,11 +75,7 @@ impl ChatFormat for Hermes {
     }
 
     fn leaves_thinking_open(&self, prompt: &[TokenId]) -> bool {
-        let head = prompt.len().saturating_sub(TURN_HEAD);
-        let tail = prompt.get(head..).unwrap_or_default();
-        let Some(start) = tail.iter().rposition(|id| *id == self.tokens.start) else { return false };
-        let text = self.tokenizer.decode(&tail[start..], false);
-        text.rfind("<think>") > text.rfind("</think>")
+        self.thinking(prompt) == Thinking::Open
     }
 
     fn template_arguments(&self) -> &[String] {
@@ -72,5 +88,16 @@ impl ChatFormat for Hermes {
 
     fn parser(&self, options: ParserOptions) -> Box<dyn StreamParser> {
         Box::new(parse::HermesParser::new(Arc::clone(&self.tokenizer), self.tokens.clone(), options))
+    }
+
+    fn guide(
+        &self,
+        guides: &Guides,
+        demands: &Demands,
+        prompt: &[TokenId],
+    ) -> Result<Box<dyn Constraint>, GuideError> {
+        let thinking = self.thinking(prompt);
+        let guide = guide::HermesGuide::new(&self.tokenizer, &self.tokens, guides, demands, thinking)?;
+        Ok(Box::new(guide))
     }
 }

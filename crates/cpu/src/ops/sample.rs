@@ -57,10 +57,10 @@ pub fn sample_row(logits: &[f32], row: &SampleRow) -> Result<Sampled, SampleErro
     Ok(Sampled { id, logprobs })
 }
 
-/// Applies bans, bias and penalties; borrows the logits where none of them is asked for.
+/// Applies bans, masks, bias and penalties; borrows the logits where none of them is asked for.
 fn adjust<'a>(logits: &'a [f32], row: &SampleRow) -> Cow<'a, [f32]> {
     let params = &*row.params;
-    if row.banned.is_empty() && params.logit_bias.is_empty() && !params.has_penalties() {
+    if row.banned.is_empty() && row.mask.is_none() && params.logit_bias.is_empty() && !params.has_penalties() {
         return Cow::Borrowed(logits);
     }
     let mut logits = logits.to_vec();
@@ -76,6 +76,13 @@ fn adjust<'a>(logits: &'a [f32], row: &SampleRow) -> Cow<'a, [f32]> {
     for &id in row.banned.iter() {
         if let Some(z) = logits.get_mut(id as usize) {
             *z = f32::NEG_INFINITY;
+        }
+    }
+    if let Some(mask) = &row.mask {
+        for (z, id) in logits.iter_mut().zip(0..) {
+            if !mask.allows(id) {
+                *z = f32::NEG_INFINITY;
+            }
         }
     }
     Cow::Owned(logits)

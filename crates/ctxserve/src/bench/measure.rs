@@ -83,6 +83,7 @@ impl<'a> Bench<'a> {
             sampling: SamplingParams { temperature, seed, ..SamplingParams::default() },
             stop: StopRules { ignore_eos: true, ..StopRules::default() },
             max_tokens,
+            guide: None,
         }
     }
 

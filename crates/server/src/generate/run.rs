@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ctxserve_core::{Event, FinishReason, GenerateRequest, RequestId, SamplingParams, StopRules, TokenId};
+use ctxserve_core::{Event, FinishReason, GenerateRequest, Guide, RequestId, SamplingParams, StopRules, TokenId};
 use ctxserve_engine::{EventStream, SubmitError};
 use tokio_stream::{StreamExt, StreamMap};
 
@@ -20,6 +20,8 @@ pub(crate) struct Job {
     pub(crate) rules: StopRules,
     /// Most tokens to generate for each prompt.
     pub(crate) max_tokens: Vec<usize>,
+    /// What answers may be.
+    pub(crate) guide: Option<Guide>,
     /// Field of the request that holds the prompt, for errors.
     pub(crate) prompt_param: &'static str,
 }
@@ -34,7 +36,7 @@ impl Job {
                 let mut sampling = self.sampling.clone();
                 sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(i));
                 let prompt = Arc::clone(prompt);
-                GenerateRequest { id, prompt, sampling, stop: self.rules.clone(), max_tokens }
+                GenerateRequest { id, prompt, sampling, stop: self.rules.clone(), max_tokens, guide: self.guide.clone() }
             })
         })
         .collect()
