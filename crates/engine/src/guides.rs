@@ -102,9 +102,20 @@ fn advance(mut constraint: Box<dyn Constraint>, id: TokenId) -> Result<Guided, C
     let work = AssertUnwindSafe(move || {
         constraint.accept(id)?;
         let allowed = constraint.allowed()?;
+        if matches!(&allowed, Allowed::Only(mask) if mask.is_empty()) {
+            return Err(ConstraintError::new("nothing may follow"));
+        }
         Ok(Guided::of(constraint, allowed))
     });
     catch_unwind(work).unwrap_or_else(|_| Err(ConstraintError::new("the grammar failed")))
+}
+
+impl Question {
+    /// Asks.
+    pub(crate) fn answer(self) -> Answer {
+        let Self { key, id, constraint } = self;
+        Answer { key, guided: advance(constraint, id) }
+    }
 }
 
 /// The threads that work out what comes next. There are none before the first constrained sequence.
@@ -165,8 +176,8 @@ fn start(answers: &Sender<Answer>) -> Sender<Question> {
         let work = move || {
             loop {
                 let next = questions.lock().unwrap_or_else(PoisonError::into_inner).recv();
-                let Ok(Question { key, id, constraint }) = next else { return };
-                if answers.send(Answer { key, guided: advance(constraint, id) }).is_err() {
+                let Ok(question) = next else { return };
+                if answers.send(question.answer()).is_err() {
                     return;
                 }
             }

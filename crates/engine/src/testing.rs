@@ -8,7 +8,8 @@ use ctxserve_backend::{
     Batch, DeviceError, KvDtype, KvGroup, KvPlan, KvSpec, SampleError, Sampled, SequenceSlice,
 };
 use ctxserve_core::{
-    Event, FinishReason, GenerateRequest, RequestId, SamplingParams, StopCause, StopRules, TokenId, Usage,
+    Allowed, Constraint, ConstraintError, Event, FinishReason, GenerateRequest, Guide, RequestId, SamplingParams, StopCause, StopRules, TokenId, TokenMask,
+    Usage,
 };
 
 use crate::{EngineHandle, EventStream, Runner, RunnerInfo};
@@ -36,6 +37,51 @@ pub(crate) fn request(id: u64, prompt: &[TokenId], max_tokens: usize) -> Generat
     }
 }
 
+/// A constraint that makes use of all that constraints may say, and is settled after so many tokens.
+#[derive(Clone, Debug)]
+pub(crate) struct Moody {
+    last: TokenId,
+    left: usize,
+}
+
+impl Moody {
+    pub(crate) fn guide(left: usize) -> Guide {
+        Guide::new(Box::new(Self { last: 2, left })).unwrap()
+    }
+}
+
+impl Constraint for Moody {
+    fn allowed(&mut self) -> Result<Allowed, ConstraintError> {
+        Ok(match self.last % 4 {
+            _ if self.left == 0 => Allowed::Except([EOS, 9, 10].into()),
+            0 => Allowed::Any,
+            1 => Allowed::Except([self.last, 5].into()),
+            _ => {
+                let mut mask = TokenMask::none(VOCAB);
+                (0..VOCAB as TokenId).filter(|id| (id + self.last) % 3 == 0).for_each(|id| mask.allow(id));
+                Allowed::Only(Arc::new(mask))
+            }
+        })
+    }
+
+    fn accept(&mut self, id: TokenId) -> Result<(), ConstraintError> {
+        (self.last, self.left) = (id, self.left.saturating_sub(1));
+        Ok(())
+    }
+
+    fn is_quick(&self, id: TokenId) -> bool {
+        id % 2 == 0
+    }
+
+    fn is_settled(&self) -> bool {
+        self.left == 0
+    }
+
+    fn fork(&self) -> Box<dyn Constraint> {
+        Box::new(self.clone())
+    }
+}
+
 /// A token that depends on everything a query sees, in every group.
 struct Hash(u64);
 
@@ -45,10 +91,10 @@ impl Hash {
         self.0 ^= self.0 >> 29;
     }
 
-    fn token(&self, banned: &[TokenId]) -> TokenId {
+    fn token(&self, banned: &[TokenId], mask: Option<&TokenMask>) -> TokenId {
         let first = self.0 % VOCAB as u64;
         let candidates = (0..VOCAB as u64).map(|i| ((first + i) % VOCAB as u64) as TokenId);
-        candidates.into_iter().find(|id| !banned.contains(id)).unwrap()
+        candidates.into_iter().find(|id| !banned.contains(id) && mask.is_none_or(|m| m.allows(*id))).unwrap()
     }
 }
 
@@ -56,6 +102,7 @@ impl Hash {
 pub(crate) fn expected(spec: &KvSpec, request: &GenerateRequest, max_model_len: usize) -> Answer {
     let mut history = request.prompt.to_vec();
     let mut tokens = Vec::new();
+    let mut guide = request.guide.clone();
     let limit = request.max_tokens.min(max_model_len - history.len());
     let reason = loop {
         if tokens.len() >= limit {
@@ -67,8 +114,18 @@ pub(crate) fn expected(spec: &KvSpec, request: &GenerateRequest, max_model_len: 
             (spec.first_visible(group, last)..=last).for_each(|at| hash.add(u64::from(history[at])));
         }
         let early = tokens.len() < request.sampling.min_tokens;
-        let banned: Vec<_> = if early { request.stop.all().collect() } else { Vec::new() };
-        let id = hash.token(&banned);
+        let mut banned: Vec<_> = if early { request.stop.all().collect() } else { Vec::new() };
+        let mut mask = None;
+        match guide.as_ref().map(|guide| guide.first.clone()) {
+            Some(Allowed::Except(ids)) => banned.extend(ids.iter()),
+            Some(Allowed::Only(ids)) => mask = Some(ids),
+            Some(Allowed::Any) | None => {}
+        }
+        let id = hash.token(&banned, mask.as_deref());
+        if let Some(guide) = guide.as_mut().filter(|guide| !guide.constraint.is_settled()) {
+            guide.constraint.accept(id).unwrap();
+            guide.first = guide.constraint.allowed().unwrap();
+        }
         tokens.push(id);
         history.push(id);
         if !early && request.stop.stops_on(id) {
@@ -177,7 +234,7 @@ impl Runner for PagedEchoRunner {
             self.read(slice, slice.start)?;
             let hash = self.read(slice, slice.start + slice.rows.len() - 1)?;
             if let Some(row) = &slice.sample {
-                picked.push((slice.key, hash.token(&row.banned)));
+                picked.push((slice.key, hash.token(&row.banned, row.mask.as_deref())));
             }
         }
         let outcomes = picked.iter().map(|&(_, id)| Ok(Sampled { id, logprobs: None })).collect();

@@ -10,6 +10,7 @@ use crate::testing::{
 };
 
 mod faults;
+mod guided;
 mod pipeline;
 
 const CONTEXT: usize = 96;

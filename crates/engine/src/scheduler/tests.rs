@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::queue::Occupancy;
 use crate::shared::Submission;
-use crate::testing::{Answer, PagedEchoRunner, VOCAB, expected, request, spec};
+use crate::testing::{Answer, Moody, PagedEchoRunner, VOCAB, expected, request, spec};
 use crate::{EventStream, Runner};
 
 /// One request of a scenario; steps count scheduler steps.
@@ -22,6 +22,8 @@ struct Job {
     /// Stop ids beside the end-of-turn id.
     stops: u32,
     penalised: bool,
+    /// Has a constraint that is settled after so many tokens.
+    guided: Option<usize>,
 }
 
 #[derive(Clone, Debug)]
@@ -40,15 +42,17 @@ struct Scenario {
 
 fn scenarios() -> impl Strategy<Value = Scenario> {
     let ends = (1_usize..30, 0_usize..6, 0_u32..8, prop::option::weighted(0.3, 0_usize..80));
-    let job = (0_usize..40, 1_usize..60, ends, prop::bool::weighted(0.1));
-    let job = job.prop_map(|(arrives, prompt, (max_tokens, min_tokens, stops, cancelled), penalised)| Job {
+    let modes = (prop::bool::weighted(0.1), prop::option::weighted(0.3, 0_usize..40));
+    let job = (0_usize..40, 1_usize..60, ends, modes);
+    let job = job.prop_map(|(arrives, prompt, (max_tokens, min_tokens, stops, cancelled), modes)| Job {
         arrives,
         prompt,
         max_tokens,
         min_tokens,
         cancelled: cancelled.map(|after| arrives + after),
         stops,
-        penalised,
+        penalised: modes.0,
+        guided: modes.1,
     });
     let sizes =
         (1_usize..7, prop::option::of(1_usize..14), 1_usize..7, 1_usize..30, 2_usize..64, 0_usize..30);
@@ -66,6 +70,8 @@ struct Bench {
     scheduler: Scheduler,
     runner: PagedEchoRunner,
     in_flight: VecDeque<Launched>,
+    /// What constraints were asked and have not answered.
+    questions: Vec<Question>,
     occupancy: Arc<Occupancy>,
     /// By key; `None` once cancelled.
     streams: Vec<Option<EventStream>>,
@@ -87,6 +93,7 @@ impl Bench {
             scheduler: Scheduler::new(limits, KvPools::new(&plan)),
             runner,
             in_flight: VecDeque::new(),
+            questions: Vec::new(),
             occupancy: Arc::default(),
             streams: Vec::new(),
             answers: Vec::new(),
@@ -101,6 +108,7 @@ impl Bench {
         request.sampling.min_tokens = job.min_tokens;
         request.sampling.presence_penalty = if job.penalised { 0.5 } else { 0.0 };
         request.stop.token_ids = (1..=job.stops).collect();
+        request.guide = job.guided.map(Moody::guide);
         request
     }
 
@@ -136,7 +144,12 @@ impl Bench {
     fn step(&mut self) {
         let Scheduler { running, waiting, .. } = &self.scheduler;
         let oldest = running.iter().chain(waiting).min_by_key(|sequence| sequence.key());
-        let oldest = oldest.map(|sequence| (sequence.key(), sequence.in_flight() > 0));
+        let oldest = oldest.map(|s| (s.key(), s.in_flight() > 0 || s.is_held()));
+        self.questions.extend(self.scheduler.take_questions());
+        // Constraints take their time.
+        if self.steps % 3 > 0 {
+            self.advise();
+        }
         let step = self.scheduler.schedule();
         assert_eq!(self.scheduler.check(), Ok(()));
         let wait = step.is_empty();
@@ -146,8 +159,17 @@ impl Bench {
             let served = batch.sequences.iter().any(|slice| slice.key == key);
             assert!(served || preempted, "the oldest sequence, {key}, has no row");
         }
-        if wait || self.in_flight.len() >= self.scenario.depth {
+        if wait && self.in_flight.is_empty() {
+            assert!(!self.questions.is_empty(), "nothing to do");
+            self.advise();
+        } else if wait || self.in_flight.len() >= self.scenario.depth {
             self.collect();
+        }
+    }
+
+    fn advise(&mut self) {
+        for question in std::mem::take(&mut self.questions) {
+            self.scheduler.guide(question.answer()).into_iter().for_each(Ending::send);
         }
     }
 
@@ -160,6 +182,10 @@ impl Bench {
             let Some(row) = slice.sample.as_ref().filter(|row| row.params.has_penalties()) else { continue };
             assert_eq!(row.generated.len() as u64, row.step, "penalties need all that was generated");
         }
+        assert!(batch.sequences.iter().all(|slice| {
+            let masked = slice.sample.as_ref().is_some_and(|row| row.mask.is_some());
+            !(masked && slice.feed.is_some())
+        }));
         self.runner.launch(&batch).unwrap();
         self.in_flight.push_back(self.scheduler.launched(step));
         self.steps += 1;
@@ -237,7 +263,7 @@ proptest! {
 }
 
 fn job(arrives: usize, prompt: usize, max_tokens: usize) -> Job {
-    Job { arrives, prompt, max_tokens, min_tokens: max_tokens, cancelled: None, stops: 0, penalised: false }
+    Job { arrives, prompt, max_tokens, min_tokens: max_tokens, cancelled: None, stops: 0, penalised: false, guided: None }
 }
 
 #[test]
@@ -432,4 +458,41 @@ fn penalties_wait_for_the_commit() {
     let step = bench.scheduler.schedule();
     let next = bench.launch(step);
     assert!(next.sequences.len() == 2 && next.sequences.iter().all(|slice| slice.feed.is_none()));
+}
+
+/// A row under a constraint is never fed, and the others do not wait for it.
+#[test]
+fn a_constrained_row_is_left_out_until_its_token_is_known() {
+    let mut jobs = vec![job(0, 3, 20), job(0, 5, 20)];
+    jobs[1].guided = Some(100);
+    let scenario = Scenario {
+        page_size: 4,
+        window: None,
+        max_num_seqs: 4,
+        max_batched_tokens: 16,
+        max_model_len: 40,
+        spare: 20,
+        depth: 2,
+        jobs,
+    };
+    let mut bench = Bench::new(&scenario);
+    (0..2).for_each(|key| bench.submit(key));
+    let step = bench.scheduler.schedule();
+    let first = bench.launch(step);
+    assert!(first.sequences[1].sample.as_ref().is_some_and(|row| row.mask.is_some()));
+    let keys = |batch: &Batch| batch.sequences.iter().map(|slice| slice.key).collect::<Vec<_>>();
+    let step = bench.scheduler.schedule();
+    assert_eq!(keys(&bench.launch(step)), [0], "its token is in flight");
+    bench.collect();
+    bench.questions.extend(bench.scheduler.take_questions());
+    if !bench.questions.is_empty() {
+        let step = bench.scheduler.schedule();
+        assert_eq!(keys(&bench.launch(step)), [0], "its constraint is busy");
+        bench.collect();
+    }
+    bench.advise();
+    let step = bench.scheduler.schedule();
+    let back = bench.launch(step);
+    assert_eq!(keys(&back), [0, 1]);
+    assert!(back.sequences[1].feed.is_none());
 }

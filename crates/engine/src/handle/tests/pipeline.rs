@@ -13,6 +13,8 @@ struct Job {
     min_tokens: usize,
     stops: Vec<TokenId>,
     penalised: bool,
+    /// Has a constraint that is settled after so many tokens.
+    guided: Option<usize>,
     /// Its owner leaves after this many tokens.
     leaves: Option<usize>,
 }
@@ -27,13 +29,15 @@ fn workloads() -> impl Strategy<Value = Workload> {
     let line = prop::collection::vec(0_u32..20, 0..60);
     let ends = (1_usize..70, 0_usize..8, prop::collection::vec(1_u32..20, 0..3));
     let job = (1_usize..100, line, ends, prop::bool::weighted(0.1), prop::option::weighted(0.2, 0_usize..20));
-    let job = job.prop_map(|(prompt, line, (max_tokens, min_tokens, stops), penalised, leaves)| Job {
+    let job = (job, prop::option::weighted(0.3, 0_usize..40));
+    let job = job.prop_map(|((prompt, line, (max_tokens, min_tokens, stops), penalised, leaves), guided)| Job {
         prompt,
         line,
         max_tokens,
         min_tokens,
         stops,
         penalised,
+        guided,
         leaves,
     });
     // Pages of 16 positions and 64 bytes: room for one sequence of 128 tokens and little more.
@@ -57,6 +61,7 @@ fn play(workload: &Workload, depth: usize) -> Vec<Answer> {
         request.sampling.min_tokens = job.min_tokens;
         request.sampling.presence_penalty = if job.penalised { 1.0 } else { 0.0 };
         request.stop.token_ids.clone_from(&job.stops);
+        request.guide = job.guided.map(crate::testing::Moody::guide);
         request
     });
     let streams = engine.submit_all(requests.collect()).unwrap();
