@@ -1,4 +1,4 @@
-// First half of sampling: adjusts the logits of each row in place (bias, penalties, bans), checks them, and leaves for every
+// First half of sampling: adjusts the logits of each row in place (bias, penalties, bans, mask), checks them, and leaves for every
 // part of 1,024 columns its greatest logit and, where asked for, its sums of weights. One warp a part, so a row's sums are made in
 // the same order whatever else is in the batch. Reads the logits once.
 #include "common/sample.cuh"
@@ -34,6 +34,26 @@ DEVICE uint32_t adjust(const Line& line, const uint32_t* lists, float* row, int 
     return flags;
 }
 
+// Takes the logits out of this part that the row's mask does not have. Flags of the values before. Neighbouring lanes have neighbouring
+// columns, a step is one word of the mask.
+DEVICE uint32_t apply_mask(const uint32_t* words, float* row, int part, int vocab) {
+    const int lane = threadIdx.x & 31;
+    const uint32_t own = words[part * (PART / 32) + lane];
+    uint32_t flags = 0;
+#pragma unroll 4
+    for (int k = 0; k < PART / 32; ++k) {
+        const uint32_t word = __shfl_sync(~0u, own, k);
+        const int col = part * PART + k * 32 + lane;
+        if (col >= vocab || (word >> lane & 1)) continue;
+        const float z = row[col];
+        if (!(z < __uint_as_float(0x7f800000))) flags |= TAINTED;
+        if (z > minus_infinity()) flags |= FINITE;
+        row[col] = minus_infinity();
+    }
+    __syncwarp();
+    return flags;
+}
+
 // Sum of weights relative to `best`: fours in float32, the rest in float64. Reads the part again, from L1: a loop over registers would have to be
 // unrolled, and fetching that code takes longer than the sum.
 DEVICE double mass(const float* row, int part, int vocab, float best, float inverse, float inverse_rest) {
@@ -62,6 +82,7 @@ KERNEL __launch_bounds__(THREADS, 4) sample_scan(const __grid_constant__ Params 
         const uint32_t wants = line.flags;
         uint32_t flags = 0;
         if (wants & ADJUSTED) flags = adjust(line, header.lists, row, part, p.parts);
+        if (wants & MASKED) flags |= apply_mask(header.lists + line.mask, row, part, p.vocab);
         float v[32];
         load_part(v, row, part, p.vocab);
 

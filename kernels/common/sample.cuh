@@ -12,7 +12,7 @@ struct Header {
     uint32_t spare[13];
 };
 
-enum : uint32_t { DRAWN = 1, LOGPROBS = 2, ADJUSTED = 4 };
+enum : uint32_t { DRAWN = 1, LOGPROBS = 2, ADJUSTED = 4, MASKED = 8 };
 
 // Line r + 1 of a table: row r.
 struct Line {
@@ -25,7 +25,8 @@ struct Line {
     uint32_t flags;
     uint32_t lists;         // where its lists start: `parts + 1` offsets, then the entries, part by part
     uint32_t alternatives;  // log-probabilities wanted besides the picked token's
-    uint32_t spare[2];
+    uint32_t mask;          // where its mask starts: a bit for each column, 32 words a part; 1 may be picked
+    uint32_t spare;
 };
 
 // One logit to change.

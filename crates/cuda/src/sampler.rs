@@ -135,7 +135,8 @@ impl Sampler {
         for (at, row) in batch.sample_rows().enumerate() {
             let lists = self.lists.add(row);
             self.asked.push(row.params.logprobs);
-            staging.table[at + 1] = line(row, lists);
+            let mask = self.lists.add_mask(row);
+            staging.table[at + 1] = line(row, lists, mask);
         }
         let words = self.lists.words();
         if words.len() > self.words.len() {

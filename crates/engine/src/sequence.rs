@@ -183,6 +183,10 @@ impl Sequence {
             Allowed::Any => (stops, None),
             Allowed::Except(ids) if stops.is_empty() => (Arc::clone(ids), None),
             Allowed::Except(ids) => (ids.iter().chain(stops.iter()).copied().collect(), None),
+            // Where an end is all that may come, it comes, however early.
+            Allowed::Only(mask) if mask.ids().all(|id| stops.contains(&id)) => {
+                (Arc::default(), Some(Arc::clone(mask)))
+            }
             Allowed::Only(mask) => (stops, Some(Arc::clone(mask))),
         };
         SampleRow {

@@ -7,8 +7,11 @@
 //! Where OpenAI and vLLM leave room or we differ:
 //!
 //! - Unknown fields are ignored; fields that are known and not served (`wire::refused`) are a 400 that names them.
-//!   `tool_choice` takes `auto` and `none`; forcing a call, `response_format` and `strict` need constrained
-//!   decoding: the first two are refused, `strict` is accepted and not enforced, since clients send it unasked.
+//! - `tool_choice` `required` and named, `strict` functions, `response_format`, `structured_outputs` (and the `guided_*` of
+//!   older vLLM) are enforced by constrained decoding: in arguments and in the text for the user, never in reasoning.
+//!   A schema with keywords that cannot be enforced is refused if it is `strict`; else those keywords are left out.
+//!   Text beside a forced call may come before it where the format has a place for it (Harmony's preambles). A call of
+//!   a named function ends the answer.
 //! - Calls are delivered whether or not `tools` were declared, unless `tool_choice` is `none`: then their text is
 //!   content. `parallel_tool_calls: false` ends an answer after its first call.
 //! - `max_tokens` beyond the context is cut to it; only a prompt that leaves no room is refused.

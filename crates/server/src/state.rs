@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use ctxserve_chat::guide::Guides;
 use ctxserve_chat::{ChatFormat, Tokenizer};
 use ctxserve_core::{RequestId, TokenId};
 use ctxserve_engine::EngineHandle;
@@ -44,6 +45,7 @@ struct Inner {
     engine: EngineHandle,
     tokenizer: Arc<Tokenizer>,
     format: Arc<dyn ChatFormat>,
+    guides: Arc<Guides>,
     metrics: Metrics,
     eos: Arc<[TokenId]>,
     /// Unix seconds.
@@ -71,6 +73,10 @@ impl ServerState {
         let metrics = Metrics::new(model, &engine)?;
         let mut eos = config.eos.clone();
         eos.extend(format.stop_ids().iter().filter(|id| !config.eos.contains(id)));
+        let guides = Arc::new(Guides::new(Arc::clone(&tokenizer)));
+        let warming = Arc::clone(&guides);
+        // The first constrained request would wait for it; if there is no thread, it does.
+        let _ = std::thread::Builder::new().name("vocabulary".to_owned()).spawn(move || warming.warm_up());
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         let inner = Inner {
             eos: eos.into(),
@@ -83,6 +89,7 @@ impl ServerState {
             engine,
             tokenizer,
             format,
+            guides,
         };
         Ok(Self { inner: Arc::new(inner) })
     }
@@ -108,6 +115,10 @@ impl ServerState {
 
     pub(crate) fn format(&self) -> &dyn ChatFormat {
         &*self.inner.format
+    }
+
+    pub(crate) fn guides(&self) -> &Guides {
+        &self.inner.guides
     }
 
     pub(crate) fn metrics(&self) -> &Metrics {

@@ -87,8 +87,10 @@ pub enum Fault {
     Tool(usize),
     /// The grammar of the content.
     Content,
-    /// None: this server cannot do it, or not now.
+    /// None: this model cannot do it.
     Server,
+    /// None: too much is being compiled now.
+    Busy,
 }
 
 /// Demands that cannot be met.
@@ -113,7 +115,9 @@ impl GuideError {
     fn of(error: CompileError, fault: Fault) -> Self {
         match error {
             CompileError::Invalid(what) => Self::new(fault, what),
-            CompileError::Busy => Self::unable("too many grammars are being compiled, try again later"),
+            CompileError::Busy => {
+                Self::new(Fault::Busy, "too many grammars are being compiled, try again later")
+            }
         }
     }
 }

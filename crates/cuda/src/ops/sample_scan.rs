@@ -20,6 +20,8 @@ pub const DRAWN: u32 = 1;
 pub const LOGPROBS: u32 = 2;
 /// The row has a list of logits to change.
 pub const ADJUSTED: u32 = 4;
+/// The row has a mask of the logits that count.
+pub const MASKED: u32 = 8;
 /// Marks an entry's id as banned.
 pub const BANNED: u32 = 1 << 31;
 /// Marks an entry's id as one that the repetition penalty is for.
@@ -47,15 +49,17 @@ pub struct Line {
     pub frequency: f32,
     /// Subtracted where there is an occurrence.
     pub presence: f32,
-    /// [`DRAWN`], [`LOGPROBS`], [`ADJUSTED`].
+    /// [`DRAWN`], [`LOGPROBS`], [`ADJUSTED`], [`MASKED`].
     pub flags: u32,
     /// Word at which the row's lists start: `parts + 1` offsets of entries, then the entries of three words each (id, bits of the
     /// bias, marks and count), part by part.
     pub lists: u32,
     /// Alternatives wanted.
     pub alternatives: u32,
+    /// Word at which the row's mask starts: 32 words a part, one bit a column, 1 where the token may be picked.
+    pub mask: u32,
     /// Nothing.
-    pub spare: [u32; 2],
+    pub spare: u32,
 }
 
 // SAFETY: plain numbers without padding: two f64, twelve words of four bytes.

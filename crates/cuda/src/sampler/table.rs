@@ -4,13 +4,16 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use ctxserve_backend::SampleRow;
-use ctxserve_core::TokenId;
+use ctxserve_core::{TokenId, TokenMask};
 
 use crate::ops::sample_pick::ALTERNATIVES;
-use crate::ops::sample_scan::{ADJUSTED, BANNED, DRAWN, LOGPROBS, Line, PART, SEEN};
+use crate::ops::sample_scan::{ADJUSTED, BANNED, DRAWN, LOGPROBS, Line, MASKED, PART, SEEN};
 
-/// The line of a row whose lists start at `lists`, if it has any.
-pub(super) fn line(row: &SampleRow, lists: Option<u32>) -> Line {
+/// Words of a mask in a part.
+const MASK_WORDS: usize = PART / 32;
+
+/// The line of a row whose lists start at `lists` and whose mask at `mask`, if it has any.
+pub(super) fn line(row: &SampleRow, lists: Option<u32>, mask: Option<u32>) -> Line {
     let params = &*row.params;
     let mut line = Line {
         top_p: 1.0,
@@ -18,10 +21,14 @@ pub(super) fn line(row: &SampleRow, lists: Option<u32>) -> Line {
         frequency: params.frequency_penalty,
         presence: params.presence_penalty,
         lists: lists.unwrap_or(0),
+        mask: mask.unwrap_or(0),
         ..Line::default()
     };
     if lists.is_some() {
         line.flags |= ADJUSTED;
+    }
+    if mask.is_some() {
+        line.flags |= MASKED;
     }
     if let Some(wanted) = params.logprobs {
         line.flags |= LOGPROBS;
@@ -149,6 +156,16 @@ impl Lists {
         if self.entries.is_empty() { None } else { Some(self.pack()) }
     }
 
+    /// Appends the mask of a row, if it has one, and returns where it starts: whole parts, nothing allowed beyond the mask.
+    pub(super) fn add_mask(&mut self, row: &SampleRow) -> Option<u32> {
+        let mask: &TokenMask = row.mask.as_deref()?;
+        let (start, parts) = (self.words.len(), self.offsets.len() - 1);
+        let len = parts * MASK_WORDS;
+        self.words.extend(mask.words().iter().take(len));
+        self.words.resize(start + len, 0);
+        Some(start as u32)
+    }
+
     fn enter_prompt(&mut self, tokens: &Arc<[TokenId]>) {
         let place = (tokens.as_ptr() as usize, tokens.len());
         let mut prompt = self.prompts.remove(&place).unwrap_or_else(|| {
@@ -263,6 +280,31 @@ mod tests {
         assert_eq!(lists.add(&SampleRow::new(Arc::default())), None);
     }
 
+    /// The bits lie where the kernel looks: word `lane` of a part is read by lane `lane`, and step `k` tests bit `lane`
+    /// of word `k` for column `32 k + lane`.
+    #[test]
+    fn masks_lie_as_the_kernel_reads_them() {
+        for (vocab, width) in [(1, 1), (1024, 1024), (3000, 2990), (3000, 5000), (201_088, 201_080)] {
+            let mut lists = Lists::new(vocab);
+            let mut mask = TokenMask::none(width);
+            (0..width as u32).filter(|id| id.wrapping_mul(2_654_435_761) >> 30 == 0).for_each(|id| mask.allow(id));
+            let mut row = SampleRow::new(Arc::default());
+            assert_eq!(lists.add_mask(&row), None);
+            row.mask = Some(Arc::new(mask.clone()));
+            row.banned = Arc::from([0]);
+            lists.add(&row).unwrap();
+            let start = lists.add_mask(&row).unwrap() as usize;
+            let parts = vocab.div_ceil(PART);
+            assert_eq!(lists.words().len(), start + parts * MASK_WORDS);
+            for column in 0..vocab {
+                let (part, k, lane) = (column / PART, column % PART / 32, column % 32);
+                let word = lists.words()[start + part * MASK_WORDS + k];
+                assert_eq!(word >> lane & 1 == 1, mask.allows(column as u32), "{column} of {vocab}");
+            }
+            assert_eq!(line(&row, Some(0), Some(start as u32)).flags & (ADJUSTED | MASKED), ADJUSTED | MASKED);
+        }
+    }
+
     #[test]
     fn draws_are_those_of_the_cpu() {
         for seed in [0, 1, 42, u64::MAX] {
@@ -276,7 +318,7 @@ mod tests {
     fn the_inverse_temperature_is_exact_and_finite() {
         for temperature in [1.0, 0.7, 2.0, 1e-3, f32::MIN_POSITIVE, 1e-45] {
             let params = SamplingParams { temperature, ..SamplingParams::default() };
-            let line = line(&SampleRow::new(Arc::new(params)), None);
+            let line = line(&SampleRow::new(Arc::new(params)), None, None);
             let sum = f64::from(line.inverse) + f64::from(line.inverse_rest);
             let want = (1.0 / f64::from(temperature)).min(f64::from(f32::MAX));
             assert!(

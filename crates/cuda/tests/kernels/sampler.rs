@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ctxserve_backend::{Batch, SampleError, SampleRow, Sampled, SequenceSlice};
-use ctxserve_core::{SamplingParams, TokenId};
+use ctxserve_core::{SamplingParams, TokenId, TokenMask};
 use ctxserve_cpu::{sample_row, uniform};
 use ctxserve_cuda::driver::Device;
 use ctxserve_cuda::sampler::Sampler;
@@ -126,7 +126,27 @@ fn some_row(random: &mut Random, vocab: usize) -> SampleRow {
     if random.below(4) == 0 {
         row.banned = (0..1 + random.below(5)).map(|_| random.below(vocab) as u32).collect();
     }
+    if random.below(3) == 0 {
+        row.mask = Some(Arc::new(some_mask(random, vocab)));
+    }
     row
+}
+
+/// From nothing at all to everything but one, and of other widths than the vocabulary.
+fn some_mask(random: &mut Random, vocab: usize) -> TokenMask {
+    let width = [vocab, vocab.saturating_sub(5).max(1), vocab + 70][random.below(3)];
+    let mut mask = TokenMask::none(width);
+    let few = [0, 1, 2, 30][random.below(4)];
+    match random.below(4) {
+        0 => (0..few).for_each(|_| mask.allow(random.below(vocab) as u32)),
+        1 => (0..width as u32).filter(|id| id % 7 == 3).for_each(|id| mask.allow(id)),
+        2 => (0..width as u32).filter(|id| id / 1024 == 1 || *id == 5).for_each(|id| mask.allow(id)),
+        _ => {
+            let none = random.below(vocab) as u32;
+            (0..width as u32).filter(|id| *id != none).for_each(|id| mask.allow(id));
+        }
+    }
+    mask
 }
 
 /// The logits that are drawn from, as the CPU adjusts them.
@@ -147,6 +167,9 @@ fn adjusted(logits: &[f32], row: &SampleRow) -> Vec<f32> {
         }
     }
     row.banned.iter().for_each(|&id| logits[id as usize] = f32::NEG_INFINITY);
+    if let Some(mask) = &row.mask {
+        (0..).zip(&mut logits).filter(|(id, _)| !mask.allows(*id)).for_each(|(_, z)| *z = f32::NEG_INFINITY);
+    }
     logits
 }
 
@@ -322,6 +345,31 @@ fn sampler_replays_with_what_was_uploaded_last() {
     assert!(sampler.upload(&batch(&many)).is_err(), "more rows than there is room for");
     assert!(sampler.issue(&on_device, capacity + 1).is_err());
     assert!(Sampler::new(&device, 1, 0, 0).is_err());
+}
+
+/// As constrained decoding has it: many rows, each with a mask of its own, some with one token left.
+#[test]
+fn sampler_picks_within_masks() {
+    let Some((device, _turn)) = device() else { return };
+    let mut random = Random::new();
+    for count in [1, 17, 64] {
+        let rows: Vec<SampleRow> = (0..count)
+            .map(|at| {
+                let mut row = row(&mut random, params(|p| p.temperature = [0.0, 1.0][at % 2]));
+                let mut mask = TokenMask::none(REAL);
+                (0..=at % 3 * 500).for_each(|_| mask.allow(random.below(REAL) as u32));
+                row.mask = Some(Arc::new(mask));
+                row
+            })
+            .collect();
+        let logits: Vec<Vec<f32>> = rows.iter().map(|_| some_logits(&mut random, REAL, 0)).collect();
+        let got = sample(&device, &rows, &logits);
+        check(&rows, &logits, &got);
+        for (row, got) in rows.iter().zip(&got) {
+            let id = got.as_ref().unwrap().id;
+            assert!(row.mask.as_ref().is_some_and(|mask| mask.allows(id)), "{id} is masked");
+        }
+    }
 }
 
 #[test]

@@ -6,7 +6,8 @@ use axum::Extension;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use ctxserve_chat::ParserOptions;
-use ctxserve_core::TokenId;
+use ctxserve_chat::guide::CallRule;
+use ctxserve_core::{Guide, TokenId};
 
 use super::chat_frames::ChatFramer;
 use super::chat_message::Gathered;
@@ -21,10 +22,9 @@ use crate::record::Accepted;
 use crate::state::{ServerState, unix_seconds};
 use crate::validate::arguments::TemplateArguments;
 use crate::validate::options::{Options, options, room};
-use crate::validate::tools::Calls;
-use crate::validate::{history, tools};
+use crate::validate::{guide, history, tools};
 use crate::wire;
-use crate::wire::chat_request::ChatFields;
+use crate::wire::chat_request::{ChatFields, WireTool};
 use crate::wire::chat_response::ChatResponse;
 use crate::wire::fields::GenerationFields;
 use crate::wire::read::text;
@@ -40,6 +40,8 @@ struct Prepared {
     max_tokens: usize,
     /// How answers are read.
     parser: ParserOptions,
+    /// What answers may be.
+    guide: Option<Guide>,
     one_call: bool,
     hide_reasoning: bool,
 }
@@ -88,24 +90,32 @@ fn prepare(state: &ServerState, body: &[u8]) -> Result<Prepared, ApiError> {
     let fields: ChatFields = wire::read::json(text)?;
     refused::check(Route::Chat, text)?;
     let max_tokens = fields.max_completion_tokens.map(|most| (most, "max_completion_tokens"));
+    let content = guide::content(&shared)?;
     let options = options(state, shared, max_tokens, logprobs(&fields)?)?;
+    let strict: Vec<bool> = fields.tools.iter().flatten().map(is_strict).collect();
     let tools = tools::tools(state.config(), fields.tools, text)?;
-    let calls = tools::choice(state, fields.tool_choice.as_ref(), !tools.is_empty())?;
+    let choice = tools::choice(state, fields.tool_choice.as_ref(), &tools)?;
     let effort = fields.reasoning_effort.as_deref();
     let arguments =
         TemplateArguments::new(state.config(), state.format(), fields.chat_template_kwargs.as_ref());
-    let names: Vec<String> = tools.iter().map(|tool| tool.name.clone()).collect();
+    let callable = tools.iter().filter(|tool| choice.includes(&tool.name));
+    let names: Vec<String> = callable.map(|tool| tool.name.clone()).collect();
     let conversation = history::conversation(state.config(), fields.messages, tools, effort, arguments)?;
     let prompt: Arc<[TokenId]> = state.format().render(&conversation)?.into();
     let parser = ParserOptions {
-        calls: calls == Calls::Auto,
+        calls: choice.rule != CallRule::Forbidden,
         tools: Some(names.into()),
         thinking: state.format().leaves_thinking_open(&prompt),
     };
     let max_tokens = room(state, &options, state.config().default_max_tokens, prompt.len(), PARAM)?;
     let one_call = fields.parallel_tool_calls == Some(false);
+    let guide = guide::chat(state, &conversation.tools, &strict, &choice, one_call, content, &prompt)?;
     let hide_reasoning = fields.include_reasoning == Some(false);
-    Ok(Prepared { options, prompt, max_tokens, parser, one_call, hide_reasoning })
+    Ok(Prepared { options, prompt, max_tokens, parser, guide, one_call, hide_reasoning })
+}
+
+fn is_strict(tool: &WireTool) -> bool {
+    tool.function.as_ref().is_some_and(|function| function.strict == Some(true))
 }
 
 fn logprobs(fields: &ChatFields) -> Result<Option<(usize, &'static str)>, ApiError> {
@@ -145,6 +155,7 @@ fn start(
         sampling: options.sampling.clone(),
         rules: options.rules.clone(),
         max_tokens: vec![prepared.max_tokens],
+        guide: prepared.guide.clone(),
         prompt_param: PARAM,
     };
     // The parser needs the control tokens that end a turn; other stop ids are no part of the message.

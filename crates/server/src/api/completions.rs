@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::Extension;
 use axum::extract::{Request, State};
 use axum::response::Response;
-use ctxserve_core::TokenId;
+use ctxserve_core::{Guide, TokenId};
 
 use super::chat::usage;
 use super::completion_parts::{CompletionFramer, Head, Parts};
@@ -19,6 +19,7 @@ use crate::http::guard::Caller;
 use crate::http::sse;
 use crate::record::Accepted;
 use crate::state::{ServerState, unix_seconds};
+use crate::validate::guide;
 use crate::validate::options::{Options, options, room};
 use crate::validate::prompts::prompts;
 use crate::wire;
@@ -37,6 +38,8 @@ struct Prepared {
     options: Options,
     prompts: Vec<Arc<[TokenId]>>,
     max_tokens: Vec<usize>,
+    /// What answers may be.
+    guide: Option<Guide>,
     /// Text of each prompt, when it is to be repeated.
     echo: Option<Vec<String>>,
 }
@@ -83,6 +86,7 @@ fn prepare(state: &ServerState, body: &[u8]) -> Result<Prepared, ApiError> {
         let message = "echo with logprobs needs log-probabilities of the prompt, which are not supported";
         return Err(ApiError::unsupported("logprobs", message));
     }
+    let content = guide::content(&shared)?;
     let options = options(state, shared, None, logprobs)?;
     let prompts = prompts(state, fields.prompt, options.n)?;
     let default = Some(DEFAULT_MAX_TOKENS);
@@ -90,7 +94,8 @@ fn prepare(state: &ServerState, body: &[u8]) -> Result<Prepared, ApiError> {
     let max_tokens = max_tokens.collect::<Result<_, _>>()?;
     let decode = |ids: &Arc<[TokenId]>| state.tokenizer().decode(ids, options.skip_special);
     let echo = echo.then(|| prompts.iter().map(decode).collect());
-    Ok(Prepared { options, prompts, max_tokens, echo })
+    let guide = guide::plain(state, content)?;
+    Ok(Prepared { options, prompts, max_tokens, guide, echo })
 }
 
 fn start(
@@ -119,6 +124,7 @@ fn start(
         sampling: options.sampling.clone(),
         rules: options.rules.clone(),
         max_tokens: prepared.max_tokens.clone(),
+        guide: prepared.guide.clone(),
         prompt_param: PARAM,
     };
     let silent_stops = if options.include_stop { Vec::new() } else { options.rules.all().collect() };

@@ -2,6 +2,7 @@
 //! [`ctxserve_core::limits`], once for all routes.
 
 pub(crate) mod arguments;
+pub(crate) mod guide;
 pub(crate) mod history;
 pub(crate) mod options;
 pub(crate) mod prompts;

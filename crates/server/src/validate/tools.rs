@@ -1,6 +1,7 @@
 //! Tools on offer, and which of them may be called.
 
 use ctxserve_chat::FunctionTool;
+use ctxserve_chat::guide::CallRule;
 use serde_json::Value;
 
 use crate::config::ServerConfig;
@@ -11,13 +12,21 @@ use crate::wire::chat_request::{WireTool, declarations};
 /// Longest function name, OpenAI's. Names land in message headers.
 pub(crate) const MAX_NAME: usize = 64;
 
-/// Whether calls of the model are delivered as calls.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Calls {
-    /// `auto`, stated or implied.
-    Auto,
-    /// `none`: their text is content.
-    None,
+/// What `tool_choice` asks for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ToolChoice {
+    pub(crate) rule: CallRule,
+    /// The functions that it is about; `None` is all.
+    names: Option<Vec<String>>,
+    /// It names one function.
+    pub(crate) is_named: bool,
+}
+
+impl ToolChoice {
+    /// Whether the model may call the function.
+    pub(crate) fn includes(&self, name: &str) -> bool {
+        self.names.as_ref().is_none_or(|names| names.iter().any(|known| known == name))
+    }
 }
 
 /// Checks the declarations; `body` is what they were read from.
@@ -87,34 +96,73 @@ pub(crate) fn is_name_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.')
 }
 
-/// Reads `tool_choice`. Forcing a call needs constrained decoding, which this server does not have yet.
+/// Reads `tool_choice`.
 ///
 /// # Errors
 /// 400 on `tool_choice`.
-pub(crate) fn choice(state: &ServerState, choice: Option<&Value>, tools: bool) -> Result<Calls, ApiError> {
-    let param = "tool_choice";
-    let auto = || {
-        if tools && !state.config().enable_auto_tool_choice {
-            let message =
-                "'auto' tool choice is switched off; start the server with --enable-auto-tool-choice";
-            return Err(ApiError::unsupported(param, message));
+pub(crate) fn choice(
+    state: &ServerState,
+    choice: Option<&Value>,
+    tools: &[FunctionTool],
+) -> Result<ToolChoice, ApiError> {
+    let invalid = |message: &str| Err(ApiError::invalid(PARAM, message));
+    let named = |names: Vec<String>, rule, is_named| match names.iter().find(|name| !is_declared(tools, name)) {
+        Some(name) => {
+            let shown: String = name.chars().take(MAX_NAME).collect();
+            Err(ApiError::invalid(PARAM, format!("tool_choice names the function '{shown}', which tools do not have")))
         }
-        Ok(Calls::Auto)
+        None if names.is_empty() => invalid("tool_choice allows no function"),
+        None => Ok(ToolChoice { rule, names: Some(names), is_named }),
     };
     match choice {
-        None | Some(Value::Null) => auto(),
+        None | Some(Value::Null) => auto(state, tools),
         Some(Value::String(word)) => match word.as_str() {
-            "auto" => auto(),
-            "none" => Ok(Calls::None),
-            "required" => Err(not_yet("required")),
-            _ => Err(ApiError::invalid(param, "tool_choice must be 'auto' or 'none'")),
+            "auto" => auto(state, tools),
+            "none" => Ok(ToolChoice { rule: CallRule::Forbidden, ..ToolChoice::default() }),
+            "required" if tools.is_empty() => invalid("tool_choice 'required' needs tools"),
+            "required" => Ok(ToolChoice { rule: CallRule::Required, ..ToolChoice::default() }),
+            _ => invalid("tool_choice must be 'auto', 'none', 'required' or name a function"),
         },
-        Some(Value::Object(_)) => Err(not_yet("a named function")),
-        Some(_) => Err(ApiError::invalid(param, "tool_choice must be a string or an object")),
+        Some(Value::Object(map)) => match map.get("type").and_then(Value::as_str) {
+            None | Some("function") => match function_name(choice.unwrap_or(&Value::Null)) {
+                Some(name) => named(vec![name], CallRule::Required, true),
+                None => invalid("a tool_choice of type 'function' needs the 'name' of a 'function'"),
+            },
+            Some("allowed_tools") => {
+                let allowed = map.get("allowed_tools").unwrap_or(&Value::Null);
+                let rule = match allowed["mode"].as_str() {
+                    Some("auto") => auto(state, tools)?.rule,
+                    Some("required") => CallRule::Required,
+                    _ => return invalid("the mode of allowed_tools must be 'auto' or 'required'"),
+                };
+                let list = allowed["tools"].as_array().map(Vec::as_slice).unwrap_or_default();
+                match list.iter().map(function_name).collect::<Option<Vec<_>>>() {
+                    Some(names) => named(names, rule, false),
+                    None => invalid("the tools of allowed_tools must be functions with a 'name'"),
+                }
+            }
+            Some(_) => invalid("the type of tool_choice must be 'function' or 'allowed_tools'"),
+        },
+        Some(_) => invalid("tool_choice must be a string or an object"),
     }
 }
 
-fn not_yet(what: &str) -> ApiError {
-    let message = format!("tool_choice {what} is not supported yet; use 'auto' or 'none'");
-    ApiError::unsupported("tool_choice", message)
+const PARAM: &str = "tool_choice";
+
+fn auto(state: &ServerState, tools: &[FunctionTool]) -> Result<ToolChoice, ApiError> {
+    if !tools.is_empty() && !state.config().enable_auto_tool_choice {
+        let message = "'auto' tool choice is switched off; start the server with --enable-auto-tool-choice";
+        return Err(ApiError::unsupported(PARAM, message));
+    }
+    Ok(ToolChoice::default())
+}
+
+fn is_declared(tools: &[FunctionTool], name: &str) -> bool {
+    tools.iter().any(|tool| tool.name == name)
+}
+
+/// `{"type": "function", "function": {"name": ...}}`, or with the name beside the type as the Responses API has it.
+fn function_name(value: &Value) -> Option<String> {
+    let name = value["function"]["name"].as_str().or_else(|| value["name"].as_str())?;
+    (!name.is_empty()).then(|| name.to_owned())
 }

@@ -63,6 +63,7 @@ pub(crate) struct WireFunction {
     pub(crate) name: Option<String>,
     pub(crate) description: Option<String>,
     pub(crate) parameters: Option<Value>,
+    pub(crate) strict: Option<bool>,
 }
 
 /// The declarations of a body that has already been read once, each as the client wrote it.

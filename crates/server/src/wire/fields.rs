@@ -5,6 +5,7 @@ use std::fmt;
 
 use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
+use serde_json::Value;
 
 /// Sampling, stopping and output options. `null` and absent are the same.
 #[derive(Debug, Default, Deserialize)]
@@ -31,6 +32,12 @@ pub(crate) struct GenerationFields {
     pub(crate) min_tokens: Option<u64>,
     pub(crate) skip_special_tokens: Option<bool>,
     pub(crate) return_token_ids: Option<bool>,
+    pub(crate) response_format: Option<Value>,
+    pub(crate) structured_outputs: Option<Value>,
+    pub(crate) guided_json: Option<Value>,
+    pub(crate) guided_regex: Option<Value>,
+    pub(crate) guided_choice: Option<Value>,
+    pub(crate) guided_grammar: Option<Value>,
 }
 
 /// `stream_options`.

@@ -50,10 +50,6 @@ fn text_only(value: &Value) -> bool {
     value.as_array().is_some_and(|list| list.iter().all(|v| v == "text"))
 }
 
-fn text_format(value: &Value) -> bool {
-    value.get("type").is_some_and(|kind| kind == "text")
-}
-
 fn medium(value: &Value) -> bool {
     value == "medium"
 }
@@ -64,12 +60,6 @@ fn no_text(value: &Value) -> bool {
 
 /// Field and default, for both generation routes.
 const BOTH: &[(&str, IsDefault)] = &[
-    ("response_format", text_format),
-    ("structured_outputs", empty),
-    ("guided_json", never),
-    ("guided_regex", never),
-    ("guided_choice", empty),
-    ("guided_grammar", never),
     ("guided_decoding_backend", never),
     ("guided_whitespace_pattern", never),
     ("structural_tag", never),
@@ -181,8 +171,8 @@ mod tests {
 
     #[test]
     fn defaults_and_nulls_pass() {
-        let body = r#"{"response_format":{"type":"text"},"modalities":["text"],"priority":0,"suffix":1,
-            "guided_json":null,"use_beam_search":false,"length_penalty":1.0,"verbosity":"medium","functions":[]}"#;
+        let body = r#"{"response_format":{"type":"json_object"},"modalities":["text"],"priority":0,"suffix":1,
+            "guided_whitespace_pattern":null,"use_beam_search":false,"length_penalty":1.0,"verbosity":"medium","functions":[]}"#;
         assert_eq!(check(Route::Chat, body), Ok(()));
         assert_eq!(check(Route::Completions, r#"{"suffix":"","audio":{}}"#), Ok(()));
     }
@@ -190,8 +180,8 @@ mod tests {
     #[test]
     fn anything_else_is_refused_by_name() {
         let chat = [
-            ("response_format", r#"{"type":"json_object"}"#),
-            ("guided_json", "{}"),
+            ("guided_whitespace_pattern", r#"" ""#),
+            ("structural_tag", "{}"),
             ("audio", "{}"),
             ("modalities", r#"["audio"]"#),
             ("chat_template", r#""""#),
