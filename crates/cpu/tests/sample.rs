@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use ctxserve_backend::{SampleError, SampleRow};
-use ctxserve_core::{SamplingParams, TokenId};
+use ctxserve_core::{SamplingParams, TokenId, TokenMask};
 use ctxserve_cpu::{sample_row, uniform};
 
 fn row(params: SamplingParams) -> SampleRow {
@@ -246,4 +246,34 @@ fn garbage_and_bans_are_errors_of_the_row() {
 fn tiny_temperatures_do_not_overflow() {
     let row = row(SamplingParams { temperature: f32::MIN_POSITIVE, ..SamplingParams::default() });
     assert_eq!(pick(&[1.0, 30.0, 29.0], &row), 1);
+}
+
+/// A mask takes tokens out as bans do: greedy and drawn tokens, log-probabilities and all.
+#[test]
+fn nothing_outside_a_mask_is_picked() {
+    let logits = logits(70);
+    let allowed: Vec<TokenId> = vec![3, 31, 32, 64, 69];
+    let mut mask = TokenMask::none(70);
+    allowed.iter().for_each(|&id| mask.allow(id));
+    let banned: Arc<[TokenId]> = (0..70).filter(|id| !allowed.contains(id)).collect();
+    for temperature in [0.0, 1.0, 2.0] {
+        for step in 0..200 {
+            let params = SamplingParams { temperature, logprobs: Some(7), ..SamplingParams::default() };
+            let plain = SampleRow { step, ..row(params) };
+            let masked = SampleRow { mask: Some(Arc::new(mask.clone())), ..plain.clone() };
+            let got = sample_row(&logits, &masked).unwrap();
+            assert!(allowed.contains(&got.id));
+            assert_eq!(
+                got,
+                sample_row(&logits, &SampleRow { banned: Arc::clone(&banned), ..plain }).unwrap()
+            );
+        }
+    }
+    // Narrower than the logits: nothing beyond it. Empty: nothing at all.
+    let mut narrow = TokenMask::none(8);
+    narrow.allow(2);
+    let narrow = SampleRow { mask: Some(Arc::new(narrow)), ..row(SamplingParams::default()) };
+    assert_eq!(pick(&logits, &narrow), 2);
+    let empty = SampleRow { mask: Some(Arc::default()), ..row(SamplingParams::default()) };
+    assert_eq!(sample_row(&logits, &empty), Err(SampleError::NothingLeft));
 }

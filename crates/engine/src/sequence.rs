@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use ctxserve_backend::{SampleError, SampleRow, Sampled, SequenceSlice};
 use ctxserve_core::{
-    Allowed, ConstraintError, Event, FinishReason, RequestId, SamplingParams, StopCause, StopRules, TokenEvent, TokenId, Usage,
+    Allowed, ConstraintError, Event, FinishReason, RequestId, SamplingParams, StopCause, StopRules,
+    TokenEvent, TokenId, Usage,
 };
 use tokio::sync::mpsc::UnboundedSender;
 

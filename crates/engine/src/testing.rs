@@ -8,8 +8,8 @@ use ctxserve_backend::{
     Batch, DeviceError, KvDtype, KvGroup, KvPlan, KvSpec, SampleError, Sampled, SequenceSlice,
 };
 use ctxserve_core::{
-    Allowed, Constraint, ConstraintError, Event, FinishReason, GenerateRequest, Guide, RequestId, SamplingParams, StopCause, StopRules, TokenId, TokenMask,
-    Usage,
+    Allowed, Constraint, ConstraintError, Event, FinishReason, GenerateRequest, Guide, RequestId,
+    SamplingParams, StopCause, StopRules, TokenId, TokenMask, Usage,
 };
 
 use crate::{EngineHandle, EventStream, Runner, RunnerInfo};

@@ -6,7 +6,9 @@ mod common;
 use std::collections::VecDeque;
 
 use common::{Server, Setup};
-use ctxserve_backend::{Batch, DeviceError, KvDtype, KvGroup, KvPlan, KvSpec, SampleError, SampleRow, Sampled};
+use ctxserve_backend::{
+    Batch, DeviceError, KvDtype, KvGroup, KvPlan, KvSpec, SampleError, SampleRow, Sampled,
+};
 use ctxserve_chat::Tokenizer;
 use ctxserve_core::TokenId;
 use ctxserve_engine::{Runner, RunnerInfo};
@@ -29,7 +31,8 @@ impl RandomRunner {
             kv,
             description: "random".to_owned(),
         };
-        let ends = ["<|end|>", "<|return|>", "<|call|>", "<|im_end|>", "</think>", "<tool_call>", "</tool_call>"];
+        let ends =
+            ["<|end|>", "<|return|>", "<|call|>", "<|im_end|>", "</think>", "<tool_call>", "</tool_call>"];
         let ends = ends.iter().filter_map(|name| tokenizer.special_id(name)).collect();
         let brief = ["\"", "}", "]", ":", ",", "1"].iter().flat_map(|text| tokenizer.encode(text)).collect();
         Self { info, near: [ends, brief], in_flight: VecDeque::new() }
@@ -43,9 +46,8 @@ impl RandomRunner {
             state ^= state >> 31;
             (state % n as u64) as usize
         };
-        let allowed = |id: &TokenId| {
-            !row.banned.contains(id) && row.mask.as_ref().is_none_or(|mask| mask.allows(*id))
-        };
+        let allowed =
+            |id: &TokenId| !row.banned.contains(id) && row.mask.as_ref().is_none_or(|mask| mask.allows(*id));
         let near: Vec<_> = match self.near.get(below(4)) {
             Some(ids) => ids.iter().copied().filter(allowed).collect(),
             None => Vec::new(),
@@ -104,9 +106,7 @@ fn tools(strict: bool) -> Value {
         "type": "object", "properties": {"of": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3}},
         "required": ["of"], "additionalProperties": false,
     });
-    let tool = |name: &str, parameters: Value| {
-        json!({"type": "function", "function": {"name": name, "parameters": parameters, "strict": strict}})
-    };
+    let tool = |name: &str, parameters: Value| json!({"type": "function", "function": {"name": name, "parameters": parameters, "strict": strict}});
     json!([tool("get_weather", weather), tool("sum.of-all", sum)])
 }
 
@@ -129,7 +129,8 @@ fn check_call(call: &Value) {
 }
 
 fn ask(more: Value) -> Value {
-    let mut body = json!({"model": "scripted", "messages": [{"role": "user", "content": "Hi"}], "temperature": 1.0});
+    let mut body =
+        json!({"model": "scripted", "messages": [{"role": "user", "content": "Hi"}], "temperature": 1.0});
     for (key, value) in more.as_object().unwrap() {
         body[key] = value.clone();
     }
@@ -152,7 +153,8 @@ async fn forced_calls_are_valid_every_time() {
         let (mut whole, mut cut) = (0, 0);
         for round in 0..5 {
             for choice in [json!("required"), named.clone()] {
-                let body = json!({"tools": tools(false), "tool_choice": choice, "n": 50, "seed": 100 * round});
+                let body =
+                    json!({"tools": tools(false), "tool_choice": choice, "n": 50, "seed": 100 * round});
                 for answer in choices(&server, body).await {
                     let calls = answer["message"]["tool_calls"].as_array().cloned().unwrap_or_default();
                     if answer["finish_reason"] == "length" {
@@ -180,11 +182,14 @@ async fn strict_calls_and_schemas_together() {
         "type": "object", "properties": {"ok": {"type": "boolean"}, "why": {"type": ["string", "null"], "maxLength": 5}},
         "required": ["ok", "why"], "additionalProperties": false,
     });
-    let format = json!({"type": "json_schema", "json_schema": {"name": "verdict", "strict": true, "schema": schema}});
+    let format =
+        json!({"type": "json_schema", "json_schema": {"name": "verdict", "strict": true, "schema": schema}});
     for name in FORMATS {
         let server = server(name);
         let (mut calls, mut contents) = (0, 0);
-        for answer in choices(&server, json!({"tools": tools(true), "response_format": format, "n": 100})).await {
+        for answer in
+            choices(&server, json!({"tools": tools(true), "response_format": format, "n": 100})).await
+        {
             let message = &answer["message"];
             match answer["finish_reason"].as_str().unwrap() {
                 "tool_calls" => {
@@ -213,11 +218,16 @@ async fn every_spelling_of_a_constraint() {
         value["n"].is_i64()
     };
     let is_object = |text: &str| text.trim_start().starts_with('{') && text.trim_end().ends_with('}');
-    let is_code = |text: &str| text.len() == 4 && text.starts_with('x') && text[1..].bytes().all(|b| b.is_ascii_digit());
+    let is_code = |text: &str| {
+        text.len() == 4 && text.starts_with('x') && text[1..].bytes().all(|b| b.is_ascii_digit())
+    };
     let is_choice = |text: &str| ["yes", "no way"].contains(&text);
     let is_nested = |text: &str| text.contains('x') && text.matches('(').count() == text.matches(')').count();
     let cases: Vec<(Value, &dyn Fn(&str) -> bool)> = vec![
-        (json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}), &is_json),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}),
+            &is_json,
+        ),
         (json!({"response_format": {"type": "json_object"}}), &is_object),
         (json!({"structured_outputs": {"json": schema}}), &is_json),
         (json!({"structured_outputs": {"json": schema.to_string()}}), &is_json),
@@ -261,19 +271,33 @@ async fn every_spelling_of_a_constraint() {
 async fn calls_are_limited() {
     for name in FORMATS {
         let server = server(name);
-        for answer in choices(&server, json!({"tools": tools(false), "tool_choice": "none", "n": 20, "max_tokens": 300})).await {
-            assert!(answer["message"]["tool_calls"].is_null() && answer["finish_reason"] != "tool_calls", "{answer}");
+        for answer in choices(
+            &server,
+            json!({"tools": tools(false), "tool_choice": "none", "n": 20, "max_tokens": 300}),
+        )
+        .await
+        {
+            assert!(
+                answer["message"]["tool_calls"].is_null() && answer["finish_reason"] != "tool_calls",
+                "{answer}"
+            );
         }
         let function = json!({"type": "function", "function": {"name": "get_weather"}});
-        let allowed = json!({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [function]}});
-        for answer in choices(&server, json!({"tools": tools(false), "tool_choice": allowed, "n": 20})).await {
+        let allowed =
+            json!({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [function]}});
+        for answer in choices(&server, json!({"tools": tools(false), "tool_choice": allowed, "n": 20})).await
+        {
             for call in answer["message"]["tool_calls"].as_array().into_iter().flatten() {
                 assert_eq!(call["function"]["name"], "get_weather");
             }
         }
-        let one = json!({"tools": tools(false), "tool_choice": "required", "parallel_tool_calls": false, "n": 20});
+        let one =
+            json!({"tools": tools(false), "tool_choice": "required", "parallel_tool_calls": false, "n": 20});
         for answer in choices(&server, one).await {
-            assert!(answer["finish_reason"] == "length" || answer["message"]["tool_calls"].as_array().unwrap().len() == 1);
+            assert!(
+                answer["finish_reason"] == "length"
+                    || answer["message"]["tool_calls"].as_array().unwrap().len() == 1
+            );
         }
     }
 }
@@ -311,16 +335,25 @@ async fn bad_constraints_name_their_field() {
         (json!({"tool_choice": "required"}), "tool_choice"),
         (json!({"tool_choice": "sometimes"}), "tool_choice"),
         (json!({"tool_choice": 1}), "tool_choice"),
-        (json!({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": tools(false)}), "tool_choice"),
+        (
+            json!({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": tools(false)}),
+            "tool_choice",
+        ),
         (json!({"tool_choice": {"type": "function"}, "tools": tools(false)}), "tool_choice"),
         (json!({"tool_choice": {"type": "custom"}, "tools": tools(false)}), "tool_choice"),
-        (json!({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}}, "tools": tools(false)}), "tool_choice"),
+        (
+            json!({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": []}}, "tools": tools(false)}),
+            "tool_choice",
+        ),
         (json!({"response_format": "json"}), "response_format"),
         (json!({"response_format": {"type": "yaml"}}), "response_format.type"),
         (json!({"response_format": {"type": "structural_tag"}}), "response_format.type"),
         (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema"),
         (json!({"response_format": {"type": "json_schema", "json_schema": {"schema": 5}}}), at_schema),
-        (json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}}), "response_format.json_schema.strict"),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}}),
+            "response_format.json_schema.strict",
+        ),
         (schema(json!({"type": 5})), at_schema),
         (schema(json!({"type": "object", "properties": []})), at_schema),
         (schema(json!({"type": "string", "pattern": "("})), at_schema),

@@ -72,7 +72,9 @@ impl Grammar {
                 let bytes: usize = list.iter().map(String::len).sum();
                 if list.is_empty() || list.len() > CHOICES || bytes > limits::TEXT_BYTES {
                     let most = limits::TEXT_BYTES;
-                    return Err(format!("a choice is 1 to {CHOICES} strings of at most {most} bytes together"));
+                    return Err(format!(
+                        "a choice is 1 to {CHOICES} strings of at most {most} bytes together"
+                    ));
                 }
                 if list.iter().any(String::is_empty) {
                     return Err("a string to choose must not be empty".to_owned());

@@ -26,8 +26,8 @@ pub use compile::Guides;
 pub use grammar::Grammar;
 
 pub(crate) use compile::{CompileError, Template};
-pub(crate) use text::Text;
 pub(crate) use grammar::with_options;
+pub(crate) use text::Text;
 pub(crate) use vocabulary::Vocabulary;
 pub(crate) use watch::Watch;
 pub(crate) use words::{At, Part, Words};
@@ -175,4 +175,3 @@ pub(crate) fn argument_schema(tool: &GuidedTool) -> Value {
 fn argument_grammar(tool: &GuidedTool) -> Grammar {
     Grammar::Json { schema: argument_schema(tool), strict: tool.strict }
 }
-

@@ -75,12 +75,24 @@ impl HarmonyGuide {
             arguments.collect::<Result<_, _>>()?
         };
         let content = demands.content.as_ref().map(|grammar| guides.content(grammar)).transpose()?;
-        let all = [tokens.start, tokens.end, tokens.message, tokens.channel, tokens.constrain, tokens.ret, tokens.call];
+        let all = [
+            tokens.start,
+            tokens.end,
+            tokens.message,
+            tokens.channel,
+            tokens.constrain,
+            tokens.ret,
+            tokens.call,
+        ];
         let but = |kept: TokenId| {
             all.iter().chain(&tokens.endoftext).copied().filter(|&id| id != kept).collect::<Arc<[TokenId]>>()
         };
         let banned = [but(tokens.end), but(tokens.ret), but(tokens.call)];
-        let headers = [headers(tokens, demands, false, true), headers(tokens, demands, true, true), headers(tokens, demands, true, false)];
+        let headers = [
+            headers(tokens, demands, false, true),
+            headers(tokens, demands, true, true),
+            headers(tokens, demands, true, false),
+        ];
         let vocabulary = guides.words()?;
         let rules = Rules { vocabulary, tokens: tokens.clone(), headers, content, arguments, banned };
         Ok(Self { rules: Arc::new(rules), state: State::Header(0, Words::START), asides: 0 })
@@ -136,10 +148,7 @@ fn headers(tokens: &HarmonyTokens, demands: &Demands, between: bool, asides: boo
     for (index, tool) in demands.tools.iter().enumerate() {
         let to = Part::text(format!(" to=functions.{}", tool.name));
         let commentary = Part::text("commentary");
-        let forms = [
-            [to.clone(), channel.clone(), commentary.clone()],
-            [channel.clone(), commentary, to],
-        ];
+        let forms = [[to.clone(), channel.clone(), commentary.clone()], [channel.clone(), commentary, to]];
         for form in &forms {
             for kind in &types {
                 let parts: Vec<Part> = form.iter().chain(kind).chain([&message]).cloned().collect();

@@ -70,7 +70,11 @@ enum State {
     /// Before content or calls, in these [`Rules::starts`], and in the content if that may have begun instead.
     Start(usize, At, Option<Text>),
     /// In free content. `blank`: the turn may not end before something was said.
-    Text { watch: Watch, blank: bool, first: bool },
+    Text {
+        watch: Watch,
+        blank: bool,
+        first: bool,
+    },
     /// In content under a grammar.
     Content(Text),
     /// In a call.
@@ -103,7 +107,9 @@ impl HermesGuide {
         let vocabulary = guides.words()?;
         let tag = |name: &str| {
             tokenizer.special_id(name).ok_or_else(|| {
-                GuideError::unable(format!("the model's tokenizer has no token {name}, which forced calls need"))
+                GuideError::unable(format!(
+                    "the model's tokenizer has no token {name}, which forced calls need"
+                ))
             })
         };
         let callable = demands.calls != CallRule::Forbidden && !demands.tools.is_empty();
@@ -199,7 +205,11 @@ impl HermesGuide {
     fn bytes(&self, id: TokenId) -> Vec<u8> {
         let vocabulary = &self.rules.vocabulary;
         let tag = || [THINK, THINK_END, CALL].into_iter().find(|tag| vocabulary.control(tag) == Some(id));
-        vocabulary.text(id).map(<[u8]>::to_vec).or_else(|| tag().map(|tag| tag.as_bytes().to_vec())).unwrap_or_default()
+        vocabulary
+            .text(id)
+            .map(<[u8]>::to_vec)
+            .or_else(|| tag().map(|tag| tag.as_bytes().to_vec()))
+            .unwrap_or_default()
     }
 
     fn accept_text(&mut self, id: TokenId) -> Result<(), ConstraintError> {
@@ -234,7 +244,9 @@ fn call_grammar(guides: &Guides, demands: &Demands) -> Result<Grammar, GuideErro
         let schema = if bound { argument_schema(tool) } else { serde_json::json!({"type": "object"}) };
         let head = Value::from(format!("{{\"name\": \"{}\", \"arguments\": ", tool.name));
         let schema = with_options(&schema, !tool.strict);
-        rules.push_str(&format!("call_{index}: {head} arguments_{index} \"}}\"\narguments_{index}: %json {schema}\n"));
+        rules.push_str(&format!(
+            "call_{index}: {head} arguments_{index} \"}}\"\narguments_{index}: %json {schema}\n"
+        ));
         names.push(format!("call_{index}"));
     }
     Ok(Grammar::Composed(format!("start: \"\\n\"? ({}) \"\\n\"?\n{rules}", names.join(" | "))))

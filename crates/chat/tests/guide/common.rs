@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use ctxserve_chat::guide::{CallRule, Demands, Grammar, GuidedTool, Guides};
 use ctxserve_chat::testing::{demo_tokenizer, qwen_tokenizer};
-use ctxserve_chat::{ChatFormat, Collector, End, Finish, ParsedMessage, ParserOptions, PromptFiles, Tokenizer, formats};
+use ctxserve_chat::{
+    ChatFormat, Collector, End, Finish, ParsedMessage, ParserOptions, PromptFiles, Tokenizer, formats,
+};
 use ctxserve_core::{Allowed, Constraint, TokenId};
 use serde_json::{Value, json};
 
@@ -49,7 +51,8 @@ impl Bench {
     pub(crate) fn new(name: &str) -> Self {
         let tokenizer = if name == "harmony" { demo_tokenizer() } else { qwen_tokenizer() };
         let format = formats::open(name, Arc::clone(&tokenizer), &PromptFiles::default()).unwrap();
-        let ends = ["<|end|>", "<|return|>", "<|call|>", "<|im_end|>", "</think>", "<tool_call>", "</tool_call>"];
+        let ends =
+            ["<|end|>", "<|return|>", "<|call|>", "<|im_end|>", "</think>", "<tool_call>", "</tool_call>"];
         let ends = ends.iter().filter_map(|token| tokenizer.special_id(token)).collect();
         let brief = ["\"", "}", "]", ":", ",", "0", "1", "7", "\",", "\"}"];
         let brief = brief.iter().map(|text| tokenizer.encode(text)).filter(|ids| ids.len() == 1);
@@ -94,7 +97,12 @@ impl Bench {
     }
 
     /// Plays an answer to its stop token; `None` if it takes more than `most` tokens.
-    pub(crate) fn play(&self, guide: &mut dyn Constraint, random: &mut Random, most: usize) -> Option<Vec<TokenId>> {
+    pub(crate) fn play(
+        &self,
+        guide: &mut dyn Constraint,
+        random: &mut Random,
+        most: usize,
+    ) -> Option<Vec<TokenId>> {
         let mut ids = Vec::new();
         while ids.len() < most {
             let allowed = guide.allowed().unwrap();
@@ -108,7 +116,12 @@ impl Bench {
         None
     }
 
-    pub(crate) fn parse(&self, ids: &[TokenId], demands: &Demands, thinking: bool) -> (ParsedMessage, Finish, Vec<&'static str>) {
+    pub(crate) fn parse(
+        &self,
+        ids: &[TokenId],
+        demands: &Demands,
+        thinking: bool,
+    ) -> (ParsedMessage, Finish, Vec<&'static str>) {
         let names: Vec<String> = demands.tools.iter().map(|tool| tool.name.clone()).collect();
         let calls = demands.calls != CallRule::Forbidden;
         let mut parser = self.format.parser(ParserOptions { calls, tools: Some(names.into()), thinking });
@@ -154,7 +167,9 @@ fn schema(random: &mut Random, depth: usize) -> Value {
         3 => json!({"enum": ["red", "dark green", 7, null]}),
         4 => json!({"type": "string", "pattern": "^[a-f]{2,4}$"}),
         5 => json!({"type": ["null", "integer"], "minimum": 0, "maximum": 9}),
-        6 => json!({"type": "array", "items": schema(random, depth - 1), "minItems": random.below(2), "maxItems": 3}),
+        6 => {
+            json!({"type": "array", "items": schema(random, depth - 1), "minItems": random.below(2), "maxItems": 3})
+        }
         7 => json!({"anyOf": [{"type": "boolean"}, object(random, depth - 1)]}),
         _ => object(random, depth - 1),
     }
@@ -180,7 +195,10 @@ pub(crate) fn validate(value: &Value, schema: &Value) -> Result<(), String> {
         Value::Object(_) => "object",
     };
     let wanted = &schema["type"];
-    if !(wanted.is_null() || wanted == kind || wanted.as_array().is_some_and(|list| list.contains(&json!(kind)))) {
+    if !(wanted.is_null()
+        || wanted == kind
+        || wanted.as_array().is_some_and(|list| list.contains(&json!(kind))))
+    {
         return fail("the type");
     }
     match value {

@@ -193,7 +193,11 @@ fn harmony_with_a_response_format() {
     ] {
         assert_eq!(allows("harmony", &demands, false, &format!("{analysis}{good}")), Ok(()));
     }
-    for bad in ["<|channel|>final<|message|>ok", "<|channel|>final<|message|>{\"ok\": 1", "<|channel|>commentary<|message|>"] {
+    for bad in [
+        "<|channel|>final<|message|>ok",
+        "<|channel|>final<|message|>{\"ok\": 1",
+        "<|channel|>commentary<|message|>",
+    ] {
         assert!(allows("harmony", &demands, false, &format!("{analysis}{bad}")).is_err(), "{bad}");
     }
 }
@@ -215,7 +219,10 @@ fn hermes_as_models_write_it() {
     let one = Demands { one_call: true, ..required };
     assert!(allows("hermes", &one, false, &format!("{call}\n{call}<|im_end|>")).is_err());
 
-    let json = Grammar::Json { schema: json!({"type": "object", "properties": {"ok": {"type": "boolean"}}}), strict: false };
+    let json = Grammar::Json {
+        schema: json!({"type": "object", "properties": {"ok": {"type": "boolean"}}}),
+        strict: false,
+    };
     let formatted = weather(false, CallRule::Free, Some(json));
     for text in ["{\"ok\": true}<|im_end|>", call] {
         assert_eq!(allows("hermes", &formatted, false, text), Ok(()));
@@ -228,7 +235,10 @@ fn hermes_as_models_write_it() {
         assert_eq!(allows("hermes", &strict, false, &text), Ok(()));
     }
     assert!(allows("hermes", &strict, false, "<tool_call>\n{\"name\": \"rm\"").is_err());
-    assert!(allows("hermes", &strict, false, "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {}").is_err());
+    assert!(
+        allows("hermes", &strict, false, "<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {}")
+            .is_err()
+    );
     let none = weather(false, CallRule::Forbidden, None);
     assert!(allows("hermes", &none, false, call).is_err());
     assert_eq!(allows("hermes", &none, false, "Hello<|im_end|>"), Ok(()));

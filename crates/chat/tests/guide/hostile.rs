@@ -39,7 +39,9 @@ fn regular_expressions_that_explode() {
     let guides = Guides::new(demo_tokenizer());
     let (huge, classes) = ("(a{1,9999}){1,9999}".to_owned(), r"[\pL\pN]{1000}".repeat(20));
     let many = format!("({})*", (0..2000).map(|i| format!("w{i}x")).collect::<Vec<_>>().join("|"));
-    for text in ["(a+)+b", "(a|aa)+$", "(.*a){50}", "((a{0,99}){0,99}){0,99}", "(x+x+)+y", &huge, &classes, &many] {
+    for text in
+        ["(a+)+b", "(a|aa)+$", "(.*a){50}", "((a{0,99}){0,99}){0,99}", "(x+x+)+y", &huge, &classes, &many]
+    {
         survives(&guides, &Grammar::Regex(text.to_owned()));
         survives(&guides, &json_of(json!({"type": "string", "pattern": text})));
         let key = json!({"type": "object", "patternProperties": {text: {"type": "string"}}});
@@ -92,7 +94,13 @@ fn circular_references() {
     ] {
         survives(&guides, &json_of(schema));
     }
-    for grammar in ["start: start", "start: a\na: b\nb: a", "start: start start | \"x\"", "start: a*\na: \"\"?", "start: %json {\"$ref\": \"#\"}"] {
+    for grammar in [
+        "start: start",
+        "start: a\na: b\nb: a",
+        "start: start start | \"x\"",
+        "start: a*\na: \"\"?",
+        "start: %json {\"$ref\": \"#\"}",
+    ] {
         survives(&guides, &Grammar::Lark(grammar.to_owned()));
     }
 }
@@ -122,7 +130,9 @@ fn size() {
     let properties: serde_json::Map<_, _> =
         (0..3000).map(|i| (format!("property{i}"), json!({"type": "string", "maxLength": 5000}))).collect();
     survives(&guides, &json_of(json!({"type": "object", "properties": properties})));
-    let any: Vec<Value> = (0..500).map(|i| json!({"type": "object", "properties": {format!("p{i}"): {"type": "string"}}})).collect();
+    let any: Vec<Value> = (0..500)
+        .map(|i| json!({"type": "object", "properties": {format!("p{i}"): {"type": "string"}}}))
+        .collect();
     survives(&guides, &json_of(json!({"anyOf": any})));
     survives(&guides, &json_of(json!({"allOf": any})));
     survives(&guides, &json_of(json!({"oneOf": any})));
@@ -161,14 +171,54 @@ fn emptiness() {
 fn keywords_of_wrong_types() {
     let guides = Guides::new(demo_tokenizer());
     let keywords = [
-        "type", "properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems",
-        "enum", "const", "pattern", "format", "minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum",
-        "multipleOf", "anyOf", "oneOf", "allOf", "not", "if", "then", "$ref", "$defs", "definitions",
-        "patternProperties", "propertyNames", "minProperties", "x-guidance", "$schema", "$id", "default", "title",
+        "type",
+        "properties",
+        "required",
+        "additionalProperties",
+        "items",
+        "prefixItems",
+        "minItems",
+        "maxItems",
+        "enum",
+        "const",
+        "pattern",
+        "format",
+        "minLength",
+        "maxLength",
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "multipleOf",
+        "anyOf",
+        "oneOf",
+        "allOf",
+        "not",
+        "if",
+        "then",
+        "$ref",
+        "$defs",
+        "definitions",
+        "patternProperties",
+        "propertyNames",
+        "minProperties",
+        "x-guidance",
+        "$schema",
+        "$id",
+        "default",
+        "title",
     ];
     let values = [
-        json!(null), json!(true), json!(-1), json!(1e308), json!(""), json!("("), json!([]), json!([1]), json!({}),
-        json!({"a": 1}), json!([[]]),
+        json!(null),
+        json!(true),
+        json!(-1),
+        json!(1e308),
+        json!(""),
+        json!("("),
+        json!([]),
+        json!([1]),
+        json!({}),
+        json!({"a": 1}),
+        json!([[]]),
     ];
     let bench = Bench::new("harmony");
     for keyword in keywords {

@@ -60,7 +60,8 @@ pub fn sample_row(logits: &[f32], row: &SampleRow) -> Result<Sampled, SampleErro
 /// Applies bans, masks, bias and penalties; borrows the logits where none of them is asked for.
 fn adjust<'a>(logits: &'a [f32], row: &SampleRow) -> Cow<'a, [f32]> {
     let params = &*row.params;
-    if row.banned.is_empty() && row.mask.is_none() && params.logit_bias.is_empty() && !params.has_penalties() {
+    if row.banned.is_empty() && row.mask.is_none() && params.logit_bias.is_empty() && !params.has_penalties()
+    {
         return Cow::Borrowed(logits);
     }
     let mut logits = logits.to_vec();

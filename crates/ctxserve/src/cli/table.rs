@@ -259,7 +259,7 @@ pub const SERVING: &[Flag] = &[
         &["false"],
         "tools stay in the prompt when tool_choice is none",
     ),
-    only("tool-strict-level", Value("LEVEL"), &["auto"], "calls are not constrained by grammar yet"),
+    only("tool-strict-level", Value("LEVEL"), &["auto"], "functions that are declared strict are held to their schema"),
     honoured(
         "chat-template",
         Value("FILE"),
@@ -286,8 +286,8 @@ pub const SERVING: &[Flag] = &[
         "log-probabilities are those before temperature and filters",
     ),
     refused("return-tokens-as-token-ids", Switch, "send return_token_ids in the request"),
-    refused("structured-outputs-config", Value("JSON"), "constrained decoding is not supported yet"),
-    only("guided-decoding-backend", Value("NAME"), &["auto"], "constrained decoding is not supported yet"),
+    refused("structured-outputs-config", Value("JSON"), "structured outputs have one implementation, without settings"),
+    only("guided-decoding-backend", Value("NAME"), &["auto", "guidance"], "grammars are llguidance's"),
     no_op("enable-prompt-tokens-details", Switch, "usage always has them"),
     only(
         "enable-force-include-usage",

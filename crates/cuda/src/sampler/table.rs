@@ -287,7 +287,9 @@ mod tests {
         for (vocab, width) in [(1, 1), (1024, 1024), (3000, 2990), (3000, 5000), (201_088, 201_080)] {
             let mut lists = Lists::new(vocab);
             let mut mask = TokenMask::none(width);
-            (0..width as u32).filter(|id| id.wrapping_mul(2_654_435_761) >> 30 == 0).for_each(|id| mask.allow(id));
+            (0..width as u32)
+                .filter(|id| id.wrapping_mul(2_654_435_761) >> 30 == 0)
+                .for_each(|id| mask.allow(id));
             let mut row = SampleRow::new(Arc::default());
             assert_eq!(lists.add_mask(&row), None);
             row.mask = Some(Arc::new(mask.clone()));
@@ -301,7 +303,10 @@ mod tests {
                 let word = lists.words()[start + part * MASK_WORDS + k];
                 assert_eq!(word >> lane & 1 == 1, mask.allows(column as u32), "{column} of {vocab}");
             }
-            assert_eq!(line(&row, Some(0), Some(start as u32)).flags & (ADJUSTED | MASKED), ADJUSTED | MASKED);
+            assert_eq!(
+                line(&row, Some(0), Some(start as u32)).flags & (ADJUSTED | MASKED),
+                ADJUSTED | MASKED
+            );
         }
     }
 

@@ -263,7 +263,16 @@ proptest! {
 }
 
 fn job(arrives: usize, prompt: usize, max_tokens: usize) -> Job {
-    Job { arrives, prompt, max_tokens, min_tokens: max_tokens, cancelled: None, stops: 0, penalised: false, guided: None }
+    Job {
+        arrives,
+        prompt,
+        max_tokens,
+        min_tokens: max_tokens,
+        cancelled: None,
+        stops: 0,
+        penalised: false,
+        guided: None,
+    }
 }
 
 #[test]

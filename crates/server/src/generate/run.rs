@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use ctxserve_core::{Event, FinishReason, GenerateRequest, Guide, RequestId, SamplingParams, StopRules, TokenId};
+use ctxserve_core::{
+    Event, FinishReason, GenerateRequest, Guide, RequestId, SamplingParams, StopRules, TokenId,
+};
 use ctxserve_engine::{EventStream, SubmitError};
 use tokio_stream::{StreamExt, StreamMap};
 
@@ -36,7 +38,14 @@ impl Job {
                 let mut sampling = self.sampling.clone();
                 sampling.seed = sampling.seed.map(|seed| seed.wrapping_add(i));
                 let prompt = Arc::clone(prompt);
-                GenerateRequest { id, prompt, sampling, stop: self.rules.clone(), max_tokens, guide: self.guide.clone() }
+                GenerateRequest {
+                    id,
+                    prompt,
+                    sampling,
+                    stop: self.rules.clone(),
+                    max_tokens,
+                    guide: self.guide.clone(),
+                }
             })
         })
         .collect()

@@ -34,11 +34,14 @@ pub(crate) fn content(fields: &GenerationFields) -> Result<Option<Content>, ApiE
     found.extend(present(&fields.structured_outputs).map(structured_outputs).transpose()?.flatten());
     for (param, value) in guided {
         let kind = param.trim_start_matches("guided_");
-        found.extend(present(value).map(|value| constraint(kind, value, param.to_owned())).transpose()?.flatten());
+        found.extend(
+            present(value).map(|value| constraint(kind, value, param.to_owned())).transpose()?.flatten(),
+        );
     }
     match found.as_slice() {
         [_, second, ..] => {
-            let message = "only one of response_format, structured_outputs and guided_* may constrain the answer";
+            let message =
+                "only one of response_format, structured_outputs and guided_* may constrain the answer";
             Err(ApiError::invalid(second.param.clone(), message))
         }
         _ => Ok(found.pop()),
@@ -56,9 +59,7 @@ fn response_format(format: &Value) -> Result<Option<Content>, ApiError> {
     };
     match map.get("type").and_then(Value::as_str) {
         Some("text") => Ok(None),
-        Some("json_object") => {
-            Ok(Some(Content { grammar: Grammar::json_object(), param: param.to_owned() }))
-        }
+        Some("json_object") => Ok(Some(Content { grammar: Grammar::json_object(), param: param.to_owned() })),
         Some("json_schema") => {
             let at = "response_format.json_schema";
             let Some(Value::Object(wrapper)) = map.get("json_schema") else {

@@ -106,10 +106,14 @@ pub(crate) fn choice(
     tools: &[FunctionTool],
 ) -> Result<ToolChoice, ApiError> {
     let invalid = |message: &str| Err(ApiError::invalid(PARAM, message));
-    let named = |names: Vec<String>, rule, is_named| match names.iter().find(|name| !is_declared(tools, name)) {
+    let named = |names: Vec<String>, rule, is_named| match names.iter().find(|name| !is_declared(tools, name))
+    {
         Some(name) => {
             let shown: String = name.chars().take(MAX_NAME).collect();
-            Err(ApiError::invalid(PARAM, format!("tool_choice names the function '{shown}', which tools do not have")))
+            Err(ApiError::invalid(
+                PARAM,
+                format!("tool_choice names the function '{shown}', which tools do not have"),
+            ))
         }
         None if names.is_empty() => invalid("tool_choice allows no function"),
         None => Ok(ToolChoice { rule, names: Some(names), is_named }),

@@ -30,15 +30,8 @@ fn workloads() -> impl Strategy<Value = Workload> {
     let ends = (1_usize..70, 0_usize..8, prop::collection::vec(1_u32..20, 0..3));
     let job = (1_usize..100, line, ends, prop::bool::weighted(0.1), prop::option::weighted(0.2, 0_usize..20));
     let job = (job, prop::option::weighted(0.3, 0_usize..40));
-    let job = job.prop_map(|((prompt, line, (max_tokens, min_tokens, stops), penalised, leaves), guided)| Job {
-        prompt,
-        line,
-        max_tokens,
-        min_tokens,
-        stops,
-        penalised,
-        guided,
-        leaves,
+    let job = job.prop_map(|((prompt, line, (max_tokens, min_tokens, stops), penalised, leaves), guided)| {
+        Job { prompt, line, max_tokens, min_tokens, stops, penalised, guided, leaves }
     });
     // Pages of 16 positions and 64 bytes: room for one sequence of 128 tokens and little more.
     let config = (1_usize..6, 1_usize..40, 8_usize..24).prop_map(|(seqs, rows, pages)| EngineConfig {
