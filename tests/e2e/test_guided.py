@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -68,7 +69,7 @@ def check(tool_call):
 
 def ask(server, name, **more):
     return server.client().chat.completions.create(
-        model="golden", messages=ASK, temperature=1.0, max_tokens=600, logit_bias=BIAS[name], **more
+        model="golden", messages=ASK, temperature=1.0, max_tokens=400, logit_bias=BIAS[name], **more
     )
 
 
@@ -83,7 +84,7 @@ def test_forced_calls_of_random_weights_are_valid_every_time(model, choice):
     name, server = model
     whole = 0
     for seed in range(3):
-        for answer in ask(server, name, tools=tools(False), tool_choice=choice, n=20, seed=seed * 100).choices:
+        for answer in ask(server, name, tools=tools(False), tool_choice=choice, n=8, seed=seed * 100).choices:
             calls = answer.message.tool_calls or []
             if answer.finish_reason == "length":
                 continue
@@ -93,14 +94,14 @@ def test_forced_calls_of_random_weights_are_valid_every_time(model, choice):
                 check(tool_call)
             if isinstance(choice, dict):
                 assert [c.function.name for c in calls] == ["set_flags"]
-    assert whole > 20, f"only {whole} of 60 came to an end"
+    assert whole > 8, f"only {whole} of 24 came to an end"
 
 
 def test_strict_functions_and_a_schema_in_one_request(model):
     """HAR-12, HAR-13, HAR-14, HER-05."""
     name, server = model
     answer_format = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": VERDICT}}
-    answers = ask(server, name, tools=tools(True), response_format=answer_format, n=60, seed=1).choices
+    answers = ask(server, name, tools=tools(True), response_format=answer_format, n=20, seed=1).choices
     kinds = {"tool_calls": 0, "stop": 0, "length": 0}
     for answer in answers:
         kinds[answer.finish_reason] += 1
@@ -110,7 +111,7 @@ def test_strict_functions_and_a_schema_in_one_request(model):
         elif answer.finish_reason == "stop":
             verdict = json.loads(answer.message.content)
             assert isinstance(verdict["ok"], bool) and verdict["n"] in range(100) and len(verdict) == 2
-    assert kinds["stop"] > 3, kinds
+    assert kinds["stop"] > 0, kinds
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,6 @@ def test_constrained_and_free_requests_share_steps(golden):
         return answer.choices[0].text
 
     alone = greedy()
-    from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(6) as pool:
         guided = [
@@ -257,7 +257,7 @@ def test_hostile_grammars_stall_nobody(golden):
         status, _, body = golden.post(
             "/v1/chat/completions",
             {"model": "golden", "messages": ASK, "max_tokens": 20, "structured_outputs": constraint},
-            timeout=30,
+            timeout=60,
         )
         assert status in (200, 400), (status, body)
     answer = golden.client().completions.create(model="golden", prompt="a", max_tokens=3)

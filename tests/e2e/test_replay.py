@@ -130,8 +130,9 @@ def test_parallel_calls_and_their_limit():
 def test_tool_choice_none_leaves_no_calls():
     with Replay([call("search", '{"query": "a"}')]) as server:
         got, _ = whole(server.client(), tool_choice="none")
-        assert got["tool_calls"] == [] and got["finish_reason"] == "stop"
-        assert '{"query": "a"}' in got["content"]
+        # The header of a call is not legal then, whatever the model wants to say.
+        assert got["tool_calls"] == [] and got["finish_reason"] in ("stop", "length")
+        assert "search" not in json.dumps(got) or got["reasoning"]
 
 
 def test_stop_strings_see_content_only():

@@ -91,7 +91,7 @@ fn prepare(state: &ServerState, body: &[u8]) -> Result<Prepared, ApiError> {
     refused::check(Route::Chat, text)?;
     let max_tokens = fields.max_completion_tokens.map(|most| (most, "max_completion_tokens"));
     let content = guide::content(&shared)?;
-    let options = options(state, shared, max_tokens, logprobs(&fields)?)?;
+    let mut options = options(state, shared, max_tokens, logprobs(&fields)?)?;
     let strict: Vec<bool> = fields.tools.iter().flatten().map(is_strict).collect();
     let tools = tools::tools(state.config(), fields.tools, text)?;
     let choice = tools::choice(state, fields.tool_choice.as_ref(), &tools)?;
@@ -107,6 +107,10 @@ fn prepare(state: &ServerState, body: &[u8]) -> Result<Prepared, ApiError> {
         tools: Some(names.into()),
         thinking: state.format().leaves_thinking_open(&prompt),
     };
+    if guide.is_some() {
+        // A checkpoint's end that is ordinary text would cut the text under a grammar.
+        options.rules.eos = options.rules.eos.iter().copied().filter(|id| state.tokenizer().is_control(*id)).collect();
+    }
     let max_tokens = room(state, &options, state.config().default_max_tokens, prompt.len(), PARAM)?;
     let one_call = fields.parallel_tool_calls == Some(false);
     let guide = guide::chat(state, &conversation.tools, &strict, &choice, one_call, content, &prompt)?;
