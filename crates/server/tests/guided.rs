@@ -88,6 +88,9 @@ impl Runner for RandomRunner {
     }
 }
 
+/// Whether a text is what was asked for.
+type Holds<'a> = &'a dyn Fn(&str) -> bool;
+
 const FORMATS: [&str; 2] = ["harmony", "hermes"];
 
 fn server(format: &str) -> Server {
@@ -223,7 +226,7 @@ async fn every_spelling_of_a_constraint() {
     };
     let is_choice = |text: &str| ["yes", "no way"].contains(&text);
     let is_nested = |text: &str| text.contains('x') && text.matches('(').count() == text.matches(')').count();
-    let cases: Vec<(Value, &dyn Fn(&str) -> bool)> = vec![
+    let cases: Vec<(Value, Holds<'_>)> = vec![
         (
             json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}),
             &is_json,

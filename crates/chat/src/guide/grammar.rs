@@ -91,7 +91,7 @@ impl Grammar {
     pub(super) fn compile(&self, vocabulary: &Vocabulary) -> Result<Follower, String> {
         let compile = |grammar| {
             let parser = vocabulary.factory().create_parser(grammar).map_err(|error| message(&error))?;
-            Ok(Follower { matcher: Matcher::new(Ok(parser)), len: vocabulary.len() })
+            Ok(Follower { matcher: Box::new(Matcher::new(Ok(parser))), len: vocabulary.len() })
         };
         let top = match self {
             Self::Json { schema, strict } => {
@@ -135,7 +135,7 @@ fn message(error: &impl fmt::Display) -> String {
 
 /// A text in progress.
 pub(crate) struct Follower {
-    matcher: Matcher,
+    matcher: Box<Matcher>,
     len: usize,
 }
 
@@ -168,7 +168,7 @@ impl Follower {
 
     /// A copy that shares nothing.
     pub(crate) fn fork(&self) -> Self {
-        Self { matcher: self.matcher.deep_clone(), len: self.len }
+        Self { matcher: Box::new(self.matcher.deep_clone()), len: self.len }
     }
 }
 

@@ -136,9 +136,9 @@ impl HermesGuide {
             let open = Part::Token(tag(CALL)?);
             close.push(tag("</tool_call>")?);
             let newline = Part::text("\n");
-            after.add(&[open.clone()], CALLS);
+            after.add(std::slice::from_ref(&open), CALLS);
             after.add(&[newline.clone(), open.clone()], CALLS);
-            starts.iter_mut().for_each(|words| words.add(&[open.clone()], CALLS));
+            starts.iter_mut().for_each(|words| words.add(std::slice::from_ref(&open), CALLS));
             let [_, behind] = &mut starts;
             behind.add(&[newline.clone(), open.clone()], CALLS);
             behind.add(&[newline.clone(), newline, open], CALLS);

@@ -107,13 +107,14 @@ fn prepare(state: &ServerState, body: &[u8]) -> Result<Prepared, ApiError> {
         tools: Some(names.into()),
         thinking: state.format().leaves_thinking_open(&prompt),
     };
-    if guide.is_some() {
-        // A checkpoint's end that is ordinary text would cut the text under a grammar.
-        options.rules.eos = options.rules.eos.iter().copied().filter(|id| state.tokenizer().is_control(*id)).collect();
-    }
     let max_tokens = room(state, &options, state.config().default_max_tokens, prompt.len(), PARAM)?;
     let one_call = fields.parallel_tool_calls == Some(false);
     let guide = guide::chat(state, &conversation.tools, &strict, &choice, one_call, content, &prompt)?;
+    if guide.is_some() {
+        // A checkpoint's end that is ordinary text would cut the text under a grammar.
+        options.rules.eos =
+            options.rules.eos.iter().copied().filter(|id| state.tokenizer().is_control(*id)).collect();
+    }
     let hide_reasoning = fields.include_reasoning == Some(false);
     Ok(Prepared { options, prompt, max_tokens, parser, guide, one_call, hide_reasoning })
 }
