@@ -111,7 +111,7 @@ def test_strict_functions_and_a_schema_in_one_request(model):
         elif answer.finish_reason == "stop":
             verdict = json.loads(answer.message.content)
             assert isinstance(verdict["ok"], bool) and verdict["n"] in range(100) and len(verdict) == 2
-    assert kinds["stop"] > 0, kinds
+    assert kinds["stop"] + kinds["tool_calls"] > 8, kinds
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,9 @@ proptest! {
         }
         let bound = demands.tools.iter().all(|tool| tool.strict || demands.calls == CallRule::Required);
         if bound && bench.format.name() == "harmony" {
-            prop_assert!(recoveries.is_empty(), "{:?}: {}", recoveries, shown);
+            // Reserved tokens in reasoning are dropped, and noted.
+            let odd = recoveries.iter().any(|name| *name != "unknown_control");
+            prop_assert!(!odd, "{:?}: {}", recoveries, shown);
         }
     }
 
