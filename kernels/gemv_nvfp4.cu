@@ -22,6 +22,7 @@ struct Params {
     int stride;
     int pieces;            // warps that share a block's columns, as a power of two: 0 to 3
     int stages;            // strips in the ring
+    int slots;             // strips of which sums are under way, as a power of two: 1 or 2
     int reciprocal;        // 65536 / pairs of rows, rounded up
     int launch;            // the next kernel may start when this many strips have not been asked for yet
     int output;            // 0: stored, 1: added, 2: SwiGLU
@@ -29,7 +30,8 @@ struct Params {
     float eps;
 };
 
-constexpr int MULTIPLIERS = 8, FINISHERS = 3, THREADS = (MULTIPLIERS + FINISHERS + 1) * 32;
+constexpr int WARPS = 8, FINISHERS = 2, THREADS = (WARPS + FINISHERS + 1) * 32;
+constexpr int MOST_SLOTS = 4, PARTS = 16;
 constexpr int MOST_STAGES = 16, MOST_SPLIT = 4;
 constexpr int STORED = 0, ADDED = 1, SWIGLU = 2;
 
@@ -43,22 +45,13 @@ DEVICE void load_matrices(uint4& v, uint32_t at) {
                  : "r"(at)
                  : "memory");
 }
+// Its reads are done, as their sums are: a release at the scope of the cluster would wait for outputs on their way to memory.
 DEVICE void arrive_at(uint32_t barrier, int rank) {
     asm volatile(
         "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
+        "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
         "r"(rank)
         : "memory");
-}
-DEVICE void wait_cluster(uint32_t barrier, uint32_t parity) {
-    uint32_t done;
-    do {
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    } while (!done);
 }
 
 // What the roles of a block share.
@@ -86,7 +79,7 @@ template <int SPLIT> struct Block {
     __device__ __forceinline__ uint32_t empty(int stage) const { return shared + (MOST_STAGES + stage) * 8; }
     __device__ __forceinline__ uint32_t summed(int slot) const { return shared + (2 * MOST_STAGES + slot) * 8; }
     __device__ __forceinline__ uint32_t free(int owner, int slot) const {
-        return shared + (2 * MOST_STAGES + FINISHERS + owner * FINISHERS + slot) * 8;
+        return shared + (2 * MOST_STAGES + MOST_SLOTS + owner * MOST_SLOTS + slot) * 8;
     }
     __device__ __forceinline__ uint32_t tokens_full() const { return free(MOST_SPLIT, 0); }
     __device__ __forceinline__ uint32_t norm_full() const { return free(MOST_SPLIT, 1); }
@@ -94,24 +87,24 @@ template <int SPLIT> struct Block {
 
     // Parts of shared memory: barriers, sums of squares [rows][SPLIT * 8], weights of the norm, tokens, sums, ring.
     __device__ __forceinline__ uint32_t squares() const { return shared + 512; }
-    __device__ __forceinline__ uint32_t norm() const { return squares() + (p.norm ? 16 * SPLIT * MULTIPLIERS * 4 : 0); }
+    __device__ __forceinline__ uint32_t norm() const { return squares() + (p.norm ? 16 * PARTS * 4 : 0); }
     __device__ __forceinline__ uint32_t tokens() const { return norm() + (p.norm ? most_tiles() * 256 : 0); }
     __device__ __forceinline__ uint32_t token_bytes() const { return most_tiles() * 128 + 16; }
     __device__ __forceinline__ uint32_t sums() const { return tokens() + p.rows * token_bytes(); }
-    __device__ __forceinline__ uint32_t ring() const { return (sums() + FINISHERS * parts() * part_bytes() + 127) / 128 * 128; }
+    __device__ __forceinline__ uint32_t ring() const { return (sums() + (parts() * part_bytes() << p.slots) + 127) / 128 * 128; }
     __device__ __forceinline__ uint32_t stage_bytes() const { return most_tiles() * (NV_TILE_CODES + NV_TILE_SCALES); }
 
     __device__ __forceinline__ void init() const {
         for (int stage = 0; stage < p.stages; ++stage) barrier_init(full(stage), 1), barrier_init(empty(stage), 1 << p.pieces);
-        for (int slot = 0; slot < FINISHERS; ++slot) {
+        for (int slot = 0; slot < 1 << p.slots; ++slot) {
             barrier_init(summed(slot), SPLIT > 1 ? 1 : 1 << p.pieces);
             for (int owner = 0; owner < SPLIT; ++owner) barrier_init(free(owner, slot), 1);
         }
         barrier_init(tokens_full(), 1), barrier_init(norm_full(), 1), barrier_init(squares_full(), 1);
         barrier_init_fence();
         if (SPLIT > 1) {
-            for (int slot = 0; slot < FINISHERS && slot < owned(); ++slot) barrier_expect(summed(slot), parts() * part_bytes());
-            if (p.norm) barrier_expect(squares_full(), SPLIT * MULTIPLIERS * p.rows * 4);
+            for (int slot = 0; slot < 1 << p.slots && slot < owned(); ++slot) barrier_expect(summed(slot), parts() * part_bytes());
+            if (p.norm) barrier_expect(squares_full(), PARTS * p.rows * 4);
         }
     }
 };
@@ -149,52 +142,57 @@ template <int SPLIT> struct Copier {
     }
 };
 
-// bf16(x * weight) of the block's columns to shared memory, and the sums of squares. A warp has an eighth of the columns of every row,
-// UNITS * 4 to a lane at a time.
-template <int SPLIT, int UNITS, int ROWS> DEVICE void stage_normed(const Block<SPLIT>& b, int warp, int lane) {
+// bf16(x * weight) of the block's columns to shared memory, and the sums of squares of a sixteenth of all columns each, BATCH of them in a
+// warp's hands at a time.
+template <int SPLIT, int BATCH> DEVICE void stage_normed(const Block<SPLIT>& b, int warp, int lane) {
+    constexpr int SEGMENTS = PARTS / SPLIT, UNITS = 2;
     const Params& p = b.p;
-    const int first = b.tiles * 2 * warp, units = b.tiles * 2;
-    const float4* const from = reinterpret_cast<const float4*>(static_cast<const float*>(p.x) + b.first_tile * 64) + first;
-    for (int row0 = 0; row0 < p.rows; row0 += ROWS) {
-        float squares[ROWS];
+    const int units = b.tiles * SPLIT, items = p.rows * SEGMENTS;
+    const float4* const from = reinterpret_cast<const float4*>(static_cast<const float*>(p.x) + b.first_tile * 64);
+    bool waited = false;
+    for (int first = warp; first < items; first += BATCH * WARPS) {
+        float squares[BATCH];
 #pragma unroll
-        for (int k = 0; k < ROWS; ++k) squares[k] = 0;
+        for (int k = 0; k < BATCH; ++k) squares[k] = 0;
         for (int base = 0; base < units; base += UNITS * 32) {
-            float4 v[ROWS][UNITS];
+            float4 v[BATCH][UNITS];
 #pragma unroll
-            for (int k = 0; k < ROWS; ++k)
+            for (int k = 0; k < BATCH; ++k) {
+                const int item = first + k * WARPS, row = item / SEGMENTS, start = item % SEGMENTS * units;
 #pragma unroll
                 for (int i = 0; i < UNITS; ++i) {
                     const int unit = base + i * 32 + lane;
-                    v[k][i] = row0 + k < p.rows && unit < units ? __ldcg(from + static_cast<size_t>(row0 + k) * p.tiles * 16 + unit)
-                                                                : make_float4(0, 0, 0, 0);
+                    if (item < items && unit < units) v[k][i] = __ldcg(from + static_cast<size_t>(row) * p.tiles * 16 + start + unit);
                 }
-            if (row0 == 0 && base == 0) barrier_wait(b.norm_full(), 0);
+            }
+            if (!waited) barrier_wait(b.norm_full(), 0);
+            waited = true;
 #pragma unroll
-            for (int i = 0; i < UNITS; ++i) {
-                const int unit = base + i * 32 + lane;
-                if (unit >= units) continue;
-                float w[4];
-                asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
-                             : "=f"(w[0]), "=f"(w[1]), "=f"(w[2]), "=f"(w[3])
-                             : "r"(b.norm() + (first + unit) * 16)
-                             : "memory");
+            for (int k = 0; k < BATCH; ++k) {
+                const int item = first + k * WARPS, row = item / SEGMENTS, start = item % SEGMENTS * units;
 #pragma unroll
-                for (int k = 0; k < ROWS; ++k) {
-                    if (row0 + k >= p.rows) continue;
+                for (int i = 0; i < UNITS; ++i) {
+                    const int unit = base + i * 32 + lane;
+                    if (item >= items || unit >= units) continue;
+                    float w[4];
+                    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                                 : "=f"(w[0]), "=f"(w[1]), "=f"(w[2]), "=f"(w[3])
+                                 : "r"(b.norm() + (start + unit) * 16)
+                                 : "memory");
                     const float4 a = v[k][i];
                     squares[k] = fmaf(a.x, a.x, fmaf(a.y, a.y, fmaf(a.z, a.z, fmaf(a.w, a.w, squares[k]))));
-                    asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(b.tokens() + (row0 + k) * b.token_bytes() + (first + unit) * 8),
+                    asm volatile("st.shared.v2.b32 [%0], {%1,%2};" ::"r"(b.tokens() + row * b.token_bytes() + (start + unit) * 8),
                                  "r"(pack2<__nv_bfloat16>(a.x * w[0], a.y * w[1])), "r"(pack2<__nv_bfloat16>(a.z * w[2], a.w * w[3]))
                                  : "memory");
                 }
             }
         }
 #pragma unroll
-        for (int k = 0; k < ROWS; ++k) {
-            if (row0 + k >= p.rows) continue;
+        for (int k = 0; k < BATCH; ++k) {
+            const int item = first + k * WARPS;
+            if (item >= items) continue;
             const float sum = warp_sum(squares[k]);
-            const uint32_t at = b.squares() + ((row0 + k) * (SPLIT * MULTIPLIERS) + b.rank * MULTIPLIERS + warp) * 4;
+            const uint32_t at = b.squares() + (item / SEGMENTS * PARTS + b.rank * SEGMENTS + item % SEGMENTS) * 4;
             if (SPLIT > 1) {
                 if (lane < SPLIT) send(at, b.squares_full(), lane, sum);
             } else if (lane == 0) {
@@ -212,7 +210,7 @@ DEVICE void load_tile(uint4& codes, uint2& scales, uint32_t codes_at, uint32_t s
 // Pieces of strips.
 template <int SPLIT, int NT> DEVICE void multiply(const Block<SPLIT>& b, int warp, int lane) {
     const Params& p = b.p;
-    const int piece = warp & ((1 << p.pieces) - 1), group = warp >> p.pieces, groups = MULTIPLIERS >> p.pieces, g = lane / 4, t = lane % 4;
+    const int piece = warp & ((1 << p.pieces) - 1), group = warp >> p.pieces, groups = WARPS >> p.pieces, g = lane / 4, t = lane % 4;
     const int first = share(b.tiles, piece, p.pieces), count = share(b.tiles, piece + 1, p.pieces) - first;
     uint32_t tokens[NT];
 #pragma unroll
@@ -262,10 +260,9 @@ template <int SPLIT, int NT> DEVICE void multiply(const Block<SPLIT>& b, int war
         stage += groups;
         while (stage >= p.stages) stage -= p.stages, parity ^= 1;
 
-        const int owner = strip % SPLIT, turn = strip / SPLIT, slot = turn % FINISHERS, round = turn / FINISHERS;
+        const int owner = strip % SPLIT, turn = strip / SPLIT, slot = turn & ((1 << p.slots) - 1), round = turn >> p.slots;
         if (round > 0) {
-            if (SPLIT > 1) wait_cluster(b.free(owner, slot), (round - 1) & 1);
-            else barrier_wait(b.free(owner, slot), (round - 1) & 1);
+            barrier_wait(b.free(owner, slot), (round - 1) & 1);
         }
         const uint32_t to = b.sums() + (slot * b.parts() + (b.rank << p.pieces) + piece) * b.part_bytes();
 #pragma unroll
@@ -308,9 +305,9 @@ template <int SPLIT, int NT> DEVICE void finish(const Block<SPLIT>& b, int finis
     float* const y = static_cast<float*>(p.y);
     float scale = NV_UNIT;
     bool scaled = p.norm == nullptr;
-    if (SPLIT > 1 && p.norm) wait_cluster(b.squares_full(), 0);
-    for (int turn = finisher, round = 0; turn < owned; turn += FINISHERS, ++round) {
-        const int strip = strip_of(turn);
+    if (SPLIT > 1 && p.norm) barrier_wait(b.squares_full(), 0);
+    for (int turn = finisher; turn < owned; turn += FINISHERS) {
+        const int strip = strip_of(turn), slot = turn & ((1 << p.slots) - 1), round = turn >> p.slots;
         float early[MOST][4];
         if (p.output == ADDED) {
 #pragma unroll
@@ -322,14 +319,13 @@ template <int SPLIT, int NT> DEVICE void finish(const Block<SPLIT>& b, int finis
                 if (row + 1 < live) early[k][1] = __ldcg(from + p.stride), early[k][3] = __ldcg(from + p.stride + 8);
             }
         }
-        if (SPLIT > 1) wait_cluster(b.summed(finisher), round & 1);
-        else barrier_wait(b.summed(finisher), round & 1);
+        barrier_wait(b.summed(slot), round & 1);
         float4 sum[MOST];
 #pragma unroll
         for (int k = 0; k < MOST; ++k) {
             sum[k] = make_float4(0, 0, 0, 0);
             if (k * 32 + lane >= items) continue;
-            const uint32_t from = b.sums() + finisher * b.parts() * b.part_bytes() + (k * 32 + lane) * 16;
+            const uint32_t from = b.sums() + slot * b.parts() * b.part_bytes() + (k * 32 + lane) * 16;
 #pragma unroll 8
             for (int part = 0; part < b.parts(); ++part) {
                 float4 v;
@@ -341,22 +337,22 @@ template <int SPLIT, int NT> DEVICE void finish(const Block<SPLIT>& b, int finis
             }
         }
         __syncwarp();
-        if (turn + FINISHERS < owned) {
+        if (turn + (1 << p.slots) < owned) {
             if (SPLIT > 1) {
-                if (lane == 0) barrier_expect(b.summed(finisher), b.parts() * b.part_bytes());
+                if (lane == 0) barrier_expect(b.summed(slot), b.parts() * b.part_bytes());
                 __syncwarp();
-                if (lane < SPLIT) arrive_at(b.free(b.rank, finisher), lane);
+                if (lane < SPLIT) arrive_at(b.free(b.rank, slot), lane);
             } else if (lane == 0) {
-                barrier_arrive(b.free(0, finisher));
+                barrier_arrive(b.free(0, slot));
             }
         }
         if (!scaled) {
             // Of row `lane`.
             float square = 0;
             if (lane < p.rows) {
-                for (int part = 0; part < SPLIT * MULTIPLIERS; ++part) {
+                for (int part = 0; part < PARTS; ++part) {
                     float v;
-                    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(b.squares() + (lane * (SPLIT * MULTIPLIERS) + part) * 4) : "memory");
+                    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(b.squares() + (lane * PARTS + part) * 4) : "memory");
                     square += v;
                 }
             }
@@ -406,19 +402,18 @@ template <int SPLIT, int NT> DEVICE void gemv_nvfp4(const Params& p) {
     }
     __syncthreads();
     if (SPLIT > 1) cluster_arrive(), cluster_wait();
-    if (warp < MULTIPLIERS) {
+    if (warp < WARPS) {
         pdl_wait();
         if (p.norm) {
-            constexpr int UNITS = SPLIT == 1 ? 3 : SPLIT == 2 ? 2 : 1;
-            if (p.rows == 1) stage_normed<SPLIT, UNITS, 1>(b, warp, lane);
-            else stage_normed<SPLIT, UNITS, SPLIT == 1 ? 4 : SPLIT == 2 ? 6 : 8>(b, warp, lane);
-            asm volatile("bar.sync 1, 256;" ::: "memory");
+            if (p.rows * (PARTS / SPLIT) <= WARPS) stage_normed<SPLIT, 1>(b, warp, lane);
+            else stage_normed<SPLIT, 4>(b, warp, lane);
+            asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
         } else {
             barrier_wait(b.tokens_full(), 0);
         }
         multiply<SPLIT, NT>(b, warp, lane);
-    } else if (warp < MULTIPLIERS + FINISHERS) {
-        finish<SPLIT, NT>(b, warp - MULTIPLIERS, lane);
+    } else if (warp < WARPS + FINISHERS) {
+        finish<SPLIT, NT>(b, warp - WARPS, lane);
     } else if (copies) {
         if (p.norm == nullptr) {
             pdl_wait();

@@ -27,6 +27,11 @@ const PRODUCTS: [Product; 4] = [
     Product { name: "down", cols: INNER, outputs: HIDDEN, normed: false },
 ];
 
+const OTHERS: [[((usize, usize), usize); 4]; 2] = [
+    [((1, 8), 192), ((1, 8), 160), ((1, 8), 244), ((1, 8), 160)],
+    [((2, 8), 128), ((2, 8), 80), ((1, 8), 244), ((2, 8), 80)],
+];
+
 struct Data {
     /// Of each layer the four products' strips.
     layers: Vec<Vec<Buffer<u8>>>,
@@ -105,63 +110,43 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
     };
     for rows in [1, 2, 4, 8, 16] {
         let live = device.upload(&[rows as i32])?;
-        let mut best = Vec::new();
+        let mut kernels = Vec::new();
         for (at, product) in PRODUCTS.iter().enumerate() {
-            let mut timed = Vec::new();
-            for plan in plans(bench, &dims(product, rows))? {
-                let kernel = GemvNvfp4::with_plan(device, dims(product, rows), plan)?;
+            let dims = dims(product, rows);
+            for (turn, plan) in Plan::all(&dims, device.facts())?.into_iter().enumerate() {
+                let kernel = GemvNvfp4::with_plan(device, dims, plan)?;
                 let name = format!("gemv_nvfp4 {rows} rows, {}, {plan}", product.name);
-                let us = bench.time(&name, work(&[*product], rows), 4 * LAYERS, |layer| {
+                bench.time(&name, work(&[*product], rows), 4 * LAYERS, |layer| {
                     issue(bench, &data, &live, &kernel, layer, at)
                 })?;
-                timed.push((us, kernel));
+                if turn == 0 {
+                    kernels.push(kernel);
+                }
             }
-            timed.sort_by(|a, b| a.0.total_cmp(&b.0));
-            best.push(timed);
         }
-        let whole = work(&PRODUCTS, rows);
-        let time = |what: &str, kernels: [&GemvNvfp4; 4]| {
-            let name = format!("gemv_nvfp4 {rows} rows, a layer, {what}");
-            bench.time(&name, whole, 4 * LAYERS, |layer| {
-                (0..4).try_for_each(|at| issue(bench, &data, &live, kernels[at], layer, at))
-            })
-        };
-        let fastest = |at: usize| &best[at][0].1;
-        time("fastest of each", [fastest(0), fastest(1), fastest(2), fastest(3)])?;
-        // One of the four in another way.
-        for at in 0..4 {
-            for (_, other) in &best[at][1..] {
-                let mut kernels = [fastest(0), fastest(1), fastest(2), fastest(3)];
-                kernels[at] = other;
-                time(&format!("but {} {}", PRODUCTS[at].name, other.plan()), kernels)?;
+        let name = format!("gemv_nvfp4 {rows} rows, a layer");
+        bench.time(&name, work(&PRODUCTS, rows), 4 * LAYERS, |layer| {
+            kernels
+                .iter()
+                .enumerate()
+                .try_for_each(|(at, kernel)| issue(bench, &data, &live, kernel, layer, at))
+        })?;
+        // Other whole layers: of each product blocks of a cluster, pieces, clusters.
+        for other in OTHERS {
+            let mut kernels = Vec::new();
+            for (product, (way, clusters)) in PRODUCTS.iter().zip(other) {
+                let dims = dims(product, rows);
+                let plan = Plan::new(&dims, device.facts(), way, clusters, 0);
+                kernels.extend(plan.map(|plan| GemvNvfp4::with_plan(device, dims, plan)).transpose()?);
             }
+            let name = format!("gemv_nvfp4 {rows} rows, a layer, {other:?}");
+            bench.time(&name, work(&PRODUCTS, rows), 4 * LAYERS, |layer| {
+                kernels
+                    .iter()
+                    .enumerate()
+                    .try_for_each(|(at, kernel)| issue(bench, &data, &live, kernel, layer, at))
+            })?;
         }
     }
     Ok(())
-}
-
-/// What is compared: of one and of 16 rows also other numbers of clusters, and when the next kernel may start.
-fn plans(bench: &Bench, dims: &Dims) -> Result<Vec<Plan>, DeviceError> {
-    let facts = bench.device.facts();
-    let all = Plan::all(dims, facts)?;
-    if dims.rows != 1 && dims.rows != 16 {
-        return Ok(all);
-    }
-    let strips = dims.outputs / 16;
-    let mut found = Vec::new();
-    for plan in all {
-        let mut counts = vec![plan.clusters];
-        for each in [1, 2, 3, 4, 5, 6] {
-            let clusters = strips.div_ceil(each);
-            if (plan.clusters + 1..=660 / plan.split).contains(&clusters) {
-                counts.push(clusters);
-            }
-        }
-        for clusters in counts {
-            for launch in [0, 2, 99] {
-                found.extend(Plan::new(dims, facts, plan.split, plan.pieces, clusters, launch));
-            }
-        }
-    }
-    Ok(found)
 }

@@ -10,10 +10,9 @@ use crate::ops::pack_nvfp4::{STRIP_ROWS, strip_bytes};
 const OP: &str = "gemv_nvfp4";
 /// Most token rows.
 pub const MOST_ROWS: usize = 16;
-const THREADS: u32 = 384;
-/// Warps that multiply, and warps that add up.
-const MULTIPLIERS: usize = 8;
-const FINISHERS: usize = 3;
+/// Warps of a block: those that multiply, those that add up and store, the one that copies.
+const WARPS: usize = 8;
+const FINISHERS: usize = 2;
 const MOST_STAGES: usize = 16;
 const TILE_BYTES: usize = 512 + 64;
 /// Bytes after the ring that may be read, though not used.
@@ -68,12 +67,14 @@ pub struct Dims {
 pub struct Plan {
     /// Blocks of a cluster, which share the columns: 1, 2 or 4.
     pub split: usize,
-    /// Warps that share a block's columns: 2, 4 or 8; the others have other strips.
+    /// Of eight warps those that share a block's columns: 2, 4 or 8; the others have other strips.
     pub pieces: usize,
     /// Clusters, each with some strips.
     pub clusters: usize,
     /// Strips that the ring holds.
     pub stages: usize,
+    /// Strips of which sums are under way: 2 or 4.
+    pub slots: usize,
     /// The next kernel may start when this many strips of a block have not been asked for yet.
     pub launch: usize,
     /// Bytes of shared memory.
@@ -82,49 +83,52 @@ pub struct Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { split, pieces, clusters, stages, launch, shared } = self;
+        let Self { split, pieces, clusters, stages, slots, launch, shared } = self;
         write!(
             f,
-            "{clusters} x {split} blocks, {pieces} pieces, {stages} stages, launch {launch}, {} KiB",
+            "{clusters} x {split} blocks, {pieces} pieces, {stages} stages, {slots} slots, \
+             launch {launch}, {} KiB",
             shared.div_ceil(1024)
         )
     }
 }
 
+/// Blocks of a cluster, and warps that share a block's columns.
+pub type Way = (usize, usize);
+
 /// Bytes of shared memory, in the order of kernels/gemv_nvfp4.cu.
-fn shared(dims: &Dims, split: usize, pieces: usize, stages: usize) -> usize {
+fn shared(dims: &Dims, (split, pieces): Way, slots: usize, stages: usize) -> usize {
     let tiles = (dims.cols / 64).div_ceil(split);
-    let normed = if dims.normed { 16 * split * MULTIPLIERS * 4 + tiles * 256 } else { 0 };
+    let normed = if dims.normed { 16 * 16 * 4 + tiles * 256 } else { 0 };
     let tokens = dims.rows * (tiles * 128 + 16);
-    let sums = FINISHERS * split * pieces * dims.rows.div_ceil(2) * 128;
+    let sums = slots * split * pieces * dims.rows.div_ceil(2) * 128;
     (512 + normed + tokens + sums).next_multiple_of(128) + stages * tiles * TILE_BYTES + SLACK
 }
 
 impl Plan {
     /// A plan with as many stages as fit half a multiprocessor, or, where none does, a whole one; `None` where it has none.
-    pub fn new(
-        dims: &Dims,
-        facts: &Facts,
-        split: usize,
-        pieces: usize,
-        clusters: usize,
-        launch: usize,
-    ) -> Option<Self> {
-        let groups = MULTIPLIERS / pieces;
+    pub fn new(dims: &Dims, facts: &Facts, way: Way, clusters: usize, launch: usize) -> Option<Self> {
+        let (split, pieces) = way;
+        let groups = WARPS / pieces;
         let strips = dims.outputs / STRIP_ROWS;
         let count = strips.div_ceil(clusters);
-        // Strips that take turns at a place must be of one group of warps, and every block has columns.
-        if !(FINISHERS * split).is_multiple_of(groups) || dims.cols / 64 < split {
+        // Every block has columns.
+        if dims.cols / 64 < split {
             return None;
         }
         let whole = facts.shared_memory as usize;
-        let stages = || (1..=MOST_STAGES.min(count.max(1))).rev();
-        let fit = [HALF.min(whole), whole].into_iter().find_map(|most| {
-            stages()
-                .filter(|&stages| stages >= count || stages.is_multiple_of(groups))
-                .find(|&stages| shared(dims, split, pieces, stages) <= most)
+        let (slots, stages) = [HALF.min(whole), whole].into_iter().find_map(|most| {
+            // Strips that take turns at a place must be of one group of warps.
+            let slots = [4, 2].into_iter().filter(|slots| (slots * split).is_multiple_of(groups));
+            let fits = slots.filter_map(|slots| {
+                let stages = (1..=MOST_STAGES.min(count.max(1))).rev();
+                let mut stages = stages.filter(|&stages| stages >= count || stages.is_multiple_of(groups));
+                Some((slots, stages.find(|&stages| shared(dims, way, slots, stages) <= most)?))
+            });
+            fits.max_by_key(|&(slots, stages)| (stages, slots))
         })?;
-        Some(Self { split, pieces, clusters, stages: fit, launch, shared: shared(dims, split, pieces, fit) })
+        let shared = shared(dims, way, slots, stages);
+        Some(Self { split, pieces, clusters, stages, slots, launch, shared })
     }
 
     /// Legal ways to launch it, the preferred one first.
@@ -144,13 +148,19 @@ impl Plan {
                 format!("{rows} rows by {outputs} x {cols} is no shape for it"),
             ));
         }
-        let most = (facts.multiprocessors as usize).max(4);
-        let ways = [(2, 4), (1, 8), (4, 2), (2, 8), (4, 4), (4, 8)];
-        let strips = outputs / STRIP_ROWS;
-        let plans = ways.iter().filter_map(|&(split, pieces)| {
-            let clusters = strips.min(most / split);
-            let clusters = strips.div_ceil(strips.div_ceil(clusters));
-            Self::new(dims, facts, split, pieces, clusters, 0)
+        // What was fastest in a layer's four products in turn (kernels/README.md). It does not depend on the rows: nor do the bits then.
+        let (most, strips) = ((facts.multiprocessors as usize).max(4), outputs / STRIP_ROWS);
+        let long = if cols > 4096 { 3 } else { 4 };
+        let ways = [
+            ((1, 8), strips.div_ceil(2 * most)),
+            ((2, 8), strips.div_ceil(most)),
+            ((4, 4), long.max(strips.div_ceil(most / 2))),
+        ];
+        let first = if strips > 4 * most { 0 } else { 1 + usize::from(strips < 2 * most) };
+        let order = [first, (first + 1) % 3, (first + 2) % 3];
+        let plans = order.into_iter().filter_map(|at| {
+            let (way, each) = ways[at];
+            Self::new(dims, facts, way, strips.div_ceil(each), 0)
         });
         Ok(plans.collect())
     }
@@ -172,6 +182,7 @@ struct Arguments {
     stride: i32,
     pieces: i32,
     stages: i32,
+    slots: i32,
     reciprocal: i32,
     launch: i32,
     output: i32,
@@ -234,7 +245,7 @@ impl GemvNvfp4 {
             (4, true) => "gemv_nvfp4_4_2",
             _ => return Err(DeviceError::new(OP, format!("no kernel for {plan}"))),
         };
-        if !matches!(plan.pieces, 2 | 4 | 8) || plan.clusters == 0 {
+        if !plan.pieces.is_power_of_two() || plan.pieces > WARPS || plan.clusters == 0 {
             return Err(DeviceError::new(OP, format!("no kernel for {plan}")));
         }
         let kernel = device.kernel(OP, name, device.facts().shared_memory as usize)?;
@@ -286,6 +297,7 @@ impl GemvNvfp4 {
             stride: stride as i32,
             pieces: plan.pieces.ilog2() as i32,
             stages: plan.stages as i32,
+            slots: plan.slots.ilog2() as i32,
             reciprocal: (1_usize << 16).div_ceil(rows.div_ceil(2)) as i32,
             launch: plan.launch as i32,
             output,
@@ -294,7 +306,7 @@ impl GemvNvfp4 {
         };
         let launch = Launch {
             grid: [(plan.clusters * plan.split) as u32, 1, 1],
-            block: THREADS,
+            block: (WARPS + FINISHERS + 1) as u32 * 32,
             shared: plan.shared as u32,
             overlap: true,
         };
@@ -318,22 +330,38 @@ mod tests {
         }
     }
 
+    const SHAPES: [(usize, usize, bool); 4] =
+        [(6144, 2560, true), (2560, 4096, false), (19_456, 2560, true), (2560, 9728, false)];
+
     #[test]
-    fn blocks_of_two_launches_fit_side_by_side() {
-        for (outputs, cols, normed) in
-            [(6144, 2560, true), (2560, 4096, false), (19_456, 2560, true), (2560, 9728, false)]
+    fn every_plan_is_sound() {
+        for ((outputs, cols, normed), rows) in
+            SHAPES.into_iter().flat_map(|shape| (1..=MOST_ROWS).map(move |rows| (shape, rows)))
         {
-            for rows in [1, 8, 16] {
-                let dims = Dims { rows, cols, outputs, normed };
-                let plans = Plan::all(&dims, &facts()).unwrap();
-                assert!(!plans.is_empty(), "{dims:?}");
-                for plan in plans {
-                    let halves = rows < 16 || cols == 2560;
-                    assert!(!halves || 2 * (plan.shared + 1024) <= 228 * 1024, "{dims:?}: {plan}");
-                    assert!(plan.clusters * plan.split <= 132, "{dims:?}: {plan}");
-                }
+            let dims = Dims { rows, cols, outputs, normed };
+            let plans = Plan::all(&dims, &facts()).unwrap();
+            for plan in &plans {
+                let groups = WARPS / plan.pieces;
+                assert!(plan.shared <= 232_448 && plan.clusters <= outputs / 16, "{dims:?}: {plan}");
+                assert!((plan.slots * plan.split).is_multiple_of(groups), "{dims:?}: {plan}");
+                let count = (outputs / 16).div_ceil(plan.clusters);
+                assert!(plan.stages >= count || plan.stages.is_multiple_of(groups), "{dims:?}: {plan}");
             }
+            // Two blocks and what the device keeps for each of them, and the same sums whatever the rows.
+            let first = &plans[0];
+            assert!(rows > 8 || 2 * (first.shared + 1024) <= 228 * 1024, "{dims:?}: {first}");
+            let one = &Plan::all(&Dims { rows: 1, ..dims }, &facts()).unwrap()[0];
+            assert!(rows > 8 || (one.split, one.pieces) == (first.split, first.pieces), "{dims:?}: {first}");
         }
+    }
+
+    #[test]
+    fn plans_are_those_that_were_fastest() {
+        let plans = SHAPES.map(|(outputs, cols, normed)| {
+            let plan = Plan::all(&Dims { rows: 1, cols, outputs, normed }, &facts()).unwrap()[0];
+            (plan.clusters, plan.split, plan.pieces)
+        });
+        assert_eq!(plans, [(128, 2, 8), (40, 4, 4), (244, 1, 8), (54, 4, 4)]);
     }
 
     #[test]

@@ -81,7 +81,7 @@ fn rows_of_gemv_nvfp4_do_not_depend_on_their_neighbours() {
     let weight = device.upload(&random.units(cols, 1.0)).unwrap();
     let run = |rows: usize, from: &Plan| {
         let dims = Dims { rows, cols, outputs, normed: true };
-        let plan = Plan::new(&dims, device.facts(), from.split, from.pieces, from.clusters, 0).unwrap();
+        let plan = Plan::new(&dims, device.facts(), (from.split, from.pieces), from.clusters, 0).unwrap();
         let y = poisoned::<f32>(&device, rows * outputs);
         let live = device.upload(&[rows as i32]).unwrap();
         let input = Input::Normed { x: &x, weight: &weight, norm_cols: cols, eps: EPS };
