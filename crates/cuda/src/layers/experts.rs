@@ -5,9 +5,7 @@ use ctxserve_backend::{DeviceError, Moe};
 use super::missing;
 use crate::backend::{CudaBackend, NormKey};
 use crate::driver::Buffer;
-use crate::ops::{
-    moe_combine, moe_down, moe_gate_up, moe_gemm, moe_gemm_bf16, moe_scatter, moe_sort, route,
-};
+use crate::ops::{moe_combine, moe_down, moe_gate_up, moe_gemm, moe_gemm_bf16, moe_scatter, moe_sort, route};
 use crate::weights::Stacks;
 use crate::workspace::{EXPERT_ROWS, GEMV_ROWS};
 

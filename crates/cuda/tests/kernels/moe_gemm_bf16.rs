@@ -193,7 +193,8 @@ fn check_of_real_shapes(device: &Device, gemm: &MoeGemmBf16) {
         .into_iter()
         .flat_map(|(kind, rows)| HEIGHTS.map(|height| (kind, rows, height)))
     {
-        let rows_of: &[usize] = if height <= 64 { &[1, height, 5, height / 2 + 1] } else { &[300, 0, 1, 530] };
+        let rows_of: &[usize] =
+            if height <= 64 { &[1, height, 5, height / 2 + 1] } else { &[300, 0, 1, 530] };
         let case = Case::new(&mut random, rows_of, [rows, 2880], height);
         let got = case.run(device, gemm, kind);
         let places: Vec<(usize, usize)> =
@@ -219,7 +220,11 @@ fn check_does_not_depend_on_neighbours(device: &Device, gemm: &MoeGemmBf16) {
             case.x[kept * 512..][..512].copy_from_slice(&row);
             let after = case.run(device, gemm, kind);
             assert!(before != after);
-            assert_eq!(before[kept * outs..][..outs], after[kept * outs..][..outs], "{kind:?} height {height}");
+            assert_eq!(
+                before[kept * outs..][..outs],
+                after[kept * outs..][..outs],
+                "{kind:?} height {height}"
+            );
         }
     }
 }
