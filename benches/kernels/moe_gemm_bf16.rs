@@ -104,7 +104,11 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                     w: if up { &gate_up } else { &down },
                     bias: &bias,
                     x: if up { &x } else { &act },
-                    y: if up { Output::SwiGlu { y: &act, alpha: 1.702, limit: 7.0 } } else { Output::Bf16(&y) },
+                    y: if up {
+                        Output::SwiGlu { y: &act, alpha: 1.702, limit: 7.0 }
+                    } else {
+                        Output::Bf16(&y)
+                    },
                     tiles: &list.tiles,
                     counts: &list.counts,
                     experts: EXPERTS,

@@ -259,7 +259,12 @@ pub const SERVING: &[Flag] = &[
         &["false"],
         "tools stay in the prompt when tool_choice is none",
     ),
-    only("tool-strict-level", Value("LEVEL"), &["auto"], "functions that are declared strict are held to their schema"),
+    only(
+        "tool-strict-level",
+        Value("LEVEL"),
+        &["auto"],
+        "functions that are declared strict are held to their schema",
+    ),
     honoured(
         "chat-template",
         Value("FILE"),
@@ -286,7 +291,11 @@ pub const SERVING: &[Flag] = &[
         "log-probabilities are those before temperature and filters",
     ),
     refused("return-tokens-as-token-ids", Switch, "send return_token_ids in the request"),
-    refused("structured-outputs-config", Value("JSON"), "structured outputs have one implementation, without settings"),
+    refused(
+        "structured-outputs-config",
+        Value("JSON"),
+        "structured outputs have one implementation, without settings",
+    ),
     only("guided-decoding-backend", Value("NAME"), &["auto", "guidance"], "grammars are llguidance's"),
     no_op("enable-prompt-tokens-details", Switch, "usage always has them"),
     only(
