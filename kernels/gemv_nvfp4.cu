@@ -94,11 +94,12 @@ template <int SPLIT> struct Block {
     __device__ __forceinline__ uint32_t ring() const { return (sums() + (parts() * part_bytes() << p.slots) + 127) / 128 * 128; }
     __device__ __forceinline__ uint32_t stage_bytes() const { return most_tiles() * (NV_TILE_CODES + NV_TILE_SCALES); }
 
+    // At what warps hand over to one another each lane answers for itself.
     __device__ __forceinline__ void init() const {
-        for (int stage = 0; stage < p.stages; ++stage) barrier_init(full(stage), 1), barrier_init(empty(stage), 1 << p.pieces);
+        for (int stage = 0; stage < p.stages; ++stage) barrier_init(full(stage), 1), barrier_init(empty(stage), 32 << p.pieces);
         for (int slot = 0; slot < 1 << p.slots; ++slot) {
-            barrier_init(summed(slot), SPLIT > 1 ? 1 : 1 << p.pieces);
-            for (int owner = 0; owner < SPLIT; ++owner) barrier_init(free(owner, slot), 1);
+            barrier_init(summed(slot), SPLIT > 1 ? 1 : 32 << p.pieces);
+            for (int owner = 0; owner < SPLIT; ++owner) barrier_init(free(owner, slot), SPLIT > 1 ? 1 : 32);
         }
         barrier_init(tokens_full(), 1), barrier_init(norm_full(), 1), barrier_init(squares_full(), 1);
         barrier_init_fence();
@@ -256,7 +257,7 @@ template <int SPLIT, int NT> DEVICE void multiply(const Block<SPLIT>& b, int war
                 }
         }
         __syncwarp();
-        if (lane == 0 && strip + p.stages < b.count) barrier_arrive(b.empty(stage));
+        if (strip + p.stages < b.count) barrier_arrive(b.empty(stage));
         stage += groups;
         while (stage >= p.stages) stage -= p.stages, parity ^= 1;
 
@@ -276,7 +277,7 @@ template <int SPLIT, int NT> DEVICE void multiply(const Block<SPLIT>& b, int war
         }
         if (SPLIT == 1) {
             __syncwarp();
-            if (lane == 0) barrier_arrive(b.summed(slot));
+            barrier_arrive(b.summed(slot));
         }
     }
 }
@@ -342,7 +343,7 @@ template <int SPLIT, int NT> DEVICE void finish(const Block<SPLIT>& b, int finis
                 if (lane == 0) barrier_expect(b.summed(slot), b.parts() * b.part_bytes());
                 __syncwarp();
                 if (lane < SPLIT) arrive_at(b.free(b.rank, slot), lane);
-            } else if (lane == 0) {
+            } else {
                 barrier_arrive(b.free(0, slot));
             }
         }
