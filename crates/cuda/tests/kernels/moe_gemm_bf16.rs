@@ -5,6 +5,9 @@ use half::bf16;
 use crate::common::{Random, assert_rows, device, from_bf16, panel, to_bf16, to_panels};
 use crate::moe_sort::sorted;
 
+/// Outputs are rounded to bf16, each by at most 2^-8 of itself; a row may be little but one large element.
+const ROUNDED: f64 = 4e-3;
+
 const HEIGHTS: [usize; 5] = [16, 32, 64, 128, 256];
 const ALPHA: f32 = 1.702;
 const LIMIT: f32 = 7.0;
@@ -180,7 +183,7 @@ fn check_equals_its_definition(device: &Device, gemm: &MoeGemmBf16) {
                 let sample = pick(&|row, out| got[row * outs + out]);
                 assert!(got.iter().all(|v| v.is_finite()));
                 let what = format!("{kind:?} {rows}x{cols} {rows_of:?} height {height}");
-                assert_rows(&what, &sample, &want, outs, 3e-3);
+                assert_rows(&what, &sample, &want, outs, ROUNDED);
             }
         }
     }
@@ -202,7 +205,7 @@ fn check_of_real_shapes(device: &Device, gemm: &MoeGemmBf16) {
         let want: Vec<f64> = places.iter().map(|&(row, out)| case.definition(kind, row, out)).collect();
         let sample: Vec<f64> = places.iter().map(|&(row, out)| got[row * 2880 + out]).collect();
         assert!(got.iter().all(|v| v.is_finite()));
-        assert_rows(&format!("{kind:?} {rows}x2880 height {height}"), &sample, &want, want.len(), 3e-3);
+        assert_rows(&format!("{kind:?} {rows}x2880 height {height}"), &sample, &want, want.len(), ROUNDED);
     }
 }
 
