@@ -58,7 +58,7 @@ impl Constraint for Moody {
             1 => Allowed::Except([self.last, 5].into()),
             _ => {
                 let mut mask = TokenMask::none(VOCAB);
-                (0..VOCAB as TokenId).filter(|id| (id + self.last) % 3 == 0).for_each(|id| mask.allow(id));
+                (0..VOCAB as TokenId).filter(|id| (id + self.last).is_multiple_of(3)).for_each(|id| mask.allow(id));
                 Allowed::Only(Arc::new(mask))
             }
         })
@@ -70,7 +70,7 @@ impl Constraint for Moody {
     }
 
     fn is_quick(&self, id: TokenId) -> bool {
-        id % 2 == 0
+        id.is_multiple_of(2)
     }
 
     fn is_settled(&self) -> bool {

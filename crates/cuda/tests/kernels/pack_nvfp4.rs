@@ -154,8 +154,8 @@ fn pack_nvfp4_lays_a_matrix_out_as_described() {
         let strips = source.pack(&device, mapped.then_some(&map[..]), each);
         let strips = strips.read(0, strips.len()).unwrap();
         let tiles = cols.div_ceil(64);
-        for row in 0..padded {
-            let from = if mapped { map[row] } else { row as i32 };
+        for (row, &from) in map.iter().enumerate() {
+            let from = if mapped { from } else { row as i32 };
             for col in 0..tiles * 64 {
                 let real = (0..rows as i32).contains(&from) && col < cols;
                 let want = if real { source.at(from as usize, col) } else { 0.0 };

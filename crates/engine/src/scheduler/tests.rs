@@ -147,7 +147,7 @@ impl Bench {
         let oldest = oldest.map(|s| (s.key(), s.in_flight() > 0 || s.is_held()));
         self.questions.extend(self.scheduler.take_questions());
         // Constraints take their time.
-        if self.steps % 3 > 0 {
+        if !self.steps.is_multiple_of(3) {
             self.advise();
         }
         let step = self.scheduler.schedule();
