@@ -144,8 +144,7 @@ DEVICE void deliver(const Params& p, const float (&o)[PANELS][32], const float (
     }
     bulk_commit();
     bulk_wait_read();
-    __syncwarp();
-    if (lane == 0) barrier_arrive(empty);
+    barrier_arrive(empty);
 }
 
 // Brings a group's queries: 64 lines, of `rows` (or none) from `row` on by the heads from `head` on.
@@ -164,7 +163,7 @@ template <int PANELS> DEVICE void bring_queries(const Params& p, uint32_t to, in
     copy_wait<0>();
 }
 
-// Leaves a note for the group, once its queries are there.
+// Leaves a note for the group, once its queries are there. Each lane answers for what it brought and wrote.
 DEVICE void announce(const Params& p, const Item& item, uint32_t note, uint32_t full) {
     const int lane = threadIdx.x % 32;
     if (lane == 0) {
@@ -178,8 +177,7 @@ DEVICE void announce(const Params& p, const Item& item, uint32_t note, uint32_t 
     }
     if (lane < 8) store_shared_f32(note + 32 + lane * 4, p.sinks && lane >> p.pack_shift == 0 && item.tiles > 0 ? p.sinks[item.head + lane] : -INFINITY);
     shared_proxy_fence();
-    __syncwarp();
-    if (lane == 0) barrier_arrive(full);
+    barrier_arrive(full);
 }
 #endif
 }  // namespace hopper
