@@ -58,7 +58,9 @@ impl Constraint for Moody {
             1 => Allowed::Except([self.last, 5].into()),
             _ => {
                 let mut mask = TokenMask::none(VOCAB);
-                (0..VOCAB as TokenId).filter(|id| (id + self.last).is_multiple_of(3)).for_each(|id| mask.allow(id));
+                (0..VOCAB as TokenId)
+                    .filter(|id| (id + self.last).is_multiple_of(3))
+                    .for_each(|id| mask.allow(id));
                 Allowed::Only(Arc::new(mask))
             }
         })
