@@ -3,7 +3,7 @@
 // On Hopper persistent blocks: one warp copies into a ring, two warpgroups multiply 64 weight rows each by up to MAX tokens. Elsewhere
 // eight warps copy and multiply 16 rows each by 64 tokens, with mma.sync.
 #include "common/dense.cuh"
-#include "common/panels.cuh"
+#include "common/products.cuh"
 #include "common/wgmma_more.cuh"
 
 struct Params {
@@ -240,30 +240,8 @@ template <Output OUT> DEVICE void gemm_portable(const Params& p) {
             }
             copy_commit();
         };
-        // The tile before has been read.
-        __syncthreads();
-        fill(0);
-        fill(1);
         float d[TOKENS / 8][4] = {};
-        for (int step = 0; step < steps; ++step) {
-            copy_wait<1>();
-            __syncthreads();
-            fill(step + 2);
-            const uint32_t from = stages + step % STAGES * STAGE_BYTES;
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                uint32_t a[4];
-                load_a(a, from, warp * 16, k);
-#pragma unroll
-                for (int j = 0; j < TOKENS / 8; j += 2) {
-                    uint32_t b[4];
-                    load_b(b, from + ROWS * 128, j * 8, k);
-                    mma_bf16(d[j], a[0], a[1], a[2], a[3], b[0], b[1]);
-                    mma_bf16(d[j + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-                }
-            }
-        }
-        copy_wait<0>();
+        multiply_portable<ROWS, TOKENS, STAGES>(d, stages, steps, fill);
         Turns turns;
         if (OUT == QKV) turns.start(p, at.row + warp * 16, at.token, live, TOKENS / 8);
         store<TOKENS, OUT>(p, reinterpret_cast<const float(&)[TOKENS / 2]>(d), at.row + warp * 16, at.token, live, turns, 0);
@@ -272,35 +250,15 @@ template <Output OUT> DEVICE void gemm_portable(const Params& p) {
 
 #ifdef HOPPER
 
-// Adds to d the products of the next `steps` stages: 64 weight rows of each warpgroup by N tokens.
-template <int N, int STAGE_BYTES, class R> DEVICE void multiply(float (&d)[N / 2], R& ring, uint32_t stages, int steps) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    uint32_t before = 0;
-    for (int step = 0; step < steps; ++step) {
-        ring.wait_full();
-        const uint32_t at = stages + ring.stage * STAGE_BYTES;
-        const uint64_t a = wgmma_descriptor(at + warp / 4 * 8192), b = wgmma_descriptor(at + ROWS * 128);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) Wgmma<N>::bf16(d, a + 2 * k, b + 2 * k);
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (step > 0 && lane == 0) barrier_arrive(before);
-        before = ring.empty();
-        ring.advance();
-    }
-    wgmma_wait<0>();
-    wgmma_settle(d);
-    if (steps > 0 && lane == 0) barrier_arrive(before);
-}
-
 template <int N, int STAGE_BYTES, Output OUT, class R>
 DEVICE void consume(const Params& p, R& ring, uint32_t stages, Place at, int end, uint32_t staging) {
     float d[N / 2] = {};
     const int row = at.row + threadIdx.x / 32 * 16;
     Turns turns;
     if constexpr (OUT == QKV) turns.start(p, row, at.token, end, N / 8);
-    multiply<N, STAGE_BYTES>(d, ring, stages, p.cols / 64);
+    const int steps = p.cols / 64;
+    const uint32_t last = multiply_stages<N, STAGE_BYTES>(d, ring, stages, threadIdx.x / 128 * 8192, ROWS * 128, steps);
+    if (steps > 0) give_back(last);
     store<N, OUT>(p, d, row, at.token, end, turns, staging);
 }
 

@@ -4,6 +4,7 @@
 // the order of the blocks. Two blocks fit a multiprocessor, so that the first weights arrive while the kernel before ends.
 #include "common/dense.cuh"
 #include "common/inbox.cuh"
+#include "common/products.cuh"
 #include "common/wgmma_more.cuh"
 
 struct Params {
@@ -122,22 +123,7 @@ template <int TOKENS, int WIDE, int STAGES, Output OUT> DEVICE void gemm_few(con
         }
     } else if (warp < CONSUMERS) {
         const uint32_t a_at = WIDE * 128 + (TOKENS == 64 ? 0 : warp / 4 * 8192), b_at = TOKENS == 64 ? warp / 4 * N * 128 : 0;
-        uint32_t before = 0;
-        for (int step = 0; step < steps; ++step) {
-            ring.wait_full();
-            const uint32_t at = stages + ring.stage * STAGE;
-            const uint64_t a = wgmma_descriptor(at + a_at), b = wgmma_descriptor(at + b_at);
-            wgmma_fence();
-#pragma unroll
-            for (int k = 0; k < 4; ++k) Wgmma<N>::bf16(d, a + 2 * k, b + 2 * k);
-            wgmma_commit();
-            wgmma_wait<1>();
-            if (step > 0 && lane == 0) barrier_arrive(before);
-            before = ring.empty();
-            ring.advance();
-        }
-        wgmma_wait<0>();
-        wgmma_settle(d);
+        multiply_stages<N, STAGE>(d, ring, stages, a_at, b_at, steps);
     }
     __syncwarp();
     // All blocks are done with their rings, and their inboxes are open.

@@ -6,7 +6,7 @@
 // Range: a row's weights are taken relative to its largest block scale, R: code * 2^(s - R + 1) in fp16 (at most 12; exact down to
 // s = R - 24, then fading), and the sum is multiplied by 2^(R - 128) in float32.
 #include "common/moe_gemm.cuh"
-#include "common/wgmma.cuh"
+#include "common/products.cuh"
 
 struct ExponentParams {
     const char* w;
@@ -101,9 +101,6 @@ template <Output OUT> DEVICE void moe_gemm_portable(const Params& p) {
 
 constexpr int GROUP = 4;  // tiles of a strip that a warp has in registers ahead of their use
 
-// Of lane 0: tells the compiler that a value is one for the warp.
-DEVICE int uniform(int v) { return __shfl_sync(~0u, v, 0); }
-
 // What a block multiplies at a time: up to W warpgroups' quads (of four strips, 64 rows) of one expert with the rows of one tile. Blocks
 // take such pieces in turn, so that those that run together share activations and weights in L2.
 template <int W> struct Work {
@@ -147,16 +144,6 @@ DEVICE float load_float(const float* p) {
     float v;
     asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
     return v;
-}
-// Has L2 fetch; a hint, the same of all lanes, given by one.
-DEVICE void prefetch(const char* from, uint32_t bytes) {
-    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; @p cp.async.bulk.prefetch.L2.global [%0], %1; }" ::"l"(from), "r"(bytes)
-                 : "memory");
-}
-
-// Gives a stage back to the warp that copies.
-DEVICE void give_back(uint32_t empty) {
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty);
 }
 
 // Shape of a kernel. W consumer warpgroups; tiles of up to MAX rows; stages of the ring, and tiles of 64 columns of a stage; groups that L2 is
@@ -250,10 +237,6 @@ DEVICE void multiply(float (&d)[N / 2], typename S::Activations& ring, Weights& 
     wgmma_settle(d);
     if (steps > first) give_back(before);
 }
-
-template <int N> struct Columns {
-    static constexpr int value = N;
-};
 
 // A ragged tile multiplies no more columns than the instruction made for it has.
 template <class S, class Run> DEVICE void for_columns(int rows, const Run& run) {

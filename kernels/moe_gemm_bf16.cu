@@ -4,7 +4,8 @@
 // Two shapes on Hopper, blocks that stay in both. `few`: 64 weight rows by up to 64 sorted rows, one warpgroup, two blocks to a
 // multiprocessor (one, of a single row), 200 KB of rings in all, because the weights' bytes are what counts. `many`: 128 weight rows by up to 256 sorted rows,
 // two warpgroups, because the products are. Elsewhere eight warps copy and multiply 16 rows each by 64 sorted rows, with mma.sync.
-#include "common/panels.cuh"
+#include "common/products.cuh"
+#include "common/swiglu.cuh"
 #include "common/wgmma_more.cuh"
 
 struct Params {
@@ -36,13 +37,6 @@ DEVICE Piece piece_of(const Params& p, int at, int row_tiles, int count, int row
     const int group = at / (row_tiles * p.group), rest = at - group * row_tiles * p.group;
     const int size = min(p.group, count - group * p.group);
     return {p.tiles[group * p.group + rest % size], rest / size * rows};
-}
-
-// A NaN stays one.
-DEVICE float swiglu(float gate, float up, float alpha, float limit) {
-    gate = gate > limit ? limit : gate;
-    up = up > limit ? limit : up < -limit ? -limit : up;
-    return __fdividef(gate, 1.0f + __expf(-alpha * gate)) * (up + 1.0f);
 }
 
 // Biases of a lane's two weight rows, of the warp's 16 from `row` on; read ahead of the products.
@@ -105,62 +99,14 @@ template <Output OUT> DEVICE void moe_gemm_portable(const Params& p) {
                 }
                 copy_commit();
             };
-            // What was there before has been read.
-            __syncthreads();
-            fill(0);
-            fill(1);
             float d[TOKENS / 8][4] = {};
-            for (int step = 0; step < steps; ++step) {
-                copy_wait<1>();
-                __syncthreads();
-                fill(step + 2);
-                const uint32_t from = stages + step % STAGES * STAGE_BYTES;
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    uint32_t a[4];
-                    load_a(a, from, warp * 16, k);
-#pragma unroll
-                    for (int j = 0; j < TOKENS / 8; j += 2) {
-                        uint32_t b[4];
-                        load_b(b, from + ROWS * 128, j * 8, k);
-                        mma_bf16(d[j], a[0], a[1], a[2], a[3], b[0], b[1]);
-                        mma_bf16(d[j + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
-                    }
-                }
-            }
-            copy_wait<0>();
+            multiply_portable<ROWS, TOKENS, STAGES>(d, stages, steps, fill);
             store<TOKENS, OUT>(p, reinterpret_cast<const float(&)[TOKENS / 2]>(d), bias, row, tile.y + done, tile.z - done);
         }
     }
 }
 
 #ifdef HOPPER
-
-// Adds to d the products of the next `steps` stages: of each the 64 weight rows at `a_at` by N sorted rows behind A_BYTES of weights.
-template <int N, int A_BYTES, int STAGE_BYTES, class R> DEVICE void multiply(float (&d)[N / 2], R& ring, uint32_t stages, uint32_t a_at, int steps) {
-    const int lane = threadIdx.x % 32;
-    uint32_t before = 0;
-    for (int step = 0; step < steps; ++step) {
-        ring.wait_full();
-        const uint32_t at = stages + ring.stage * STAGE_BYTES;
-        const uint64_t a = wgmma_descriptor(at + a_at), b = wgmma_descriptor(at + A_BYTES);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) Wgmma<N>::bf16(d, a + 2 * k, b + 2 * k);
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (step > 0 && lane == 0) barrier_arrive(before);
-        before = ring.empty();
-        ring.advance();
-    }
-    wgmma_wait<0>();
-    wgmma_settle(d);
-    if (lane == 0) barrier_arrive(before);
-}
-
-template <int N> struct Columns {
-    static constexpr int value = N;
-};
 
 // A ragged tile multiplies as few columns as an instruction made for it has.
 template <int MAX, class Run> DEVICE void for_columns(int rows, const Run& run) {
@@ -238,7 +184,7 @@ template <int GROUPS, int MAX, int STAGES, Output OUT> DEVICE void moe_gemm(cons
             for_columns<MAX>(piece.tile.z, [&](auto columns) {
                 constexpr int N = columns.value;
                 float d[N / 2] = {};
-                multiply<N, ROWS * 128, STAGE_BYTES>(d, ring, stages, warp / 4 * 8192, p.cols / 64);
+                give_back(multiply_stages<N, STAGE_BYTES>(d, ring, stages, warp / 4 * 8192, ROWS * 128, p.cols / 64));
                 store<N, OUT>(p, d, bias, row, piece.tile.y, piece.tile.z);
             });
         }

@@ -1,8 +1,7 @@
 // Of gemm_nvfp4.cu and gemm_nvfp4_few.cu: parameters, a warp's way through its strip, the products, what becomes of the sums.
 #pragma once
 #include "common/nvfp4.cuh"
-#include "common/panels.cuh"
-#include "common/wgmma.cuh"
+#include "common/products.cuh"
 
 struct Params {
     const char* w;         // NVFP4 strips of [rows, cols]
@@ -85,23 +84,10 @@ template <int N, Output OUT> DEVICE void store(const Params& p, const float (&d)
 
 constexpr int GROUP = 4;  // tiles of a strip that a warp has in registers ahead of their use
 
-// Tells the compiler that a value is one for the warp.
-DEVICE int uniform(int v) { return __shfl_sync(~0u, v, 0); }
-
 DEVICE uint2 load_pair(const char* p) {
     uint2 v;
     asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
     return v;
-}
-// Has L2 fetch; a hint, the same of all lanes, given by one.
-DEVICE void prefetch(const char* from, uint32_t bytes) {
-    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; @p cp.async.bulk.prefetch.L2.global [%0], %1; }" ::"l"(from), "r"(bytes)
-                 : "memory");
-}
-
-// Gives a stage back to the warp that copies.
-DEVICE void give_back(uint32_t empty) {
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty);
 }
 
 // A lane's way through some tiles of a strip, and what it has of the next ones.
@@ -204,10 +190,6 @@ DEVICE void multiply(float (&d)[N / 2], R& ring, Weights& weights, const char* n
     wgmma_settle(d);
     if (steps > lead) give_back(before);
 }
-
-template <int N> struct Columns {
-    static constexpr int value = N;
-};
 
 // A ragged tile multiplies no more columns than the instruction made for it has.
 template <int MAX, class Run> DEVICE void for_columns(int tokens, const Run& run) {

@@ -4,13 +4,7 @@
 // Sums are those of experts.cuh: a piece block after block, the pieces in order.
 #pragma once
 #include "common/experts.cuh"
-
-// `gate * sigmoid(alpha * gate) * (up + 1)` of the clamped pair; a NaN stays one.
-DEVICE float swiglu(float gate, float up, float alpha, float limit) {
-    gate = gate > limit ? limit : gate;
-    up = up > limit ? limit : up < -limit ? -limit : up;
-    return __fdividef(gate, 1.0f + __expf(-alpha * gate)) * (up + 1.0f);
-}
+#include "common/swiglu.cuh"
 
 // Where column `col` of a row is in fragment order.
 DEVICE int fragment(int col) { return (col & ~31) + ((col >> 1 & 3) << 3) + ((col >> 3 & 3) << 1) + (col & 1); }
