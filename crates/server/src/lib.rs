@@ -1,8 +1,8 @@
 //! The OpenAI HTTP API on axum.
 //!
 //! A request's way: `http` reads the body and checks the key, `wire` turns JSON into types, `validate` turns types
-//! into token ids and parameters, `generate` follows the engine's events and makes pieces of an answer, `api` puts
-//! those into the shape of a route, whole or streamed. No other crate sees a wire type.
+//! into parameters, `turn` makes a running generation of a conversation, `generate` follows the engine's events and makes
+//! pieces of an answer, `api` puts those into the shape of a route, whole or streamed. No other crate sees a wire type.
 //!
 //! Where OpenAI and vLLM leave room or we differ:
 //!
@@ -34,6 +34,7 @@ mod metrics;
 mod record;
 mod router;
 mod state;
+mod turn;
 mod validate;
 mod wire;
 

@@ -5,23 +5,20 @@ use std::sync::Arc;
 use axum::Extension;
 use axum::extract::{Request, State};
 use axum::response::Response;
-use ctxserve_chat::ParserOptions;
-use ctxserve_chat::guide::CallRule;
-use ctxserve_core::{Guide, TokenId};
+use ctxserve_core::TokenId;
 
 use super::chat_frames::ChatFramer;
-use super::chat_message::Gathered;
+use super::chat_message;
 use crate::error::ApiError;
-use crate::generate::choice::{Choice, ChoiceOptions};
-use crate::generate::run::{Generation, Job};
-use crate::generate::stop::StopMatcher;
+use crate::generate::gathered::Gathered;
+use crate::generate::run::Generation;
 use crate::http::body::{blocking, json, read};
 use crate::http::guard::Caller;
 use crate::http::sse;
-use crate::record::Accepted;
 use crate::state::{ServerState, unix_seconds};
+use crate::turn::{Places, Prepared, Turn};
 use crate::validate::arguments::TemplateArguments;
-use crate::validate::options::{Options, options, room};
+use crate::validate::options::options;
 use crate::validate::{guide, history, tools};
 use crate::wire;
 use crate::wire::chat_request::{ChatFields, WireTool};
@@ -31,19 +28,23 @@ use crate::wire::read::text;
 use crate::wire::refused::{self, Route};
 use crate::wire::usage::WireUsage;
 
-const PARAM: &str = "messages";
+const ROUTE: &str = "/v1/chat/completions";
 
-/// A request, checked and rendered.
-struct Prepared {
-    options: Options,
-    prompt: Arc<[TokenId]>,
-    max_tokens: usize,
-    /// How answers are read.
-    parser: ParserOptions,
-    /// What answers may be.
-    guide: Option<Guide>,
-    one_call: bool,
-    hide_reasoning: bool,
+/// How this route's requests are spelled.
+struct Spelling;
+
+impl Places for Spelling {
+    fn prompt(&self) -> &'static str {
+        "messages"
+    }
+
+    fn message(&self, index: usize) -> String {
+        format!("messages[{index}]")
+    }
+
+    fn schema(&self, index: usize) -> String {
+        format!("tools[{index}].function.parameters")
+    }
 }
 
 /// What frames and whole answers both carry.
@@ -75,7 +76,7 @@ pub(crate) async fn chat(
         prompt_ids: options.return_token_ids.then(|| Arc::clone(&prepared.prompt)),
         logprobs: options.sampling.logprobs.is_some(),
     };
-    let generation = start(&state, &prepared, &head, caller)?;
+    let generation = prepared.start(&state, &head.id, ROUTE, caller)?;
     if options.stream {
         let keep_alive = state.config().keep_alive;
         let framer = ChatFramer::new(state, head, options.n, options.usage);
@@ -91,32 +92,25 @@ fn prepare(state: &ServerState, body: &[u8]) -> Result<Prepared, ApiError> {
     refused::check(Route::Chat, text)?;
     let max_tokens = fields.max_completion_tokens.map(|most| (most, "max_completion_tokens"));
     let content = guide::content(&shared)?;
-    let mut options = options(state, shared, max_tokens, logprobs(&fields)?)?;
+    let options = options(state, shared, max_tokens, logprobs(&fields)?)?;
     let strict: Vec<bool> = fields.tools.iter().flatten().map(is_strict).collect();
     let tools = tools::tools(state.config(), fields.tools, text)?;
     let choice = tools::choice(state, fields.tool_choice.as_ref(), &tools)?;
     let effort = fields.reasoning_effort.as_deref();
     let arguments =
         TemplateArguments::new(state.config(), state.format(), fields.chat_template_kwargs.as_ref());
-    let callable = tools.iter().filter(|tool| choice.includes(&tool.name));
-    let names: Vec<String> = callable.map(|tool| tool.name.clone()).collect();
     let conversation = history::conversation(state.config(), fields.messages, tools, effort, arguments)?;
-    let prompt: Arc<[TokenId]> = state.format().render(&conversation)?.into();
-    let parser = ParserOptions {
-        calls: choice.rule != CallRule::Forbidden,
-        tools: Some(names.into()),
-        thinking: state.format().leaves_thinking_open(&prompt),
+    let turn = Turn {
+        conversation,
+        options,
+        choice,
+        strict,
+        content,
+        one_call: fields.parallel_tool_calls == Some(false),
+        hide_reasoning: fields.include_reasoning == Some(false),
+        places: &Spelling,
     };
-    let max_tokens = room(state, &options, state.config().default_max_tokens, prompt.len(), PARAM)?;
-    let one_call = fields.parallel_tool_calls == Some(false);
-    let guide = guide::chat(state, &conversation.tools, &strict, &choice, one_call, content, &prompt)?;
-    if guide.is_some() {
-        // A checkpoint's end that is ordinary text would cut the text under a grammar.
-        options.rules.eos =
-            options.rules.eos.iter().copied().filter(|id| state.tokenizer().is_control(*id)).collect();
-    }
-    let hide_reasoning = fields.include_reasoning == Some(false);
-    Ok(Prepared { options, prompt, max_tokens, parser, guide, one_call, hide_reasoning })
+    turn.prepare(state)
 }
 
 fn is_strict(tool: &WireTool) -> bool {
@@ -135,68 +129,15 @@ fn logprobs(fields: &ChatFields) -> Result<Option<(usize, &'static str)>, ApiErr
     Ok(None)
 }
 
-fn start(
-    state: &ServerState,
-    prepared: &Prepared,
-    head: &Head,
-    caller: Caller,
-) -> Result<Generation, ApiError> {
-    let options = &prepared.options;
-    let accepted = Accepted {
-        id: state.next_request(),
-        name: head.id.clone(),
-        http_id: caller.http_id,
-        route: "/v1/chat/completions",
-        model: head.model.clone(),
-        stream: options.stream,
-        prompt_tokens: prepared.prompt.len(),
-        max_tokens: prepared.max_tokens,
-        choices: options.n,
-        arrived: caller.arrived,
-    };
-    let job = Job {
-        prompts: vec![Arc::clone(&prepared.prompt)],
-        n: options.n,
-        sampling: options.sampling.clone(),
-        rules: options.rules.clone(),
-        max_tokens: vec![prepared.max_tokens],
-        guide: prepared.guide.clone(),
-        prompt_param: PARAM,
-    };
-    // The parser needs the control tokens that end a turn; other stop ids are no part of the message.
-    let mut silent_stops = options.rules.token_ids.clone();
-    silent_stops.retain(|&id| !options.include_stop && !state.tokenizer().is_special(id));
-    let reading = ChoiceOptions {
-        stop: StopMatcher::new(&options.stop, options.include_stop),
-        rules: options.rules.clone(),
-        silent_stops,
-        all_logprobs: false,
-        one_call: prepared.one_call,
-        hide_reasoning: prepared.hide_reasoning,
-    };
-    Generation::start(state, &job, accepted, || {
-        Choice::new(
-            state.format().parser(prepared.parser.clone()),
-            reading.clone(),
-            Arc::clone(&options.stop),
-        )
-    })
-}
-
 async fn whole(
     state: &ServerState,
     head: &Head,
     n: usize,
     mut generation: Generation,
 ) -> Result<Response, ApiError> {
-    let mut gathered: Vec<Gathered> = (0..n).map(|_| Gathered::default()).collect();
-    while let Some(next) = generation.next().await {
-        let (index, step) = next?;
-        if let Some(choice) = gathered.get_mut(index) {
-            choice.add(step);
-        }
-    }
-    let choices = gathered.into_iter().enumerate().map(|(index, choice)| choice.finish(state, head, index));
+    let gathered = Gathered::all(&mut generation, n).await?;
+    let choices = gathered.into_iter().enumerate();
+    let choices = choices.map(|(index, gathered)| chat_message::choice(state, head, index, gathered));
     json(&ChatResponse {
         id: &head.id,
         object: "chat.completion",

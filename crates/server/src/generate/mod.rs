@@ -3,6 +3,7 @@
 
 pub(crate) mod align;
 pub(crate) mod choice;
+pub(crate) mod gathered;
 pub(crate) mod run;
 pub(crate) mod stop;
 pub(crate) mod text;

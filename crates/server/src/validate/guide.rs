@@ -4,11 +4,11 @@
 use ctxserve_chat::FunctionTool;
 use ctxserve_chat::guide::{Demands, Fault, Grammar, GuideError, GuidedTool};
 use ctxserve_core::{Guide, TokenId};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::tools::ToolChoice;
 use crate::error::ApiError;
 use crate::state::ServerState;
+use crate::turn::Turn;
 use crate::wire::fields::GenerationFields;
 
 /// What the text for the user has to be, and the field that says so.
@@ -59,25 +59,13 @@ fn response_format(format: &Value) -> Result<Option<Content>, ApiError> {
     };
     match map.get("type").and_then(Value::as_str) {
         Some("text") => Ok(None),
-        Some("json_object") => Ok(Some(Content { grammar: Grammar::json_object(), param: param.to_owned() })),
+        Some("json_object") => Ok(Some(json_object(param))),
         Some("json_schema") => {
             let at = "response_format.json_schema";
             let Some(Value::Object(wrapper)) = map.get("json_schema") else {
                 return Err(ApiError::invalid(at, "type 'json_schema' needs an object 'json_schema'"));
             };
-            let strict = match wrapper.get("strict") {
-                None | Some(Value::Null) => false,
-                Some(Value::Bool(strict)) => *strict,
-                Some(_) => return Err(ApiError::invalid(format!("{at}.strict"), "strict must be a boolean")),
-            };
-            let at = format!("{at}.schema");
-            match wrapper.get("schema") {
-                None | Some(Value::Null) => Ok(Some(Content { grammar: Grammar::json_object(), param: at })),
-                Some(schema @ Value::Object(_)) => {
-                    Ok(Some(Content { grammar: Grammar::Json { schema: schema.clone(), strict }, param: at }))
-                }
-                Some(_) => Err(ApiError::invalid(at, "the schema must be a JSON Schema object")),
-            }
+            json_schema(wrapper, at).map(Some)
         }
         Some("structural_tag") => {
             Err(ApiError::unsupported("response_format.type", "structural tags are not supported"))
@@ -87,6 +75,30 @@ fn response_format(format: &Value) -> Result<Option<Content>, ApiError> {
             Err(ApiError::invalid("response_format.type", message))
         }
     }
+}
+
+/// Reads `schema` and `strict` of a demand for JSON; `at` is how the route calls the object that holds them.
+///
+/// # Errors
+/// 400 naming the part.
+pub(crate) fn json_schema(holder: &Map<String, Value>, at: &str) -> Result<Content, ApiError> {
+    let strict = match holder.get("strict") {
+        None | Some(Value::Null) => false,
+        Some(Value::Bool(strict)) => *strict,
+        Some(_) => return Err(ApiError::invalid(format!("{at}.strict"), "strict must be a boolean")),
+    };
+    let param = format!("{at}.schema");
+    let grammar = match holder.get("schema") {
+        None | Some(Value::Null) => Grammar::json_object(),
+        Some(schema @ Value::Object(_)) => Grammar::Json { schema: schema.clone(), strict },
+        Some(_) => return Err(ApiError::invalid(param, "the schema must be a JSON Schema object")),
+    };
+    Ok(Content { grammar, param })
+}
+
+/// A demand for any JSON object, by the field `param`.
+pub(crate) fn json_object(param: &str) -> Content {
+    Content { grammar: Grammar::json_object(), param: param.to_owned() }
 }
 
 fn structured_outputs(value: &Value) -> Result<Option<Content>, ApiError> {
@@ -158,13 +170,11 @@ fn constraint(kind: &str, value: &Value, param: String) -> Result<Option<Content
 /// 400 naming the schema or grammar that cannot be used, 503 while too many are being compiled.
 pub(crate) fn chat(
     state: &ServerState,
-    tools: &[FunctionTool],
-    strict: &[bool],
-    choice: &ToolChoice,
-    one_call: bool,
-    content: Option<Content>,
+    turn: &Turn<'_>,
     prompt: &[TokenId],
 ) -> Result<Option<Guide>, ApiError> {
+    let Turn { conversation, strict, choice, content, one_call, places, .. } = turn;
+    let tools = &conversation.tools;
     let indices: Vec<usize> = (0..tools.len()).filter(|&index| choice.includes(&tools[index].name)).collect();
     let guided = |&index: &usize| {
         let FunctionTool { name, parameters, .. } = &tools[index];
@@ -174,22 +184,22 @@ pub(crate) fn chat(
     let demands = Demands {
         tools: indices.iter().map(guided).collect(),
         calls: choice.rule,
-        one_call: one_call || choice.is_named,
+        one_call: *one_call || choice.is_named,
         content: content.as_ref().map(|content| content.grammar.clone()),
     };
     if !(demands.is_any() || indices.len() < tools.len()) {
         return Ok(None);
     }
-    let param = content.map(|content| content.param);
+    let param = content.as_ref().map(|content| content.param.as_str());
     let refused = |error: GuideError| match error.fault {
         Fault::Tool(at) => {
             let index = indices.get(at).copied().unwrap_or(at);
-            ApiError::invalid(format!("tools[{index}].function.parameters"), error.what)
+            ApiError::invalid(places.schema(index), error.what)
         }
-        _ => refused(error, param.as_deref().unwrap_or("tool_choice")),
+        _ => refused(error, param.unwrap_or("tool_choice")),
     };
     let constraint = state.format().guide(state.guides(), &demands, prompt).map_err(refused)?;
-    first(constraint, param.as_deref().unwrap_or("tool_choice")).map(Some)
+    first(constraint, param.unwrap_or("tool_choice")).map(Some)
 }
 
 /// The guide of a completion.

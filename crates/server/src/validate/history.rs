@@ -27,6 +27,36 @@ pub(crate) fn conversation(
     effort: Option<&str>,
     arguments: TemplateArguments<'_>,
 ) -> Result<Conversation, ApiError> {
+    let effort = effort.map(|text| (text, "reasoning_effort"));
+    assemble(config, turns(messages)?, tools, effort, arguments)
+}
+
+/// Turns, tools and settings of a request of any route; `effort` comes with the field that errors name.
+///
+/// # Errors
+/// 400 naming that field or `chat_template_kwargs`.
+pub(crate) fn assemble(
+    config: &ServerConfig,
+    messages: Vec<Message>,
+    tools: Vec<FunctionTool>,
+    effort: Option<(&str, &'static str)>,
+    arguments: TemplateArguments<'_>,
+) -> Result<Conversation, ApiError> {
+    let Told { effort: from_arguments, thinking, others } =
+        arguments.read().map_err(|(what, known)| refused(what, known))?;
+    let effort = effort.map(|(text, param)| level(text).map_err(|what| ApiError::invalid(param, what)));
+    Ok(Conversation {
+        messages,
+        tools,
+        reasoning_effort: effort.transpose()?.or(from_arguments),
+        thinking,
+        template_arguments: others,
+        current_date: config.prompt_date.date(),
+        keep_reasoning: config.keep_reasoning,
+    })
+}
+
+fn turns(messages: Option<Vec<WireMessage>>) -> Result<Vec<Message>, ApiError> {
     let messages = messages.unwrap_or_default();
     if messages.is_empty() {
         return Err(ApiError::invalid("messages", "messages is required and must not be empty"));
@@ -36,19 +66,7 @@ pub(crate) fn conversation(
         let turn = turn(index, message, &turns)?;
         turns.push(turn);
     }
-    let Told { effort: from_arguments, thinking, others } =
-        arguments.read().map_err(|(what, known)| refused(what, known))?;
-    let effort = effort.map(|text| level(text).map_err(|what| ApiError::invalid("reasoning_effort", what)));
-    let reasoning_effort = effort.transpose()?.or(from_arguments);
-    Ok(Conversation {
-        messages: turns,
-        tools,
-        reasoning_effort,
-        thinking,
-        template_arguments: others,
-        current_date: config.prompt_date.date(),
-        keep_reasoning: config.keep_reasoning,
-    })
+    Ok(turns)
 }
 
 /// Where in the request an error is.

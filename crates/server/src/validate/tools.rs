@@ -42,16 +42,25 @@ pub(crate) fn tools(
     if tools.is_empty() {
         return Ok(Vec::new());
     }
-    let most = config.max_tools;
-    if tools.len() > most {
-        let message = format!("{} tools in one request, at most {most} are allowed", tools.len());
-        return Err(ApiError::invalid("tools", message));
-    }
+    few(config, tools.len())?;
     let mut functions = Vec::with_capacity(tools.len());
     for ((index, tool), declaration) in tools.into_iter().enumerate().zip(declarations(body)) {
         functions.push(FunctionTool { declaration: Some(declaration.to_owned()), ..function(index, tool)? });
     }
     Ok(functions)
+}
+
+/// Bounds how many tools a request may have.
+///
+/// # Errors
+/// 400 on `tools`.
+pub(crate) fn few(config: &ServerConfig, count: usize) -> Result<(), ApiError> {
+    let most = config.max_tools;
+    if count > most {
+        let message = format!("{count} tools in one request, at most {most} are allowed");
+        return Err(ApiError::invalid("tools", message));
+    }
+    Ok(())
 }
 
 fn function(index: usize, tool: WireTool) -> Result<FunctionTool, ApiError> {
@@ -65,26 +74,32 @@ fn function(index: usize, tool: WireTool) -> Result<FunctionTool, ApiError> {
     let Some(function) = tool.function else {
         return Err(ApiError::invalid(at("function"), "a tool needs a 'function'"));
     };
-    let name = function.name.unwrap_or_default();
+    let at = |part: &str| format!("tools[{index}].function.{part}");
+    declared(function.name, function.description, function.parameters, &at)
+}
+
+/// Checks one function; `at` says how the route calls its `name` and its `parameters`.
+///
+/// # Errors
+/// 400 naming the part.
+pub(crate) fn declared(
+    name: Option<String>,
+    description: Option<String>,
+    parameters: Option<Value>,
+    at: &dyn Fn(&str) -> String,
+) -> Result<FunctionTool, ApiError> {
+    let name = name.unwrap_or_default();
     if !is_name(&name) {
         let message = format!("a function name is 1 to {MAX_NAME} letters, digits, '_', '-' or '.'");
-        return Err(ApiError::invalid(at("function.name"), message));
+        return Err(ApiError::invalid(at("name"), message));
     }
-    match function.parameters {
+    match parameters {
         None | Some(Value::Object(_)) => {}
         Some(_) => {
-            return Err(ApiError::invalid(
-                at("function.parameters"),
-                "parameters must be a JSON Schema object",
-            ));
+            return Err(ApiError::invalid(at("parameters"), "parameters must be a JSON Schema object"));
         }
     }
-    Ok(FunctionTool {
-        name,
-        description: function.description,
-        parameters: function.parameters,
-        declaration: None,
-    })
+    Ok(FunctionTool { name, description, parameters, declaration: None })
 }
 
 fn is_name(name: &str) -> bool {
@@ -133,13 +148,15 @@ pub(crate) fn choice(
                 None => invalid("a tool_choice of type 'function' needs the 'name' of a 'function'"),
             },
             Some("allowed_tools") => {
-                let allowed = map.get("allowed_tools").unwrap_or(&Value::Null);
-                let rule = match allowed["mode"].as_str() {
+                // The Responses API has its fields beside the type.
+                let allowed = map.get("allowed_tools").and_then(Value::as_object).unwrap_or(map);
+                let rule = match allowed.get("mode").and_then(Value::as_str) {
                     Some("auto") => auto(state, tools)?.rule,
                     Some("required") => CallRule::Required,
                     _ => return invalid("the mode of allowed_tools must be 'auto' or 'required'"),
                 };
-                let list = allowed["tools"].as_array().map(Vec::as_slice).unwrap_or_default();
+                let list =
+                    allowed.get("tools").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
                 match list.iter().map(function_name).collect::<Option<Vec<_>>>() {
                     Some(names) => named(names, rule, false),
                     None => invalid("the tools of allowed_tools must be functions with a 'name'"),
