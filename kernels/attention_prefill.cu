@@ -176,7 +176,7 @@ template <int DIM, bool WINDOW> DEVICE void attention_hopper(const Params& p) {
             barrier_init(key_empty(i), GROUPS * 4);
             barrier_init(value_empty(i), GROUPS * 4);
         }
-        for (int i = 0; i < GROUPS * 2 * SLOTS; ++i) barrier_init(barriers + 8 * (4 * STAGES + i), 32);
+        for (int i = 0; i < GROUPS * 2 * SLOTS; ++i) barrier_init(barriers + 8 * (4 * STAGES + i), i / SLOTS % 2 ? 128 : 32);
         barrier_init_fence();
     }
     pdl_launch();
@@ -394,7 +394,7 @@ KERNEL __launch_bounds__(window::THREADS, 1) attention_prefill_window(const __gr
             barrier_init(lines_full(i), 1);
             barrier_init(lines_empty(i), GROUPS * 4);
         }
-        for (int i = 0; i < GROUPS * 2 * STAGES; ++i) barrier_init(barriers + 8 * (2 * STAGES + i), 32);
+        for (int i = 0; i < GROUPS * 2 * STAGES; ++i) barrier_init(barriers + 8 * (2 * STAGES + i), i / STAGES % 2 ? 128 : 32);
         barrier_init_fence();
     }
     // Lines that a block has no use for are multiplied by zero: they must be numbers.

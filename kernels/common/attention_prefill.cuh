@@ -108,7 +108,8 @@ struct Walk {
     }
 };
 
-// Puts a group's outputs where its queries were, as they will lie in memory, copies them out, and gives the queries' place back.
+// Puts a group's outputs where its queries were, as they will lie in memory, copies them out, and gives the queries' place back. Each lane answers
+// for what it read of the queries and of their note.
 template <int PANELS>
 DEVICE void deliver(const Params& p, const float (&o)[PANELS][32], const float (&factor)[2], uint32_t q, uint32_t note, int barrier, uint32_t empty) {
     constexpr int DIM = PANELS * 64;
@@ -130,7 +131,10 @@ DEVICE void deliver(const Params& p, const float (&o)[PANELS][32], const float (
         }
     shared_proxy_fence();
     group_sync(barrier);
-    if (warp != 0) return;
+    if (warp != 0) {
+        barrier_arrive(empty);
+        return;
+    }
     const int heads = 1 << p.pack_shift;
     char* out = static_cast<char*>(p.out);
     if (p.capacity) {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Holds the CUDA backend against the goldens' float32 logits: goldens.py DUMP_LOGITS [GOLDEN_DIR]
 
-The goldens with MXFP4 experts, and those of Qwen3. Prints the relative L2 distance and how many greedy tokens agree. There is no bfloat16 run beside these goldens, so the bounds are
+The goldens of gpt-oss in every format, and those of Qwen3. Prints the relative L2 distance and how many greedy tokens agree. There is no bfloat16 run beside these goldens, so the bounds are
 fixed.
 
 Experts: a router decides between scores that may be nearer to each other than bfloat16 tells apart, and transformers' own bfloat16 run of these models takes another expert on some
@@ -21,7 +21,8 @@ import numpy
 
 # Of the median, of single rows, what share of these may be beyond; then of the median with keys and values in fp8, and the least share of equal greedy tokens there.
 LIMITS = {"experts": (1e-2, 3e-2, 0.05, 2e-2, 0.9), "dense": (1.6e-2, 8e-2, 0.0, 0.13, 0.8)}
-EXPERTS = ("mxfp4", "sharded", "unusual", "truncated", "served", "long")
+EXPERTS = ("mxfp4", "sharded", "unusual", "truncated", "served", "long", "saved", "dense", "mlx", "mlx_mxfp4")
+SAME_AS = {"dense": "mxfp4"}
 DENSE = ("qwen3", "qwen3_untied", "qwen3_nvfp4", "qwen3_nvfp4_packed", "qwen3_served")
 
 
@@ -30,9 +31,10 @@ def main():
     root = sys.argv[2] if len(sys.argv) > 2 else os.path.join(os.path.dirname(__file__), "..", "golden")
     good = True
     for name in EXPERTS + DENSE:
-        with open(os.path.join(root, name, "expected.json")) as file:
+        expected = os.path.join(root, SAME_AS.get(name, name))
+        with open(os.path.join(expected, "expected.json")) as file:
             known = json.load(file)
-        logits = numpy.fromfile(os.path.join(root, name, "expected.f32"), dtype=numpy.float32).reshape(-1, known["vocab"])
+        logits = numpy.fromfile(os.path.join(expected, "expected.f32"), dtype=numpy.float32).reshape(-1, known["vocab"])
         sequences, rows = [], 0
         for case in known["cases"]:
             sequences.append({"tokens": (case["prompt"] + case["greedy"])[:-1], "from": len(case["prompt"])})
