@@ -29,6 +29,7 @@ def test_a_whole_answer(client):
 
 
 def test_a_stream_says_what_the_whole_answer_says(client):
+    """OAI-02, OAI-16."""
     whole = chat(client)
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
@@ -40,6 +41,7 @@ def test_a_stream_says_what_the_whole_answer_says(client):
 
 
 def test_a_stream_without_usage_has_none(client):
+    """OAI-05."""
     assert all(c.usage is None and c.choices for c in chat(client, stream=True))
 
 
@@ -71,7 +73,30 @@ def test_n_choices_streamed_and_whole(client):
     assert ends == [c.finish_reason for c in whole.choices]
 
 
+def test_four_streamed_choices_are_four_requests(client):
+    """OAI-14: each draws from its own seed, and parsers do not share what they have read."""
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+
+    def put_together(chunks, count):
+        got = [{"text": "", "reasoning": "", "calls": "", "end": None} for _ in range(count)]
+        for chunk in chunks:
+            for choice in chunk.choices:
+                one, delta = got[choice.index], choice.delta
+                one["text"] += delta.content or ""
+                one["reasoning"] += (delta.model_extra or {}).get("reasoning") or ""
+                one["end"] = choice.finish_reason or one["end"]
+                for call in delta.tool_calls or []:
+                    one["calls"] += (call.function.name or "") + (call.function.arguments or "")
+        return got
+
+    asked = {"tools": tools, "stream": True, "max_tokens": 60, "temperature": 1.0}
+    together = put_together(chat(client, n=4, seed=40, **asked), 4)
+    assert together == [put_together(chat(client, seed=40 + i, **asked), 1)[0] for i in range(4)]
+    assert len({str(one) for one in together}) == 4
+
+
 def test_logprobs(client):
+    """OAI-17."""
     answer = chat(client, logprobs=True, top_logprobs=3, temperature=0)
     entries = answer.choices[0].logprobs.content
     assert "".join(entry.token for entry in entries) == answer.choices[0].message.content
@@ -106,6 +131,7 @@ def test_logit_bias_decides(client, demo):
 
 
 def test_stop_strings_end_the_answer_and_do_not_show(client):
+    """OAI-12."""
     text = chat(client, max_tokens=60, extra_body={"ignore_eos": True}).choices[0].message.content
     stop = text[len(text) // 2 :][:3]
     assert stop
@@ -137,6 +163,7 @@ def test_stop_strings_end_the_answer_and_do_not_show(client):
     ],
 )
 def test_bad_requests_are_named(client, more, param):
+    """OAI-07, OAI-11."""
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, **more)
     assert caught.value.body["param"] == param, caught.value.body
@@ -150,6 +177,7 @@ def test_other_models_do_not_exist(client):
 
 
 def test_a_prompt_that_is_too_long(client):
+    """OAI-08."""
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, messages=[{"role": "user", "content": "word " * 200_000}])
     assert caught.value.body["code"] == "context_length_exceeded"
@@ -157,11 +185,13 @@ def test_a_prompt_that_is_too_long(client):
 
 
 def test_an_oversized_max_tokens_is_clamped(client):
+    """OAI-09."""
     answer = chat(client, max_tokens=10**9, extra_body={})
     assert answer.choices[0].finish_reason in ("stop", "length")
 
 
 def test_control_tokens_in_a_message_are_text(client, demo):
+    """HAR-19."""
     def prompt(content):
         body = {"model": "demo", "messages": [{"role": "user", "content": content}]}
         return demo.post("/tokenize", body)[2]["tokens"]

@@ -60,6 +60,7 @@ def test_echo_of_the_harness(client, demo):
 
 
 def test_streamed_text_equals_whole_text(client):
+    """OAI-16."""
     whole = complete(client, "Once", max_tokens=30, extra_body={"ignore_eos": True})
     chunks = list(complete(client, "Once", max_tokens=30, stream=True, extra_body={"ignore_eos": True}))
     assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
@@ -74,6 +75,7 @@ def test_logprobs_of_a_completion(client):
 
 
 def test_a_client_that_sends_nonsense(client, demo):
+    """OAI-07, OAI-10."""
     for prompt in ([], [[]], [10**8]):
         with pytest.raises(openai.BadRequestError):
             complete(client, prompt)
@@ -109,6 +111,7 @@ def test_small_routes(demo):
 
 
 def test_unknown_paths_and_methods(demo):
+    """OAI-07."""
     for method, path, expected in (("GET", "/nowhere", 404), ("GET", "/v1/chat/completions", 405)):
         status, _, body = demo.request(method, path)
         assert status == expected and body["error"]["type"] == "invalid_request_error"

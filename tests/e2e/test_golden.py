@@ -68,6 +68,7 @@ def test_whatever_the_prefill_chunk(chunk):
 
 @pytest.mark.parametrize("name", ["golden", "qwen"])
 def test_among_sixteen_strangers(name, request):
+    """OPS-27: on the CPU."""
     client = request.getfixturevalue(name).client()
     path = {"golden": GOLDEN, "qwen": QWEN}[name]
     vocabulary, known = json.loads((path / "expected.json").read_text())["vocab"], cases(path)

@@ -135,6 +135,7 @@ def parsed():
 
 
 def test_every_sequence_reads_alike_whole_streamed_and_parsed(odd):
+    """OAI-02, OAI-03, HER-01."""
     client = odd.client()
     for name, expected in zip(SEQUENCES, parsed(), strict=True):
         expected = blank_is_none(

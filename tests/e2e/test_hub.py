@@ -61,6 +61,7 @@ def greedy(server):
 
 
 def test_a_repository_is_downloaded_once_and_served(hub, tmp_path):
+    """OPS-01."""
     env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     with Server("owner/name", env=env) as server:
         assert greedy(server) == CASE["greedy"][:8]

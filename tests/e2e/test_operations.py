@@ -36,6 +36,7 @@ def test_a_key_from_the_environment():
 
 
 def test_a_full_queue_is_429_with_retry_after():
+    """OPS-16."""
     with Server("--model", "demo", "--max-num-seqs", 1, "--max-num-queued-reqs", 1, *CONTEXT) as server:
         first = server.open_stream("/v1/completions", LONG)
         second = server.open_stream("/v1/completions", LONG)
@@ -52,6 +53,7 @@ def test_a_full_queue_is_429_with_retry_after():
 
 
 def test_a_disconnect_frees_everything():
+    """OPS-13."""
     with Server("--model", "demo", *CONTEXT) as server:
         for stream in (True, False):
             streams = [server.open_stream("/v1/completions", LONG) for _ in range(3)] if stream else []
@@ -76,6 +78,7 @@ def test_a_disconnect_frees_everything():
 
 
 def test_sigterm_drains():
+    """OPS-21."""
     with Server("--model", "demo", "--shutdown-timeout", 60, *CONTEXT) as server:
         body = {**LONG, "max_tokens": 1500}
         connection, response = server.open_stream("/v1/completions", body)
@@ -98,6 +101,7 @@ def test_sigterm_drains():
 
 
 def test_a_drain_has_an_end():
+    """OPS-21."""
     with Server("--model", "demo", "--shutdown-timeout", 0.2, *CONTEXT) as server:
         connection, response = server.open_stream("/v1/completions", LONG)
         response.read1(64)
@@ -109,6 +113,7 @@ def test_a_drain_has_an_end():
 
 
 def test_a_second_signal_stops_at_once():
+    """OPS-21."""
     with Server("--model", "demo", "--shutdown-timeout", 600, *CONTEXT) as server:
         connection, response = server.open_stream("/v1/completions", {**LONG, "n": 4})
         response.read1(64)
@@ -180,6 +185,7 @@ def test_the_card_s_flags_serve_the_demo():
     ],
 )
 def test_wrong_starts_say_why(args, words, code, tmp_path):
+    """OPS-05, OPS-09."""
     done = run("serve", "--port", "0", *args, env={"HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == code, done.stderr
     for word in words:

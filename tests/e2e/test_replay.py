@@ -72,6 +72,7 @@ def odd():
 
 
 def test_every_sequence_reads_alike_whole_streamed_and_parsed(odd):
+    """HAR-01, HAR-02, HAR-04, HAR-10, OAI-01, OAI-02, OAI-03."""
     client = odd.client()
     parsed = parse(list(SEQUENCES.values()))
     for name, expected in zip(SEQUENCES, parsed, strict=True):
@@ -89,16 +90,30 @@ def test_every_sequence_reads_alike_whole_streamed_and_parsed(odd):
 
 
 def test_no_markup_is_shown(odd):
+    """HAR-03."""
     for name, message in zip(SEQUENCES, parse(list(SEQUENCES.values())), strict=True):
         if name != "markup spelled as text":
             assert "<|" not in json.dumps(message), (name, message)
 
 
 def test_recoveries_are_counted(odd):
+    """HAR-05."""
     assert odd.metric("ctxserve:parser_recoveries_total") > 0
 
 
+def test_recoveries_are_logged_with_their_ids_at_debug_level():
+    """HAR-05."""
+    odd_answer = [text("no header"), RETURN]
+    for level, logged in (("debug", True), ("info", False)):
+        with Replay([odd_answer], "--log-level", level) as server:
+            whole(server.client())
+            server.stop()
+            lines = [line for line in server.log if "recovered" in line]
+            assert bool(lines) == logged and all("ids=" in line for line in lines), server.log
+
+
 def test_a_tool_loop():
+    """OAI-03, OAI-13, OAI-19: with openai-python."""
     script = [analysis("I must look.") + call("search", '{"query": "x"}'), final("Found.")]
     with Replay(script, "--served-model-name", "m") as server:
         client = server.client()
@@ -117,6 +132,7 @@ def test_a_tool_loop():
 
 
 def test_parallel_calls_and_their_limit():
+    """HAR-09."""
     both = call("search", '{"query": "a"}', end=END) + then(call("search", '{"query": "b"}'))
     with Replay([both]) as server:
         client = server.client()
@@ -136,6 +152,7 @@ def test_tool_choice_none_leaves_no_calls():
 
 
 def test_stop_strings_see_content_only():
+    """OAI-12."""
     script = [analysis("STOP here? no") + final("one STOP two")]
     with Replay(script) as server:
         got, _ = whole(server.client(), stop=["STOP"])
@@ -144,6 +161,7 @@ def test_stop_strings_see_content_only():
 
 
 def test_usage_counts_reasoning_and_the_stop_token():
+    """OAI-06."""
     with Replay([analysis("think") + final("answer")]) as server:
         _, answer = whole(server.client())
         usage = answer.usage
@@ -177,6 +195,7 @@ def test_token_ids_in_a_script():
 
 
 def test_a_call_without_a_stop_token_is_cut():
+    """OAI-03."""
     with Replay([call("search", '{"query": "x', end=None), call("search", "{}", end=CALL)]) as server:
         client = server.client()
         assert whole(client)[0]["finish_reason"] == "length"

@@ -26,6 +26,7 @@ fn every_cut(bytes: &[u8]) {
     }
 }
 
+/// OAI-16.
 #[test]
 fn known_sequences_at_every_cut() {
     for bytes in [
@@ -48,6 +49,7 @@ fn known_sequences_at_every_cut() {
     }
 }
 
+/// OAI-16.
 #[test]
 fn a_character_comes_when_it_is_whole() {
     let (mut stream, mut out) = (Utf8Stream::default(), String::new());
@@ -95,6 +97,7 @@ fn every_token_alone() {
 }
 
 proptest! {
+    /// OAI-16: of any bytes.
     #[test]
     fn any_bytes_at_any_cut(chunks in prop::collection::vec(prop::collection::vec(
         prop_oneof![any::<u8>(), 0x80..0xc0_u8, Just(0xe2), Just(0xf0), Just(0x9f), Just(0xed)], 0..6), 0..20))

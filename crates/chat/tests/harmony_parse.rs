@@ -46,11 +46,13 @@ fn run(tokenizer: &Arc<Tokenizer>) {
     assert!(failures.is_empty(), "{} cases fail:\n{}", failures.len(), failures.join("\n"));
 }
 
+/// HAR-02, HAR-04, HAR-09, HAR-10: the numbered cases.
 #[test]
 fn cases_hold_with_the_demo_vocabulary() {
     run(&demo_tokenizer());
 }
 
+/// HAR-02, HAR-04: the same with the tokens that gpt-oss has.
 #[test]
 fn cases_hold_with_the_vocabulary_of_gpt_oss() {
     run(&o200k_tokenizer());

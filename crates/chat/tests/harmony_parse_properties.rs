@@ -103,6 +103,7 @@ fn ids(tokenizer: &Tokenizer, pieces: &[Piece]) -> (Vec<u32>, Vec<String>) {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4_000))]
 
+    /// HAR-01, HAR-02, HAR-03: of any sequence.
     #[test]
     fn no_text_is_lost_and_no_markup_shown(pieces in pieces(), stop in any::<bool>()) {
         let tokenizer = demo_tokenizer();
@@ -305,7 +306,7 @@ fn every_case_can_be_cut_anywhere() {
     }
 }
 
-/// A client that takes deltas as they come and one that takes them all at the end see the same message.
+/// HAR-06: A client that takes deltas as they come and one that takes them all at the end see the same message.
 #[test]
 fn every_split_into_pushes_gives_the_same_deltas() {
     let tokenizer = demo_tokenizer();

@@ -146,6 +146,7 @@ proptest! {
         prop_assert_eq!(whole, spelt);
     }
 
+    /// HER-01, HER-06: of any arguments.
     #[test]
     fn arguments_come_back_byte_for_byte(
         value in json(), pretty in any::<bool>(), ascii in any::<bool>(), before in "[a-z .]{0,8}", again in any::<bool>(),

@@ -43,6 +43,7 @@ fn check(precision: Precision, claims: &Claims) -> Result<(), DeviceError> {
     Ok(())
 }
 
+/// OPS-27: no bit of a row depends on the others. KRN-02: on the CPU.
 #[test]
 fn exact_kernels_match_the_plain_loops_and_never_mind_their_neighbours() {
     let kv = vec![KvDtype::F32, KvDtype::Bf16, KvDtype::Fp8E4m3];

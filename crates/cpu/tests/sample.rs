@@ -192,6 +192,7 @@ fn penalties_count_output_once_per_token_or_once_at_all() {
     close(adjusted(bias, &[], &[]), [1.0, 2.0]);
 }
 
+/// OAI-17: never NaN.
 #[test]
 fn log_probabilities_are_stable_sorted_and_finite() {
     let mut row = row(SamplingParams { logprobs: Some(4), ..SamplingParams::greedy() });
@@ -224,6 +225,7 @@ fn log_probabilities_are_read_before_temperature_and_filters() {
     assert!((read.top[1].logprob.exp() - 0.25).abs() < 1e-6);
 }
 
+/// KRN-03: NaN is found where the token is drawn.
 #[test]
 fn garbage_and_bans_are_errors_of_the_row() {
     let mut row = row(SamplingParams::default());

@@ -177,6 +177,7 @@ fn the_token_goes_to_the_endpoint_and_not_where_it_redirects() {
     assert!(!cdn_asked.is_empty() && cdn_asked.iter().all(|r| r.authorization.is_none()), "{cdn_asked:?}");
 }
 
+/// OPS-01.
 #[test]
 fn offline_serves_what_is_cached_and_names_what_is_not() {
     let (server, home) = (FakeHub::start(model()), tempfile::tempdir().unwrap());

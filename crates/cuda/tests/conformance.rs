@@ -20,6 +20,7 @@ fn is_skipped() -> bool {
     true
 }
 
+/// KRN-02: all expert kernels, against the plain loops.
 #[test]
 fn kernels_match_the_plain_loops_within_bf16() {
     if is_skipped() {
@@ -39,6 +40,7 @@ fn kernels_match_the_plain_loops_within_bf16() {
     assert_eq!(report.failures().count(), 0, "{report}");
 }
 
+/// KRN-03: the test at start.
 #[test]
 fn the_self_test_passes_and_is_quick() {
     if is_skipped() {

@@ -277,6 +277,7 @@ mod tests {
         assert_eq!(pools.used(), [0, 0]);
     }
 
+    /// OPS-07.
     #[test]
     fn a_windowed_group_holds_the_window_and_no_more() {
         let plan = plan(6, [10, 100]);

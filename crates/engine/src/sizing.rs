@@ -246,6 +246,7 @@ mod tests {
         }
     }
 
+    /// OPS-07.
     #[test]
     fn windowed_layers_cost_the_window() {
         // 8k times 32 sequences: 12 GiB where windowed layers are paged at full length, about half of it here.
@@ -312,6 +313,7 @@ mod tests {
         promises(&size(&spec(), 4096, &huge).unwrap(), &huge);
     }
 
+    /// OPS-05.
     #[test]
     fn the_report_reads_well() {
         let mut spec = spec();

@@ -70,12 +70,18 @@ impl Runner for Hung {
     }
 }
 
+fn post(extra: serde_json::Value) -> axum::http::Request<axum::body::Body> {
+    let asked = axum::http::Request::post("/v1/chat/completions").header("content-type", "application/json");
+    asked.body(axum::body::Body::from(request(extra).to_string())).unwrap()
+}
+
 fn broken(device: bool) -> Server {
     let tokenizer = tokenizer();
     let script = ScriptedRunner::new(tokenizer.len(), CONTEXT, vec![tokenizer.encode_with_control(LINE)]);
     Setup::new(&[]).start_with(Box::new(Broken { script, at: 5, device, reached: Vec::new() }))
 }
 
+/// KRN-03: NaN in logits.
 #[tokio::test]
 async fn garbage_fails_its_own_request_loudly() {
     let server = broken(false);
@@ -90,6 +96,7 @@ async fn garbage_fails_its_own_request_loudly() {
     assert!(server.metrics().await.contains("finished_reason=\"error\"} 2"));
 }
 
+/// OAI-04, OPS-19.
 #[tokio::test]
 async fn a_device_fault_ends_streams_with_an_error_frame() {
     let server = broken(true);
@@ -103,6 +110,7 @@ async fn a_device_fault_ends_streams_with_an_error_frame() {
     }
 }
 
+/// OPS-19.
 #[tokio::test]
 async fn a_device_fault_is_503_whole_and_ends_the_server() {
     let server = broken(true);
@@ -112,6 +120,40 @@ async fn a_device_fault_is_503_whole_and_ends_the_server() {
     assert_eq!(answer.status, 503);
     assert_eq!(answer.error()["code"], "engine_fault");
     assert!(matches!(end.unwrap(), EngineState::Faulted(_)));
+}
+
+/// OPS-20: a step that does not end turns health 503; many short steps beside a full queue do not.
+#[tokio::test(flavor = "multi_thread")]
+async fn health_tells_a_stalled_engine_from_a_busy_one() {
+    let tokenizer = tokenizer();
+    let script =
+        |line: &str| ScriptedRunner::new(tokenizer.len(), CONTEXT, vec![tokenizer.encode_with_control(line)]);
+    let mut setup = Setup::new(&[]);
+    setup.server.stall_timeout = Duration::from_millis(50);
+    let server = setup.start_with(Box::new(Hung(script(LINE))));
+    assert_eq!(server.get("/health").await.status, 200, "nothing waits");
+    let app = server.app.clone();
+    let asking = tokio::spawn(async move { tower::ServiceExt::oneshot(app, post(json!({}))).await });
+    eventually(|| server.engine.snapshot().step_age > Duration::from_millis(50)).await;
+    let answer = server.get("/health").await;
+    assert_eq!(answer.status, 503);
+    assert_eq!(answer.error()["type"], "server_error");
+    asking.abort();
+
+    let mut setup = Setup::new(&[]);
+    setup.engine.max_num_seqs = 1;
+    setup.server.stall_timeout = Duration::from_secs(600);
+    let long = format!("<|channel|>final<|message|>{}", "x y ".repeat(300));
+    let server = setup.start_with(Box::new(script(&long).with_pace(Duration::from_millis(2))));
+    let asking: Vec<_> = (0..4)
+        .map(|_| tokio::spawn(tower::ServiceExt::oneshot(server.app.clone(), post(json!({})))))
+        .collect();
+    eventually(|| server.engine.snapshot().waiting >= 3 && server.engine.snapshot().generation_tokens > 20)
+        .await;
+    assert_eq!(server.get("/health").await.status, 200, "a full queue is no stall");
+    for task in asking {
+        task.abort();
+    }
 }
 
 #[tokio::test]

@@ -123,6 +123,7 @@ fn any_json() -> impl Strategy<Value = Value> {
     })
 }
 
+/// OAI-07, OAI-18: whatever stands in whatever field.
 #[test]
 fn no_json_is_a_server_error() {
     no_json_fails(Setup::new(&["<|channel|>final<|message|>ok<|return|>"]));

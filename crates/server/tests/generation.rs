@@ -13,6 +13,7 @@ fn answer(text: &str) -> String {
     )
 }
 
+/// OAI-12.
 #[tokio::test]
 async fn stop_strings_see_visible_text_only() {
     let server = Setup::new(&[&answer("one STOP two")]).start();
@@ -31,6 +32,7 @@ async fn stop_strings_see_visible_text_only() {
     assert!(count(&one) < count(&all));
 }
 
+/// OAI-12: nor in arguments.
 #[tokio::test]
 async fn stop_strings_do_not_cut_arguments() {
     let script = "<|channel|>commentary to=functions.f<|message|>{\"a\":\"STOP\"}<|call|>";
@@ -58,6 +60,7 @@ async fn stop_token_ids_end_the_answer_without_their_text() {
     assert_eq!(whole(&one["choices"][0]).content.unwrap(), format!("{before}{text}"));
 }
 
+/// OAI-06.
 #[tokio::test]
 async fn usage_counts_prompt_once_and_reasoning_apart() {
     let server = Setup::new(&[&answer("hello")]).start();
@@ -73,6 +76,7 @@ async fn usage_counts_prompt_once_and_reasoning_apart() {
     assert_eq!(three["total_tokens"], script * 3 + one["prompt_tokens"].as_u64().unwrap() as usize);
 }
 
+/// OAI-09.
 #[tokio::test]
 async fn an_oversized_max_tokens_is_cut_to_the_context() {
     let long = answer(&"x ".repeat(CONTEXT));
@@ -93,6 +97,7 @@ fn bytes_of(entries: &[Value]) -> Vec<u8> {
     bytes.map(|byte| u8::try_from(byte.as_u64().unwrap()).unwrap()).collect()
 }
 
+/// OAI-17.
 #[tokio::test]
 async fn chat_logprobs_align_with_content() {
     let text = "Grüße 日本 🦀!";
@@ -190,6 +195,7 @@ async fn legacy_logprobs_add_up_to_the_text() {
     assert!(lists["top_logprobs"][0].as_object().unwrap().contains_key(sampled));
 }
 
+/// HAR-09.
 #[tokio::test]
 async fn one_call_when_parallel_calls_are_off() {
     let script = "<|channel|>commentary to=functions.a<|message|>{}<|end|><|start|>assistant<|channel|>commentary to=functions.b<|message|>{}<|call|>";
@@ -211,6 +217,23 @@ async fn tool_choice_none_turns_calls_into_text() {
     assert!(choice.calls.is_empty());
     assert!(choice.content.unwrap().contains("{\"x\":1}"));
     assert_eq!(choice.finish_reason.as_deref(), Some("stop"));
+}
+
+/// HAR-08: with no ids of the checkpoint's, and with others.
+#[tokio::test]
+async fn answers_end_at_the_format_s_tokens_whatever_the_checkpoint_says() {
+    let call = "<|channel|>commentary to=functions.f<|message|>{}<|call|>";
+    let ids = |text| common::tokenizer().encode_with_control(text);
+    for eos in [Vec::new(), ids("z")] {
+        for (script, end) in [("<|channel|>final<|message|>a<|return|>", "stop"), (call, "tool_calls")] {
+            let mut setup =
+                Setup::new(&[&format!("{script}<|start|>assistant<|channel|>final<|message|>more")]);
+            setup.server.eos.clone_from(&eos);
+            let one = setup.start().chat(&request(json!({}))).await.json();
+            assert_eq!(one["choices"][0]["finish_reason"], end);
+            assert_eq!(one["usage"]["completion_tokens"], ids(script).len());
+        }
+    }
 }
 
 #[tokio::test]

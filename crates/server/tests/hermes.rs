@@ -115,6 +115,7 @@ async fn tool_choice_none_keeps_the_prompt_and_leaves_text() {
     assert_eq!(bare["choices"][0]["message"]["content"], READ);
 }
 
+/// OAI-18: in the hermes format.
 #[tokio::test]
 async fn odd_history_is_taken() {
     let server = Setup::hermes(&["Done.<|im_end|>"]).start();
@@ -246,6 +247,7 @@ async fn the_served_length_is_published() {
     assert_eq!(models["data"][0]["max_model_len"], common::CONTEXT);
 }
 
+/// OAI-13.
 #[tokio::test]
 async fn thinking_is_reasoning() {
     let server = Setup::hermes(&["<think>\nHm.\n</think>\n\nYes.<|im_end|>"]).start();

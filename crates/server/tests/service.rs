@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 const FINAL: &str = "<|channel|>final<|message|>ok<|return|>";
 
+/// OAI-07.
 #[tokio::test]
 async fn every_refusal_is_in_the_envelope() {
     let server = Setup::new(&[FINAL]).start();
@@ -165,6 +166,7 @@ fn slow(engine: EngineConfig) -> Setup {
     setup
 }
 
+/// OPS-16.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_queue_is_429_with_retry_after() {
     let engine = EngineConfig { max_num_seqs: 1, max_queued_requests: 1, ..EngineConfig::default() };
@@ -205,6 +207,7 @@ async fn a_full_queue_is_429_with_retry_after() {
     assert!(server.metrics().await.contains("finished_reason=\"abort\"} 2"));
 }
 
+/// OAI-04: an error frame ends it.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_aborted_stream_ends_with_an_error_frame() {
     let server = slow(EngineConfig::default()).start();
@@ -221,6 +224,7 @@ async fn an_aborted_stream_ends_with_an_error_frame() {
     assert!(frames.iter().all(|frame| frame["choices"][0]["finish_reason"].is_null()));
 }
 
+/// OPS-21.
 #[tokio::test]
 async fn a_draining_server_says_so() {
     let server = Setup::new(&[FINAL]).start();
@@ -231,6 +235,7 @@ async fn a_draining_server_says_so() {
     assert_eq!(server.get("/metrics").await.status, 200);
 }
 
+/// OAI-15: comments until something can be seen.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_quiet_stream_sends_comments() {
     let mut setup = slow(EngineConfig::default());
@@ -243,6 +248,7 @@ async fn a_quiet_stream_sends_comments() {
     answer.frames();
 }
 
+/// OPS-22.
 #[tokio::test]
 async fn metrics_have_vllm_names_and_no_labels_from_clients() {
     let server = Setup::new(&["<|channel|>final x<|channel|>final<|message|>ok<|return|>"]).start();

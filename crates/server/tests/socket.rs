@@ -56,6 +56,7 @@ async fn read(mut stream: TcpStream) -> String {
     text
 }
 
+/// OPS-13.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disconnect_cancels_streamed_and_whole_answers() {
     let running = run(Duration::from_millis(5)).await;
@@ -71,6 +72,7 @@ async fn a_disconnect_cancels_streamed_and_whole_answers() {
     assert_eq!(engine.snapshot().finished, 0);
 }
 
+/// OAI-15.
 #[tokio::test(flavor = "multi_thread")]
 async fn headers_leave_before_the_first_token() {
     let running = run(Duration::from_secs(3600)).await;
@@ -80,6 +82,7 @@ async fn headers_leave_before_the_first_token() {
     assert_eq!(&head, b"HTTP/1.1 200 OK");
 }
 
+/// OPS-21.
 #[tokio::test(flavor = "multi_thread")]
 async fn shutdown_finishes_what_runs_and_refuses_the_rest() {
     let running = run(Duration::from_millis(2)).await;

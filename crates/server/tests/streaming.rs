@@ -50,6 +50,7 @@ async fn both(server: &Server, body: Value) -> (Joined, Joined, Value, Vec<Value
     (without_ids(whole(&one["choices"][0])), without_ids(join(&frames, 0)), one, frames)
 }
 
+/// OAI-01, OAI-02, OAI-03, OAI-04.
 #[tokio::test]
 async fn streamed_equals_whole_over_scripts_and_options() {
     let options = [
@@ -78,6 +79,7 @@ async fn streamed_equals_whole_over_scripts_and_options() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 
+    /// HAR-01, HAR-03, OAI-02, OAI-03: whatever the model says.
     #[test]
     fn streamed_equals_whole_over_random_ids(
         ids in prop::collection::vec(prop_oneof![3 => 0u32..260, 2 => any::<prop::sample::Index>().prop_map(|i| {
@@ -98,6 +100,7 @@ proptest! {
     }
 }
 
+/// OAI-04.
 #[tokio::test]
 async fn frames_have_the_shape_that_clients_expect() {
     let script = format!("{THINK}<|channel|>final<|message|>Hi<|return|>");
@@ -121,6 +124,7 @@ async fn frames_have_the_shape_that_clients_expect() {
     assert_eq!(last["choices"][0]["delta"], json!({}));
 }
 
+/// OAI-05.
 #[tokio::test]
 async fn usage_comes_last_and_null_before() {
     let server = Setup::new(&["<|channel|>final<|message|>Hi<|return|>"]).start();
@@ -145,6 +149,7 @@ async fn usage_comes_last_and_null_before() {
     }
 }
 
+/// OAI-01.
 #[tokio::test]
 async fn calls_stream_name_first_and_then_arguments() {
     let arguments = r#"{"city": "Zürich", "note": "a \"b\" {c"}"#;
@@ -190,6 +195,7 @@ async fn ids_are_returned_when_asked_for() {
     assert_eq!(json!(ids), generated);
 }
 
+/// OAI-14.
 #[tokio::test]
 async fn choices_do_not_mix() {
     let scripts = scripts();

@@ -281,6 +281,7 @@ fn text() -> Vec<(&'static str, Value, u16, Option<&'static str>)> {
     ]
 }
 
+/// OAI-07, OAI-10, OAI-11, HAR-21: a status and a name for each value.
 #[tokio::test]
 async fn every_field_of_every_route() {
     let server = Setup::new(&[FINAL]).start();
@@ -332,6 +333,7 @@ async fn pairs_of_fields() {
     }
 }
 
+/// OAI-13, OAI-18, HAR-18.
 #[tokio::test]
 async fn odd_histories_are_accepted() {
     let server = Setup::new(&[FINAL]).start();
@@ -374,6 +376,7 @@ async fn odd_histories_are_accepted() {
     }
 }
 
+/// HAR-17.
 #[tokio::test]
 async fn an_orphan_tool_result_is_refused_by_index() {
     let server = Setup::new(&[FINAL]).start();
@@ -387,6 +390,7 @@ async fn an_orphan_tool_result_is_refused_by_index() {
     assert!(param.starts_with("messages[1]"), "{param}");
 }
 
+/// OAI-08.
 #[tokio::test]
 async fn an_oversized_prompt_names_the_context() {
     let server = Setup::new(&[FINAL]).start();

@@ -163,6 +163,7 @@ fn tools_without_instructions() {
     );
 }
 
+/// HAR-16.
 #[test]
 fn later_instructions_keep_their_place() {
     agree(
@@ -202,6 +203,7 @@ fn a_named_user() {
     );
 }
 
+/// HAR-15: reasoning of the turn under way is there.
 #[test]
 fn a_tool_loop_keeps_reasoning() {
     agree(
@@ -236,7 +238,7 @@ fn a_tool_loop_keeps_reasoning() {
     );
 }
 
-/// Several answers: reasoning goes only in front of the first, and only while the last turn is an answer.
+/// HAR-15: several answers: reasoning goes only in front of the first, and only while the last turn is an answer.
 #[test]
 fn reasoning_is_dropped_exactly_as_the_reference_does() {
     let turns = vec![

@@ -40,6 +40,7 @@ fn everywhere(fill: &str) -> Conversation {
     }
 }
 
+/// HAR-19: in every string that a client can send.
 #[test]
 fn client_text_never_becomes_a_control_token() {
     for tokenizer in [o200k_tokenizer(), demo_tokenizer()] {
@@ -56,6 +57,7 @@ fn client_text_never_becomes_a_control_token() {
     assert_eq!(ids, [27, 91, 419, 91, 29], "as the reference encodes it");
 }
 
+/// HAR-19: every spelling.
 #[test]
 fn every_special_token_of_the_vocabulary_is_text_in_a_message() {
     let tokenizer = o200k_tokenizer();
@@ -66,6 +68,7 @@ fn every_special_token_of_the_vocabulary_is_text_in_a_message() {
     }
 }
 
+/// HAR-17.
 #[test]
 fn a_result_needs_an_earlier_call() {
     let fails = |messages: Vec<Message>, at: usize| {
@@ -151,6 +154,7 @@ fn empty_pieces_say_nothing() {
     assert!(empty.contains("<|channel|>final<|message|><|end|>"), "an empty answer was an answer: {empty}");
 }
 
+/// HAR-08.
 #[test]
 fn stop_ids_are_those_that_end_a_turn() {
     let format = formats::open("harmony", o200k_tokenizer(), &PromptFiles::default()).unwrap();

@@ -38,6 +38,7 @@ fn descriptions_and_empty_parameters() {
     ]);
 }
 
+/// HAR-20.
 #[test]
 fn every_keyword() {
     let schema = json!({
@@ -125,6 +126,7 @@ fn a_tool_of_context_1() {
     assert!(text.contains(expected), "{text}");
 }
 
+/// HAR-20.
 #[test]
 fn one_of() {
     let variants = json!([
@@ -233,6 +235,7 @@ fn schema() -> impl Strategy<Value = Value> {
 }
 
 proptest! {
+    /// HAR-20: whatever schema.
     #[test]
     fn any_schema(schema in schema(), description in "[a-z \n]{0,20}") {
         agree_on(vec![tool("f", Some(&description), Some(schema))]);

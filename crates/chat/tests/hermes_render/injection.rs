@@ -82,6 +82,7 @@ fn fills() -> Vec<String> {
     fills
 }
 
+/// HAR-19: of the hermes format.
 #[test]
 fn no_string_of_a_client_becomes_a_control_token() {
     let tokenizer = qwen_tokenizer();

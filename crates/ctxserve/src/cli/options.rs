@@ -367,6 +367,7 @@ mod tests {
         assert!(options("--max-model-len many").is_err());
     }
 
+    /// OPS-09.
     #[test]
     fn wrong_values_name_flag_and_choices() {
         let error = options("--device tpu").unwrap_err();
@@ -425,6 +426,7 @@ mod tests {
         assert_eq!(template(""), None);
     }
 
+    /// OPS-09.
     #[test]
     fn parsers_must_fit_the_format() {
         let check = |line| ServeOptions::check_parsers(&values(line), "harmony").map_err(|e| e.to_string());

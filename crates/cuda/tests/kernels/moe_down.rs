@@ -95,6 +95,7 @@ impl Model {
     }
 }
 
+/// KRN-02.
 #[test]
 fn moe_down_equals_its_definition() {
     let Some((device, _turn)) = device() else { return };
@@ -153,6 +154,7 @@ fn down_of_a_row_does_not_depend_on_its_neighbours() {
     }
 }
 
+/// KRN-02: every scale.
 #[test]
 fn every_scale_byte_counts() {
     let Some((device, _turn)) = device() else { return };

@@ -109,6 +109,7 @@ impl Model {
     }
 }
 
+/// KRN-02.
 #[test]
 fn moe_gate_up_equals_its_definition() {
     let Some((device, _turn)) = device() else { return };

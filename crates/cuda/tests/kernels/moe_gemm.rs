@@ -329,6 +329,7 @@ fn moe_gemm_puts_every_weight_in_its_place() {
     check_puts_every_weight_in_its_place(&device, &MoeGemm::load(&device).unwrap());
 }
 
+/// KRN-02.
 #[test]
 fn moe_gemm_equals_its_definition() {
     let Some((device, _turn)) = device() else { return };
@@ -341,12 +342,14 @@ fn moe_gemm_takes_every_scale() {
     check_takes_every_scale(&device, &MoeGemm::load(&device).unwrap());
 }
 
+/// KRN-02.
 #[test]
 fn moe_gemm_of_real_shapes() {
     let Some((device, _turn)) = device() else { return };
     check_of_real_shapes(&device, &MoeGemm::load(&device).unwrap());
 }
 
+/// KRN-02: without wgmma.
 #[test]
 fn moe_gemm_portable_passes_the_same() {
     let Some((device, _turn)) = device() else { return };

@@ -75,6 +75,7 @@ fn a_tight_cache_preempts_and_still_answers_all() {
     assert_idle(&engine);
 }
 
+/// OPS-13.
 #[test]
 fn a_dropped_stream_is_gone_from_the_next_step() {
     let (gate, engine) = gated(config(), None);
@@ -114,6 +115,7 @@ fn a_waiting_sequence_can_be_cancelled() {
     assert_idle(&engine);
 }
 
+/// OPS-14.
 #[test]
 fn ten_thousand_aborts_leak_nothing() {
     // Far longer than any of them is let to live.
@@ -138,6 +140,7 @@ fn ten_thousand_aborts_leak_nothing() {
     assert_eq!((snapshot.finished, snapshot.aborted), (0, 10_000), "{snapshot:?}");
 }
 
+/// OPS-16.
 #[test]
 fn the_queue_is_bounded_by_requests() {
     let (gate, engine) = gated(EngineConfig { max_num_seqs: 2, max_queued_requests: 3, ..config() }, None);
@@ -158,6 +161,7 @@ fn the_queue_is_bounded_by_requests() {
     assert_idle(&engine);
 }
 
+/// OPS-16.
 #[test]
 fn the_queue_is_bounded_by_prompt_tokens() {
     let (gate, engine) = gated(EngineConfig { max_num_seqs: 1, max_queued_tokens: 40, ..config() }, None);
@@ -358,6 +362,7 @@ fn penalties_get_the_history_and_others_do_not() {
     streams.into_iter().for_each(|stream| assert_eq!(Answer::of(stream).tokens.len(), 5));
 }
 
+/// OPS-05.
 #[test]
 fn an_infeasible_cache_is_refused_with_the_numbers() {
     let config = EngineConfig { kv_bytes: Some(900), max_model_len: Some(CONTEXT), ..config() };

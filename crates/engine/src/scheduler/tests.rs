@@ -302,6 +302,7 @@ fn page_pressure(depth: usize) {
     }
 }
 
+/// OPS-15: every step of a long prompt has a row for those who decode.
 #[test]
 fn decode_rows_flow_beside_a_long_prompt() {
     let scenario = Scenario {

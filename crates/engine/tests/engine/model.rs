@@ -88,7 +88,7 @@ fn transformers_greedy_ids_full_layers_only() {
     golden("truncated");
 }
 
-/// Greedy and seeded answers, alone and among sixteen others, with room and under page pressure.
+/// OPS-27: greedy and seeded answers, alone and among sixteen others, with room and under page pressure.
 #[test]
 fn answers_do_not_depend_on_neighbours() {
     let spec = DemoSpec { seed: 7, vocab_size: 600, ..DemoSpec::default() };

@@ -162,6 +162,7 @@ mod tests {
         assert_eq!(run(&strings(&["\n\n"]), true, &["a\n", "\nb"]), ("a\n\n".to_owned(), Some(0)));
     }
 
+    /// OAI-12: no part of one shows.
     #[test]
     fn nothing_of_a_possible_stop_string_is_shown_early() {
         let mut matcher = StopMatcher::new(&strings(&["</answer>"]), false);
@@ -171,6 +172,7 @@ mod tests {
     }
 
     proptest! {
+        /// OAI-12: across tokens.
         #[test]
         fn any_chunking_meets_the_definition(
             stops in prop::collection::vec("[abé]{1,4}", 0..4),

@@ -85,6 +85,7 @@ mod tests {
         }
     }
 
+    /// OAI-10.
     #[test]
     fn unknown_fields_of_any_depth_are_skipped() {
         let deep = format!(r#"{{"top_p":0.5,"x":{}{}}}"#, "[".repeat(100_000), "]".repeat(100_000));

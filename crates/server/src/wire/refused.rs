@@ -169,6 +169,7 @@ impl<'de> Visitor<'de> for Scan {
 mod tests {
     use super::*;
 
+    /// OAI-11: defaults pass.
     #[test]
     fn defaults_and_nulls_pass() {
         let body = r#"{"response_format":{"type":"json_object"},"modalities":["text"],"priority":0,"suffix":1,
@@ -177,6 +178,7 @@ mod tests {
         assert_eq!(check(Route::Completions, r#"{"suffix":"","audio":{}}"#), Ok(()));
     }
 
+    /// OAI-11.
     #[test]
     fn anything_else_is_refused_by_name() {
         let chat = [

@@ -132,6 +132,7 @@ fn a_stop_costs_one_row_in_vain_and_nothing_else() {
     assert_eq!((snapshot.steps, snapshot.generation_tokens, snapshot.finished), (4, 3, 1));
 }
 
+/// OPS-13.
 #[test]
 fn a_dropped_stream_frees_its_pages_with_steps_in_flight() {
     let (gate, engine) = gated_at(2, config(), None);
