@@ -35,7 +35,7 @@ template <class S, int WARPS, int CLUSTER> DEVICE void attention_decode(const Pa
     seen.row = blockIdx.y;
     pdl_launch();
     if constexpr (CLUSTER > 1) {
-        if (threadIdx.x == 0) inbox_open(shared_address(&inbox_full), sizeof(inbox));
+        if (warp == 0) inbox_open(shared_address(&inbox_full), sizeof(inbox));
         __syncwarp();
         cluster_arrive();
     }

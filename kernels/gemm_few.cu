@@ -97,7 +97,7 @@ template <int TOKENS, int WIDE, int STAGES, Output OUT> DEVICE void gemm_few(con
     __syncthreads();
     pdl_wait();
     const int live = min(*p.live, p.tokens), tokens = max(0, min(TOKENS, live - token));
-    if (threadIdx.x == 0) {
+    if (threadIdx.x < 32) {
         // Sums that this block adds up: of 16 tokens each, those that there are.
         int bytes = 0;
         for (int i = 0; i < TOKENS / 16 / SPLIT; ++i)

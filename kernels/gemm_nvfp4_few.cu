@@ -62,7 +62,7 @@ template <int QUADS, int MAX, int SPLIT, int STAGES> DEVICE void gemm_nvfp4_few(
     const int live = uniform(*p.live), tokens = max(0, min(room, live - token)), blocks = (tokens + 7) / 8;
     // Pieces of this tile, and of those, how many this block adds up.
     const int pieces = WARPS * blocks, mine = (pieces - rank + SPLIT - 1) / SPLIT;
-    if (threadIdx.x == 0) inbox_open(inbox, SPLIT * mine * 512);
+    if (warp == 0) inbox_open(inbox, SPLIT * mine * 512);
     __syncwarp();
     // Inboxes are open once all have come here.
     cluster_arrive();

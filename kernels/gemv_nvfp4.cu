@@ -243,8 +243,7 @@ template <int SPLIT, int NT> DEVICE void multiply(const Block<SPLIT>& b, int war
 #pragma unroll
             for (int n = 0; n < NT; ++n) load_matrices(x[n][0], at[n]), load_matrices(x[n][1], at[n] + 64), at[n] += 128;
             codes_at += NV_TILE_CODES, scales_at += NV_TILE_SCALES;
-            // Beyond the last it reads what lies there, which is not used.
-            load_tile(next, next_scales, codes_at, scales_at);
+            if (tile + 1 < count) load_tile(next, next_scales, codes_at, scales_at);
             uint32_t a[4][4];
             nv_dequantise(codes, scales, a);
 #pragma unroll

@@ -55,9 +55,10 @@ DEVICE void run_split(const Product& m, Input input, const Output& output, float
         for (int stage = 0; stage < STAGES; ++stage) barrier_init(full + stage * 8, 1);
         barrier_init_fence();
     }
+    __syncwarp();
 #pragma unroll
     for (int stage = 0; stage < STAGES; ++stage) fill(stage);
-    if (threadIdx.x == 0) {
+    if (warp == 0) {
         const int sums = stored_tiles > 0 ? SPLIT * TILES * (HIGH ? 512 : m.lines * 32) : 0;
         inbox_open(inbox_barrier, sums + (Input::NORMED ? (SPLIT - 1) * m.lines * 4 : 0));
     }
