@@ -1,9 +1,10 @@
 use ctxserve_backend::DeviceError;
 use ctxserve_cuda::driver::{Buffer, Device};
 use ctxserve_cuda::ops::moe_combine::{self, MoeCombine, Outputs};
-use ctxserve_cuda::ops::moe_gemm::{Call, MoeGemm, Output, height};
+use ctxserve_cuda::ops::moe_gemm::{Call, MoeGemm, height};
 use ctxserve_cuda::ops::moe_scatter::{self, MoeScatter};
 use ctxserve_cuda::ops::moe_sort::{self, MoeSort, Shape};
+use ctxserve_cuda::ops::sorted_rows::{Output, SortedRows};
 
 use crate::harness::{Bench, Work};
 
@@ -116,17 +117,19 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
             let call = Call {
                 w: if is_up { &gate_up } else { &down },
                 exponents: if is_up { &of_gate_up } else { &of_down },
-                bias: &bias,
-                x: &x,
-                y,
-                tiles: &tiles,
-                counts: &counts,
-                experts: EXPERTS,
-                rows: weight_rows,
-                cols: HIDDEN,
-                capacity,
-                height: shape.height,
-                most_tiles: shape.tiles(),
+                rows: SortedRows {
+                    bias: &bias,
+                    x: &x,
+                    y,
+                    tiles: &tiles,
+                    counts: &counts,
+                    experts: EXPERTS,
+                    rows: weight_rows,
+                    cols: HIDDEN,
+                    capacity,
+                    height: shape.height,
+                    most_tiles: shape.tiles(),
+                },
             };
             let pairs = rows * SLOTS;
             let work = Work {

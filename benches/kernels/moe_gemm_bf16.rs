@@ -2,7 +2,8 @@
 
 use ctxserve_backend::DeviceError;
 use ctxserve_cuda::driver::{Buffer, Device};
-use ctxserve_cuda::ops::moe_gemm_bf16::{Call, MoeGemmBf16, Output, height};
+use ctxserve_cuda::ops::moe_gemm_bf16::{Call, MoeGemmBf16, height};
+use ctxserve_cuda::ops::sorted_rows::{Output, SortedRows};
 use half::bf16;
 
 use crate::harness::{Bench, Work};
@@ -102,21 +103,22 @@ pub(crate) fn run(bench: &Bench) -> Result<(), DeviceError> {
                 let list = &lists[at % CHOICES];
                 let call = Call {
                     w: if up { &gate_up } else { &down },
-                    bias: &bias,
-                    x: if up { &x } else { &act },
-                    y: if up {
-                        Output::SwiGlu { y: &act, alpha: 1.702, limit: 7.0 }
-                    } else {
-                        Output::Bf16(&y)
+                    rows: SortedRows {
+                        bias: &bias,
+                        x: if up { &x } else { &act },
+                        y: match up {
+                            true => Output::SwiGlu { y: &act, alpha: 1.702, limit: 7.0 },
+                            false => Output::Bf16(&y),
+                        },
+                        tiles: &list.tiles,
+                        counts: &list.counts,
+                        experts: EXPERTS,
+                        rows: if up { 2 * HIDDEN } else { HIDDEN },
+                        cols: HIDDEN,
+                        capacity,
+                        height,
+                        most_tiles: list.most_tiles,
                     },
-                    tiles: &list.tiles,
-                    counts: &list.counts,
-                    experts: EXPERTS,
-                    rows: if up { 2 * HIDDEN } else { HIDDEN },
-                    cols: HIDDEN,
-                    capacity,
-                    height,
-                    most_tiles: list.most_tiles,
                 };
                 gemm.issue(device, &call)
             };

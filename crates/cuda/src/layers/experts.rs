@@ -5,6 +5,7 @@ use ctxserve_backend::{DeviceError, Moe};
 use super::missing;
 use crate::backend::{CudaBackend, NormKey};
 use crate::driver::Buffer;
+use crate::ops::sorted_rows::{Output, SortedRows};
 use crate::ops::{moe_combine, moe_down, moe_gate_up, moe_gemm, moe_gemm_bf16, moe_scatter, moe_sort, route};
 use crate::weights::Stacks;
 use crate::workspace::{EXPERT_ROWS, GEMV_ROWS};
@@ -180,54 +181,35 @@ impl CudaBackend {
             },
         )?;
         let (hidden, inner) = (experts.hidden, experts.inner);
+        let sorted_rows = |bias, x, y, rows, cols| SortedRows {
+            bias,
+            x,
+            y,
+            tiles: &work.tiles,
+            counts: &work.counts,
+            experts: spec.experts,
+            rows,
+            cols,
+            capacity: sorted,
+            height,
+            most_tiles: shape.tiles(),
+        };
+        let gated = Output::SwiGlu { y: &work.sorted_a, alpha: spec.alpha, limit: spec.limit };
+        let into_inner = sorted_rows(&experts.gate_up_bias, &work.sorted_h, gated, 2 * inner, hidden);
+        let summed = Output::Bf16(&work.sorted_y);
+        let out_of_inner = sorted_rows(&experts.down_bias, &work.sorted_a, summed, hidden, inner);
         match &experts.stacks {
             Stacks::Mxfp4 { gate_up, gate_up_exponents, down, down_exponents } => {
-                let product = |w, exponents, bias, x, y, out_rows, cols| moe_gemm::Call {
-                    w,
-                    exponents,
-                    bias,
-                    x,
-                    y,
-                    tiles: &work.tiles,
-                    counts: &work.counts,
-                    experts: spec.experts,
-                    rows: out_rows,
-                    cols,
-                    capacity: sorted,
-                    height,
-                    most_tiles: shape.tiles(),
+                let issue = |w, exponents, rows| {
+                    kernels.experts.issue(device, &moe_gemm::Call { w, exponents, rows })
                 };
-                let (bias, x, y) = (&experts.gate_up_bias, &work.sorted_h, &work.sorted_a);
-                let y = moe_gemm::Output::SwiGlu { y, alpha: spec.alpha, limit: spec.limit };
-                let call = product(gate_up, gate_up_exponents, bias, x, y, 2 * inner, hidden);
-                kernels.experts.issue(device, &call)?;
-                let (bias, x, y) = (&experts.down_bias, &work.sorted_a, &work.sorted_y);
-                let y = moe_gemm::Output::Bf16(y);
-                let call = product(down, down_exponents, bias, x, y, hidden, inner);
-                kernels.experts.issue(device, &call)?;
+                issue(gate_up, gate_up_exponents, into_inner)?;
+                issue(down, down_exponents, out_of_inner)?;
             }
             Stacks::Bf16 { gate_up, down } => {
-                let product = |w, bias, x, y, out_rows, cols| moe_gemm_bf16::Call {
-                    w,
-                    bias,
-                    x,
-                    y,
-                    tiles: &work.tiles,
-                    counts: &work.counts,
-                    experts: spec.experts,
-                    rows: out_rows,
-                    cols,
-                    capacity: sorted,
-                    height,
-                    most_tiles: shape.tiles(),
-                };
-                let (bias, x, y) = (&experts.gate_up_bias, &work.sorted_h, &work.sorted_a);
-                let y = moe_gemm_bf16::Output::SwiGlu { y, alpha: spec.alpha, limit: spec.limit };
-                let call = product(gate_up, bias, x, y, 2 * inner, hidden);
-                kernels.experts_bf16.issue(device, &call)?;
-                let y = moe_gemm_bf16::Output::Bf16(&work.sorted_y);
-                let call = product(down, &experts.down_bias, &work.sorted_a, y, hidden, inner);
-                kernels.experts_bf16.issue(device, &call)?;
+                let issue = |w, rows| kernels.experts_bf16.issue(device, &moe_gemm_bf16::Call { w, rows });
+                issue(gate_up, into_inner)?;
+                issue(down, out_of_inner)?;
             }
         }
         kernels.combine.issue(

@@ -1,4 +1,4 @@
-//! One module a kernel file: checks shapes, then launches.
+//! One module a kernel file: checks shapes, then launches. `gemv` and `sorted_rows` are what several have in common.
 
 pub mod attention;
 pub mod attention_decode;
@@ -30,4 +30,5 @@ pub mod rope_table;
 pub mod route;
 pub mod sample_pick;
 pub mod sample_scan;
+pub mod sorted_rows;
 pub mod unpack;

@@ -2,6 +2,7 @@
 
 use ctxserve_backend::DeviceError;
 
+use super::sorted_rows::{Output, SortedRows};
 use crate::driver::{Buffer, Device, Kernel, Launch, Params};
 
 const OP: &str = "moe_gemm";
@@ -68,24 +69,6 @@ pub fn height(rows: usize, slots: usize, experts: usize) -> usize {
     }
 }
 
-/// What becomes of the sums.
-#[derive(Clone, Copy, Debug)]
-pub enum Output<'a> {
-    /// Rows are gates and ups: `gate * sigmoid(alpha * gate) * (up + 1)` with `gate <= limit`, `-limit <= up <= limit`.
-    SwiGlu {
-        /// Panel layout of `[capacity, rows / 2]`, bits of fp16.
-        y: &'a Buffer<u16>,
-        /// Factor of the sigmoid.
-        alpha: f32,
-        /// The clamp.
-        limit: f32,
-    },
-    /// Stored as they are, `[capacity, rows]`.
-    F32(&'a Buffer<f32>),
-    /// Stored as bits of bf16, `[capacity, rows]`.
-    Bf16(&'a Buffer<u16>),
-}
-
 /// The loaded kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct MoeGemm {
@@ -102,28 +85,8 @@ pub struct Call<'a> {
     pub w: &'a Buffer<u8>,
     /// `[experts, rows]`, of [`MoeGemm::exponents`].
     pub exponents: &'a Buffer<u8>,
-    /// `[experts, rows]`: gate `i` at `2i` and up `i` at `2i + 1`; or rows in order.
-    pub bias: &'a Buffer<f32>,
-    /// Panel layout of `[capacity, cols]`, bits of fp16.
-    pub x: &'a Buffer<u16>,
-    /// The result.
-    pub y: Output<'a>,
-    /// Of `moe_sort`: four integers a tile.
-    pub tiles: &'a Buffer<i32>,
-    /// Of `moe_sort`: sorted rows, tiles.
-    pub counts: &'a Buffer<i32>,
-    /// Experts.
-    pub experts: usize,
-    /// Weight rows of an expert, a multiple of 16 (of 128 for gates and ups).
-    pub rows: usize,
-    /// Elements summed over, a multiple of 64.
-    pub cols: usize,
-    /// Sorted rows that `x` and `y` are laid out for, a multiple of 8.
-    pub capacity: usize,
-    /// Most sorted rows of a tile: what `moe_sort` was told, one of [`height`]'s.
-    pub height: usize,
-    /// Most tiles, which the grid is made for.
-    pub most_tiles: usize,
+    /// The rest; `x` and gated results are bits of fp16.
+    pub rows: SortedRows<'a>,
 }
 
 impl MoeGemm {
@@ -225,41 +188,27 @@ impl MoeGemm {
     /// # Errors
     /// Shapes or buffers that do not fit each other, or a device fault.
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
-        let Call { experts, rows, cols, capacity, height, most_tiles, .. } = *call;
-        let (output, y, len, wanted, alpha, limit) = match call.y {
-            Output::SwiGlu { y, alpha, limit } => {
-                (0, y.address(), y.len(), capacity * rows / 2, alpha, limit)
-            }
-            Output::F32(y) => (1, y.address(), y.len(), capacity * rows, 0.0, 0.0),
-            Output::Bf16(y) => (2, y.address(), y.len(), capacity * rows, 0.0, 0.0),
+        let sorted = &call.rows;
+        let SortedRows { experts, rows, cols, capacity, .. } = *sorted;
+        let variants = match sorted.y {
+            Output::SwiGlu { .. } => &self.variants[0],
+            Output::F32(_) => &self.variants[1],
+            Output::Bf16(_) => &self.variants[2],
         };
-        let variant = HEIGHTS.iter().position(|&known| known == height).map(|at| self.variants[output][at]);
-        let fits = cols > 0
-            && cols.is_multiple_of(64)
-            && rows.is_multiple_of(if output == 0 { 128 } else { STRIP_ROWS })
-            && experts > 0
-            && capacity.is_multiple_of(8)
+        let variant = HEIGHTS.iter().position(|&known| known == sorted.height).map(|at| variants[at]);
+        let fits = sorted.fit()
             && call.w.len() >= experts * (rows / STRIP_ROWS) * (cols / 64) * TILE_BYTES
-            && call.exponents.len() >= experts * rows
-            && call.bias.len() >= experts * rows
-            && call.x.len() >= capacity * cols
-            && len >= wanted
-            && call.tiles.len() >= 4 * most_tiles
-            && call.counts.len() >= 2;
-        let (Some(variant), true) = (variant, fits) else {
-            let what = format!(
-                "{experts} experts of {rows} x {cols}, {capacity} rows in tiles of {height}, do not fit the buffers"
-            );
-            return Err(DeviceError::new(OP, what));
-        };
+            && call.exponents.len() >= experts * rows;
+        let (Some(variant), true) = (variant, fits) else { return Err(sorted.misfit(OP)) };
+        let (y, alpha, limit) = sorted.output();
         let arguments = Arguments {
             w: call.w.address(),
             exponents: call.exponents.address(),
-            bias: call.bias.address(),
-            x: call.x.address(),
+            bias: sorted.bias.address(),
+            x: sorted.x.address(),
             y,
-            tiles: call.tiles.address(),
-            count: call.counts.at(OP, 1)?,
+            tiles: sorted.tiles.address(),
+            count: sorted.counts.at(OP, 1)?,
             cols: cols as i32,
             rows: rows as i32,
             capacity: capacity as i32,
@@ -267,9 +216,8 @@ impl MoeGemm {
             limit,
             experts: experts as i32,
         };
-        let most = (most_tiles * rows.div_ceil(variant.rows)).max(1);
         let launch = Launch {
-            grid: [most.min(variant.blocks * self.multiprocessors) as u32, 1, 1],
+            grid: sorted.grid(variant.rows, variant.blocks * self.multiprocessors),
             block: variant.threads,
             shared: variant.shared,
             overlap: true,

@@ -2,6 +2,7 @@
 
 use ctxserve_backend::DeviceError;
 
+use super::sorted_rows::{Output, SortedRows};
 use crate::driver::{Buffer, Device, Kernel, Launch, Params};
 
 const OP: &str = "moe_gemm_bf16";
@@ -77,22 +78,6 @@ pub fn height(rows: usize, slots: usize, experts: usize) -> usize {
     }
 }
 
-/// What becomes of the sums.
-#[derive(Clone, Copy, Debug)]
-pub enum Output<'a> {
-    /// Rows are gates and ups: `gate * sigmoid(alpha * gate) * (up + 1)` with `gate <= limit`, `-limit <= up <= limit`.
-    SwiGlu {
-        /// Panel layout of `[capacity, rows / 2]`, bits of bf16.
-        y: &'a Buffer<u16>,
-        /// Factor of the sigmoid.
-        alpha: f32,
-        /// The clamp.
-        limit: f32,
-    },
-    /// Stored as bits of bf16, `[capacity, rows]`.
-    Bf16(&'a Buffer<u16>),
-}
-
 /// The loaded kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct MoeGemmBf16 {
@@ -109,28 +94,8 @@ pub struct Call<'a> {
     /// Panel layout of `[experts * rows, cols]`, bits of bf16. Gates and ups in turns of eight rows: of each 16 rows row `g` is a
     /// gate, row `g + 8` its up.
     pub w: &'a Buffer<u16>,
-    /// `[experts, rows]`: gate `i` at `2i` and up `i` at `2i + 1`; or rows in order.
-    pub bias: &'a Buffer<f32>,
-    /// Panel layout of `[capacity, cols]`, bits of bf16.
-    pub x: &'a Buffer<u16>,
-    /// The result.
-    pub y: Output<'a>,
-    /// Of `moe_sort`: four integers a tile.
-    pub tiles: &'a Buffer<i32>,
-    /// Of `moe_sort`: sorted rows, tiles.
-    pub counts: &'a Buffer<i32>,
-    /// Experts.
-    pub experts: usize,
-    /// Weight rows of an expert, a multiple of 16 (of 128 for gates and ups).
-    pub rows: usize,
-    /// Elements summed over, a multiple of 64.
-    pub cols: usize,
-    /// Sorted rows that `x` and `y` are laid out for, a multiple of 8.
-    pub capacity: usize,
-    /// Most sorted rows of a tile: what `moe_sort` was told, one of [`height`]'s.
-    pub height: usize,
-    /// Most tiles, which the grid is made for.
-    pub most_tiles: usize,
+    /// The rest; `x` and gated results are bits of bf16. There is no float32 output.
+    pub rows: SortedRows<'a>,
 }
 
 const NAMES: [[&str; 6]; 2] = [
@@ -195,44 +160,27 @@ impl MoeGemmBf16 {
     /// # Errors
     /// Shapes or buffers that do not fit each other, or a device fault.
     pub fn issue(&self, device: &Device, call: &Call<'_>) -> Result<(), DeviceError> {
-        let Call { experts, rows, cols, capacity, height, most_tiles, .. } = *call;
-        let (output, y, len, wanted, alpha, limit) = match call.y {
-            Output::SwiGlu { y, alpha, limit } => {
-                (0, y.address(), y.len(), capacity * rows / 2, alpha, limit)
-            }
-            Output::Bf16(y) => (1, y.address(), y.len(), capacity * rows, 0.0, 0.0),
+        let sorted = &call.rows;
+        let SortedRows { experts, rows, cols, capacity, height, most_tiles, .. } = *sorted;
+        let kernels = match sorted.y {
+            Output::SwiGlu { .. } => Some(&self.kernels[0]),
+            Output::Bf16(_) => Some(&self.kernels[1]),
+            Output::F32(_) => None,
         };
         let fewest = SHAPES[FEWEST.0].height == height && most_tiles <= FEWEST.1;
         let at = SHAPES.iter().position(|shape| shape.height == height);
         let at = at.map(|at| if fewest { FEWEST.0 } else { at });
-        let small = |value: usize| value <= 1 << 30;
-        let fits = [experts * rows, cols, capacity, most_tiles].into_iter().all(small)
-            && cols > 0
-            && cols.is_multiple_of(64)
-            && rows > 0
-            && rows.is_multiple_of(if output == 0 { 128 } else { 16 })
-            && experts > 0
-            && capacity.is_multiple_of(8)
-            && call.w.len() >= experts * rows * cols
-            && call.bias.len() >= experts * rows
-            && call.x.len() >= capacity * cols
-            && len >= wanted
-            && call.tiles.len() >= 4 * most_tiles
-            && call.counts.len() >= 2;
-        let (Some(at), true) = (at, fits) else {
-            let what = format!(
-                "{experts} experts of {rows} x {cols}, {capacity} rows in tiles of {height}, do not fit the buffers"
-            );
-            return Err(DeviceError::new(OP, what));
-        };
+        let fits = sorted.fit() && call.w.len() >= experts * rows * cols;
+        let (Some(kernels), Some(at), true) = (kernels, at, fits) else { return Err(sorted.misfit(OP)) };
         let shape = if self.portable { PORTABLE } else { SHAPES[at] };
+        let (y, alpha, limit) = sorted.output();
         let arguments = Arguments {
             w: call.w.address(),
-            bias: call.bias.address(),
-            x: call.x.address(),
+            bias: sorted.bias.address(),
+            x: sorted.x.address(),
             y,
-            tiles: call.tiles.address(),
-            count: call.counts.at(OP, 1)?,
+            tiles: sorted.tiles.address(),
+            count: sorted.counts.at(OP, 1)?,
             cols: cols as i32,
             rows: rows as i32,
             w_rows: (experts * rows) as i32,
@@ -241,15 +189,14 @@ impl MoeGemmBf16 {
             alpha,
             limit,
         };
-        let most = (most_tiles * rows.div_ceil(shape.rows)).max(1);
         let launch = Launch {
-            grid: [most.min(shape.blocks * self.multiprocessors) as u32, 1, 1],
+            grid: sorted.grid(shape.rows, shape.blocks * self.multiprocessors),
             block: shape.threads,
             shared: shape.shared() as u32,
             overlap: true,
         };
         // SAFETY: every buffer was checked to be large enough; tiles lie within `capacity` by the caller's plan.
-        unsafe { device.launch(&self.kernels[output][at], &launch, &arguments) }
+        unsafe { device.launch(&kernels[at], &launch, &arguments) }
     }
 }
 

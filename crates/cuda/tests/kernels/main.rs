@@ -41,4 +41,5 @@ mod pack_panels;
 mod rms_norm;
 mod route;
 mod sampler;
+mod sorted_rows;
 mod upload;

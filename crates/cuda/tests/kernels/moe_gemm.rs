@@ -1,13 +1,11 @@
 use ctxserve_cuda::driver::Device;
-use ctxserve_cuda::ops::moe_gemm::{Call, MoeGemm, Output};
+use ctxserve_cuda::ops::moe_gemm::{Call, MoeGemm};
 use half::f16;
 
-use crate::common::{Random, assert_rows, device, from_bf16, from_f16, panel, to_f16, to_panels};
-use crate::moe_sort::sorted;
+use crate::common::{Random, assert_rows, device, from_f16, to_f16};
+use crate::sorted_rows::{Kind, Layout, definition};
 
 const HEIGHTS: [usize; 3] = [64, 160, 256];
-const ALPHA: f32 = 1.702;
-const LIMIT: f32 = 7.0;
 
 /// Strips of all experts: random codes, given scale bytes.
 struct Strips {
@@ -70,109 +68,59 @@ fn usual(random: &mut Random, _: usize, _: usize) -> u8 {
     118 + random.below(5) as u8
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Kind {
-    GateUp,
-    F32,
-    Bf16,
-}
-
-/// What a run is made of; `rows_of` says how many sorted rows each expert has before padding.
+/// What a run is made of.
 struct Case {
     strips: Strips,
-    experts: usize,
+    layout: Layout,
     bias: Vec<f32>,
     /// `[sorted rows, cols]`.
     x: Vec<u16>,
-    sorted_rows: usize,
-    tiles: Vec<[i32; 4]>,
-    height: usize,
 }
 
 impl Case {
     fn new(strips: Strips, rows_of: &[usize], height: usize, bias: Vec<f32>) -> Self {
-        let choice: Vec<i32> =
-            rows_of.iter().enumerate().flat_map(|(expert, &rows)| vec![expert as i32; rows]).collect();
-        let sorted = sorted(&choice, 1, rows_of.len(), height);
-        let (experts, sorted_rows) = (rows_of.len(), sorted.source.len());
-        Self { strips, experts, bias, x: Vec::new(), sorted_rows, tiles: sorted.tiles, height }
+        Self { strips, layout: Layout::new(rows_of, height), bias, x: Vec::new() }
     }
 
-    fn expert(&self, sorted_row: usize) -> usize {
-        let row = sorted_row as i32;
-        self.tiles.iter().find(|tile| (tile[1]..tile[1] + tile[2]).contains(&row)).unwrap()[0] as usize
+    /// Inputs that pick one column each, with this value.
+    fn pick(&mut self, value: f16, column: impl Fn(usize) -> usize) {
+        let (rows, cols) = (self.layout.sorted_rows, self.strips.cols);
+        self.x = vec![0; rows * cols];
+        (0..rows).for_each(|row| self.x[row * cols + column(row)] = value.to_bits());
     }
 
-    /// Runs it; rows of the result, row-major. Checks that nothing else was written.
     fn run(&self, device: &Device, gemm: &MoeGemm, kind: Kind) -> Vec<f64> {
         let Strips { rows, cols, .. } = self.strips;
-        let capacity = self.sorted_rows + 24;
+        let all = self.layout.experts * rows;
         let w = device.upload(&self.strips.bytes).unwrap();
-        let exponents = device.zeros(self.experts * rows).unwrap();
-        gemm.exponents(device, &w, &exponents, self.experts * rows, cols).unwrap();
-        let outs = if kind == Kind::GateUp { rows / 2 } else { rows };
-        let mut y16 = device.allocate::<u16>(capacity * outs).unwrap();
-        let mut y32 = device.allocate::<f32>(capacity * outs).unwrap();
-        y16.fill(0xff).unwrap();
-        y32.fill(0xff).unwrap();
-        let call = Call {
-            w: &w,
-            exponents: &exponents,
-            bias: &device.upload(&self.bias).unwrap(),
-            x: &device.upload(&to_panels(&self.x, cols, capacity)).unwrap(),
-            y: match kind {
-                Kind::GateUp => Output::SwiGlu { y: &y16, alpha: ALPHA, limit: LIMIT },
-                Kind::F32 => Output::F32(&y32),
-                Kind::Bf16 => Output::Bf16(&y16),
-            },
-            tiles: &device.upload(&[self.tiles.as_flattened(), &[0; 4]].concat()).unwrap(),
-            counts: &device.upload(&[self.sorted_rows as i32, self.tiles.len() as i32]).unwrap(),
-            experts: self.experts,
-            rows,
-            cols,
-            capacity,
-            height: self.height,
-            most_tiles: self.tiles.len(),
-        };
-        gemm.issue(device, &call).unwrap();
-        let live = self.sorted_rows * outs;
-        if kind == Kind::F32 {
-            let y = y32.read(0, capacity * outs).unwrap();
-            assert!(
-                y[live..].iter().all(|v| v.to_bits() == u32::MAX),
-                "rows beyond the sorted ones were written"
-            );
-            return y[..live].iter().map(|&v| f64::from(v)).collect();
-        }
-        let y = y16.read(0, capacity * outs).unwrap();
-        let place = |row: usize, out: usize| {
-            if kind == Kind::GateUp { panel(row, out, capacity) } else { row * outs + out }
-        };
-        let rest = (self.sorted_rows..capacity).flat_map(|row| (0..outs).map(move |out| (row, out)));
-        assert!(
-            rest.into_iter().all(|(row, out)| y[place(row, out)] == u16::MAX),
-            "rows beyond the sorted ones were written"
-        );
-        let values: Vec<u16> = (0..live).map(|at| y[place(at / outs, at % outs)]).collect();
-        if kind == Kind::GateUp { from_f16(&values) } else { from_bf16(&values) }
+        let exponents = device.zeros(all).unwrap();
+        gemm.exponents(device, &w, &exponents, all, cols).unwrap();
+        self.layout.run(device, kind, [rows, cols], (&self.bias, &self.x), from_f16, |rows| {
+            gemm.issue(device, &Call { w: &w, exponents: &exponents, rows }).unwrap();
+        })
     }
 
     /// Element of the result by definition.
     fn definition(&self, kind: Kind, sorted_row: usize, out: usize) -> f64 {
         let Strips { rows, cols, .. } = self.strips;
-        let expert = self.expert(sorted_row);
+        let first = self.layout.expert(sorted_row) * rows;
         let x = from_f16(&self.x[sorted_row * cols..][..cols]);
         let product = |row: usize| -> f64 {
-            x.iter().enumerate().map(|(col, x)| x * self.strips.weight(expert * rows + row, col)).sum()
+            x.iter().enumerate().map(|(col, x)| x * self.strips.weight(first + row, col)).sum()
         };
-        let bias = |at: usize| f64::from(self.bias[expert * rows + at]);
-        if kind != Kind::GateUp {
-            return product(out) + bias(out);
-        }
-        let strip_row = out / 8 * 16 + out % 8;
-        let (gate, up) = (product(strip_row) + bias(2 * out), product(strip_row + 8) + bias(2 * out + 1));
-        let (gate, up) = (gate.min(f64::from(LIMIT)), up.clamp(-f64::from(LIMIT), f64::from(LIMIT)));
-        gate / (1.0 + (-f64::from(ALPHA) * gate).exp()) * (up + 1.0)
+        definition(kind, out, product, |at| f64::from(self.bias[first + at]))
+    }
+
+    /// Holds a result against the definition at some places.
+    fn check(&self, kind: Kind, got: &[f64], places: &[(usize, usize)], width: usize) {
+        let Strips { rows, cols, .. } = self.strips;
+        let outs = kind.outs(rows);
+        let want: Vec<f64> = places.iter().map(|&(row, out)| self.definition(kind, row, out)).collect();
+        let sample: Vec<f64> = places.iter().map(|&(row, out)| got[row * outs + out]).collect();
+        assert!(got.iter().all(|v| v.is_finite()));
+        let what =
+            format!("{kind:?} {rows}x{cols}, {} experts, height {}", self.layout.experts, self.layout.height);
+        assert_rows(&what, &sample, &want, width, limit(kind));
     }
 }
 
@@ -192,22 +140,11 @@ fn check_puts_every_weight_in_its_place(device: &Device, gemm: &MoeGemm) {
         let strips = Strips::random(&mut random, rows_of.len(), rows, cols, usual);
         let mut case = Case::new(strips, &rows_of, height, vec![0.0; rows_of.len() * rows]);
         let picks = |row: usize| (row * 13 + 5) % cols;
-        case.x = vec![0; case.sorted_rows * cols];
-        (0..case.sorted_rows).for_each(|row| case.x[row * cols + picks(row)] = f16::ONE.to_bits());
+        case.pick(f16::ONE, picks);
         let got = case.run(device, gemm, Kind::F32);
-        let wrong: Vec<String> = (0..case.sorted_rows * rows)
-            .filter_map(|at| {
-                let (row, out) = (at / rows, at % rows);
-                let want = case.strips.weight(case.expert(row) * rows + out, picks(row));
-                (got[at] != want).then(|| format!("(sorted row {row}, out {out}): {}, want {want}", got[at]))
-            })
-            .collect();
-        assert!(
-            wrong.is_empty(),
-            "height {height}: {} wrong, {:#?}",
-            wrong.len(),
-            &wrong[..wrong.len().min(12)]
-        );
+        case.layout.assert_weights(&got, rows, |row, out| {
+            case.strips.weight(case.layout.expert(row) * rows + out, picks(row))
+        });
     }
 }
 
@@ -231,29 +168,10 @@ fn check_equals_its_definition(device: &Device, gemm: &MoeGemm) {
                 let strips = Strips::random(&mut random, rows_of.len(), rows, cols, usual);
                 let bias = random.units(rows_of.len() * rows, 1.0);
                 let mut case = Case::new(strips, rows_of, height, bias);
-                case.x = to_f16(&random.units(case.sorted_rows * cols, 3.0));
+                case.x = to_f16(&random.units(case.layout.sorted_rows * cols, 3.0));
                 let got = case.run(device, gemm, kind);
-                let outs = if kind == Kind::GateUp { rows / 2 } else { rows };
-                // All of the first and last sorted rows, some of the others.
-                let checked: Vec<usize> =
-                    (0..case.sorted_rows).filter(|row| row % 7 == 0 || row + 9 > case.sorted_rows).collect();
-                let pick = |of: &dyn Fn(usize, usize) -> f64| -> Vec<f64> {
-                    checked
-                        .iter()
-                        .flat_map(|&row| (0..outs).map(move |out| (row, out)))
-                        .map(|(r, o)| of(r, o))
-                        .collect()
-                };
-                let want = pick(&|row, out| case.definition(kind, row, out));
-                let sample = pick(&|row, out| got[row * outs + out]);
-                assert!(got.iter().all(|v| v.is_finite()));
-                assert_rows(
-                    &format!("{kind:?} {rows}x{cols} {rows_of:?} height {height}"),
-                    &sample,
-                    &want,
-                    outs,
-                    limit(kind),
-                );
+                let outs = kind.outs(rows);
+                case.check(kind, &got, &case.layout.ends_and_some(outs), outs);
             }
         }
     }
@@ -273,13 +191,11 @@ fn check_takes_every_scale(device: &Device, gemm: &MoeGemm) {
         });
         let mut case = Case::new(strips, &rows_of, height, vec![0.0; rows_of.len() * rows]);
         let picks = |row: usize| (row * 29 + 3) % cols;
-        let x = f16::from_f32(1.0 / 64.0);
-        case.x = vec![0; case.sorted_rows * cols];
-        (0..case.sorted_rows).for_each(|row| case.x[row * cols + picks(row)] = x.to_bits());
+        case.pick(f16::from_f32(1.0 / 64.0), picks);
         let got = case.run(device, gemm, Kind::F32);
         for (at, got) in got.iter().enumerate() {
             let (row, out) = (at / rows, at % rows);
-            let weight_row = case.expert(row) * rows + out;
+            let weight_row = case.layout.expert(row) * rows + out;
             let largest = (0..cols / 32).map(|block| case.strips.scale(weight_row, block)).max().unwrap();
             let here = case.strips.scale(weight_row, picks(row) / 32);
             let want = case.strips.weight(weight_row, picks(row)) / 64.0;
@@ -306,20 +222,10 @@ fn check_of_real_shapes(device: &Device, gemm: &MoeGemm) {
         let strips = Strips::random(&mut random, rows_of.len(), rows, 2880, usual);
         let bias = random.units(rows_of.len() * rows, 1.0);
         let mut case = Case::new(strips, &rows_of, height, bias);
-        case.x = to_f16(&random.units(case.sorted_rows * 2880, 1.0));
+        case.x = to_f16(&random.units(case.layout.sorted_rows * 2880, 1.0));
         let got = case.run(device, gemm, kind);
-        let places: Vec<(usize, usize)> =
-            (0..2000).map(|_| (random.below(case.sorted_rows), random.below(2880))).collect();
-        let want: Vec<f64> = places.iter().map(|&(row, out)| case.definition(kind, row, out)).collect();
-        let sample: Vec<f64> = places.iter().map(|&(row, out)| got[row * 2880 + out]).collect();
-        assert!(got.iter().all(|v| v.is_finite()));
-        assert_rows(
-            &format!("{kind:?} {rows}x2880 height {height}"),
-            &sample,
-            &want,
-            want.len(),
-            limit(kind),
-        );
+        let places = case.layout.anywhere(&mut random, 2000, 2880);
+        case.check(kind, &got, &places, places.len());
     }
 }
 
