@@ -73,6 +73,10 @@ pub struct ServerConfig {
     pub drain_timeout: Duration,
     /// How long aborted requests may take to leave the engine, longer than any step: a device that hangs never lets them go.
     pub abort_timeout: Duration,
+    /// Most responses of `/v1/responses` kept for clients that come back to them; 0 keeps none.
+    pub max_stored_responses: usize,
+    /// Most bytes that they may take.
+    pub max_stored_response_bytes: usize,
     /// `system_fingerprint` of responses.
     pub system_fingerprint: String,
 }
@@ -110,6 +114,8 @@ impl Default for ServerConfig {
             stall_timeout: Duration::from_secs(120),
             drain_timeout: Duration::from_secs(30),
             abort_timeout: Duration::from_secs(10),
+            max_stored_responses: 4096,
+            max_stored_response_bytes: 256 << 20,
             system_fingerprint: concat!("ctxserve-", env!("CARGO_PKG_VERSION")).to_owned(),
         }
     }

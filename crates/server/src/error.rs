@@ -92,6 +92,17 @@ impl ApiError {
         Self { param: Some("model".to_owned()), ..error }
     }
 
+    /// 404 for something that the client named in a field or, with no `param`, in the path.
+    pub fn not_found(param: Option<&str>, code: &'static str, message: impl Into<String>) -> Self {
+        let error = Self::new(StatusCode::NOT_FOUND, INVALID, Some(code), message);
+        Self { param: param.map(str::to_owned), ..error }
+    }
+
+    /// 400 for a path of the API that this server does not have.
+    pub fn unsupported_path(message: &str) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, INVALID, Some("unsupported_path"), message)
+    }
+
     /// 404 for a path.
     pub fn unknown_path() -> Self {
         Self::new(StatusCode::NOT_FOUND, INVALID, Some("unknown_url"), "There is nothing at this path.")

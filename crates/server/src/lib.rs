@@ -34,6 +34,7 @@ mod metrics;
 mod record;
 mod router;
 mod state;
+mod store;
 mod turn;
 mod validate;
 mod wire;

@@ -6,7 +6,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 
-use crate::api::{chat, completions, health, models, tokenize};
+use crate::api::responses::stored;
+use crate::api::{chat, completions, health, models, responses, tokenize};
 use crate::error::ApiError;
 use crate::http::guard::guard;
 use crate::state::ServerState;
@@ -16,6 +17,11 @@ pub fn router(state: ServerState) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat::chat))
         .route("/v1/completions", post(completions::completions))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/{id}", get(stored::retrieve).delete(stored::delete))
+        .route("/v1/responses/{id}/cancel", post(stored::cancel))
+        .route("/v1/responses/{id}/input_items", get(stored::input_items))
+        .route("/v1/responses/compact", post(responses::compact))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::one))
         .route("/tokenize", post(tokenize::tokenize))

@@ -13,9 +13,11 @@ use ctxserve_engine::EngineHandle;
 use thiserror::Error;
 use tokio::sync::Semaphore;
 
+use crate::api::responses::live::Live;
 use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
+use crate::store::Store;
 
 /// Requests that may be prepared at once, for each core.
 const PREPARED_PER_CORE: usize = 2;
@@ -47,6 +49,7 @@ struct Inner {
     format: Arc<dyn ChatFormat>,
     guides: Arc<Guides>,
     metrics: Metrics,
+    responses: Store<Live>,
     eos: Arc<[TokenId]>,
     /// Unix seconds.
     started: u64,
@@ -81,6 +84,7 @@ impl ServerState {
         let inner = Inner {
             eos: eos.into(),
             metrics,
+            responses: Store::new(config.max_stored_responses, config.max_stored_response_bytes),
             started: unix_seconds(),
             next_request: AtomicU64::new(0),
             preparing: Arc::new(Semaphore::new(cores * PREPARED_PER_CORE)),
@@ -123,6 +127,11 @@ impl ServerState {
 
     pub(crate) fn metrics(&self) -> &Metrics {
         &self.inner.metrics
+    }
+
+    /// Responses that clients may come back to.
+    pub(crate) fn responses(&self) -> &Store<Live> {
+        &self.inner.responses
     }
 
     /// End-of-turn ids of checkpoint and format.

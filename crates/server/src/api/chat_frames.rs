@@ -7,7 +7,7 @@ use super::chat::{Head, usage};
 use super::logprobs;
 use crate::generate::choice::Step;
 use crate::generate::run::Generation;
-use crate::http::sse::{Framer, frame};
+use crate::http::sse::{self, Frame, Framer, frame};
 use crate::state::ServerState;
 use crate::validate::options::StreamUsage;
 use crate::wire::chat_response::{CallDelta, ChatChunk, ChunkChoice, ChunkDelta, FunctionDelta};
@@ -29,10 +29,10 @@ impl ChatFramer {
         Self { state, head, usage, begun: vec![false; n], prompt_sent: false }
     }
 
-    fn chunk(&mut self, choices: Vec<ChunkChoice>, usage: Option<Option<WireUsage>>) -> String {
+    fn chunk(&mut self, choices: Vec<ChunkChoice>, usage: Option<Option<WireUsage>>) -> Frame {
         let first = !std::mem::replace(&mut self.prompt_sent, true);
         let head = &self.head;
-        frame(&ChatChunk {
+        Frame::data(frame(&ChatChunk {
             id: &head.id,
             object: "chat.completion.chunk",
             created: head.created,
@@ -41,7 +41,7 @@ impl ChatFramer {
             choices,
             usage,
             prompt_token_ids: head.prompt_ids.as_deref().filter(|_| first),
-        })
+        }))
     }
 
     fn usage_field(&self, generation: &Generation) -> Option<Option<WireUsage>> {
@@ -103,7 +103,7 @@ fn name_is_first(name: &Option<String>) -> Option<&'static str> {
 }
 
 impl Framer for ChatFramer {
-    fn step(&mut self, index: usize, step: Step, generation: &Generation) -> Vec<String> {
+    fn step(&mut self, index: usize, step: Step, generation: &Generation) -> Vec<Frame> {
         let Step { deltas, mut logprobs, token_ids: mut ids, end } = step;
         let usage = self.usage_field(generation);
         let mut frames = Vec::new();
@@ -137,11 +137,11 @@ impl Framer for ChatFramer {
         frames
     }
 
-    fn last(&mut self, generation: &Generation) -> Vec<String> {
+    fn last(&mut self, generation: &Generation) -> Vec<Frame> {
         match self.usage {
-            StreamUsage::Off => Vec::new(),
+            StreamUsage::Off => vec![sse::done()],
             StreamUsage::Last | StreamUsage::Every => {
-                vec![self.chunk(Vec::new(), Some(Some(usage(generation))))]
+                vec![self.chunk(Vec::new(), Some(Some(usage(generation)))), sse::done()]
             }
         }
     }

@@ -9,7 +9,7 @@ use super::chat::usage;
 use super::logprobs::Legacy;
 use crate::generate::choice::Step;
 use crate::generate::run::Generation;
-use crate::http::sse::{Framer, frame};
+use crate::http::sse::{self, Frame, Framer, frame};
 use crate::state::ServerState;
 use crate::validate::options::StreamUsage;
 use crate::wire::completion_response::{CompletionChoice, CompletionLogprobs, CompletionResponse};
@@ -116,9 +116,9 @@ impl CompletionFramer {
         Self { state, head, usage, parts, begun: vec![false; count] }
     }
 
-    fn chunk(&self, choices: Vec<CompletionChoice>, usage: Option<Option<WireUsage>>) -> String {
+    fn chunk(&self, choices: Vec<CompletionChoice>, usage: Option<Option<WireUsage>>) -> Frame {
         let head = &self.head;
-        frame(&CompletionResponse {
+        Frame::data(frame(&CompletionResponse {
             id: &head.id,
             object: "text_completion",
             created: head.created,
@@ -126,12 +126,12 @@ impl CompletionFramer {
             system_fingerprint: &head.fingerprint,
             choices,
             usage,
-        })
+        }))
     }
 }
 
 impl Framer for CompletionFramer {
-    fn step(&mut self, index: usize, step: Step, generation: &Generation) -> Vec<String> {
+    fn step(&mut self, index: usize, step: Step, generation: &Generation) -> Vec<Frame> {
         let (Some(parts), Some(begun)) = (self.parts.get_mut(index), self.begun.get_mut(index)) else {
             return Vec::new();
         };
@@ -157,11 +157,11 @@ impl Framer for CompletionFramer {
         vec![self.chunk(vec![choice], usage)]
     }
 
-    fn last(&mut self, generation: &Generation) -> Vec<String> {
+    fn last(&mut self, generation: &Generation) -> Vec<Frame> {
         match self.usage {
-            StreamUsage::Off => Vec::new(),
+            StreamUsage::Off => vec![sse::done()],
             StreamUsage::Last | StreamUsage::Every => {
-                vec![self.chunk(Vec::new(), Some(Some(usage(generation))))]
+                vec![self.chunk(Vec::new(), Some(Some(usage(generation)))), sse::done()]
             }
         }
     }

@@ -8,4 +8,5 @@ pub(crate) mod completions;
 pub(crate) mod health;
 pub(crate) mod logprobs;
 pub(crate) mod models;
+pub(crate) mod responses;
 pub(crate) mod tokenize;

@@ -20,6 +20,8 @@ pub(crate) struct Caller {
     /// The client's `X-Request-Id`, or ours. For headers and logs only: nothing is looked up by it.
     pub(crate) http_id: String,
     pub(crate) arrived: Instant,
+    /// Which of the API keys it showed; `None` where the server has none.
+    pub(crate) tenant: Option<usize>,
 }
 
 /// Names the request, checks its key, counts its response.
@@ -28,8 +30,8 @@ pub(crate) async fn guard(State(state): State<ServerState>, mut request: Request
     // The pattern that matched, never the client's path.
     let route = request.extensions().get::<MatchedPath>().cloned();
     let mut response = match check_key(&state, &request) {
-        Ok(()) => {
-            let caller = Caller { http_id: http_id.clone(), arrived: Instant::now() };
+        Ok(tenant) => {
+            let caller = Caller { http_id: http_id.clone(), arrived: Instant::now(), tenant };
             request.extensions_mut().insert(caller);
             next.run(request).await
         }
@@ -55,12 +57,13 @@ fn client_id(headers: &HeaderMap) -> Option<String> {
     (!id.is_empty()).then_some(id)
 }
 
-fn check_key(state: &ServerState, request: &Request) -> Result<(), ApiError> {
+/// The index of the key that the request shows.
+fn check_key(state: &ServerState, request: &Request) -> Result<Option<usize>, ApiError> {
     let config = state.config();
     if config.api_keys.is_empty()
         || is_open(request.uri().path(), request.method(), config.metrics_without_key)
     {
-        return Ok(());
+        return Ok(None);
     }
     let header = request.headers().get(AUTHORIZATION).map(HeaderValue::as_bytes);
     let Some(header) = header else {
@@ -69,12 +72,16 @@ fn check_key(state: &ServerState, request: &Request) -> Result<(), ApiError> {
         ));
     };
     let (scheme, key) = header.split_at(header.len().min(7));
-    let known =
-        config.api_keys.iter().fold(false, |found, known| found | same(known.as_bytes(), key.trim_ascii()));
-    if scheme.eq_ignore_ascii_case(b"bearer ") && known {
-        return Ok(());
+    // Every key is compared, so that the time does not tell which one is close.
+    let keys = config.api_keys.iter().enumerate();
+    let known = keys.fold(None, |found, (index, known)| {
+        let is_same = same(known.as_bytes(), key.trim_ascii());
+        found.or(is_same.then_some(index))
+    });
+    match known {
+        Some(tenant) if scheme.eq_ignore_ascii_case(b"bearer ") => Ok(Some(tenant)),
+        _ => Err(ApiError::unauthorized("The API key is not valid.")),
     }
-    Err(ApiError::unauthorized("The API key is not valid."))
 }
 
 fn is_open(path: &str, method: &Method, metrics: bool) -> bool {

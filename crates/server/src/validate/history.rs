@@ -167,7 +167,7 @@ fn legacy_call(at: &At, index: usize, call: WireFunctionCall) -> Result<ToolCall
 
 /// A name that some model garbled must not end the conversation for good: what cannot stand in a header becomes
 /// an underscore. Arguments are kept as text, whatever they were.
-fn called(call: WireFunctionCall) -> Option<(String, String)> {
+pub(crate) fn called(call: WireFunctionCall) -> Option<(String, String)> {
     let name = call.name.filter(|name| !name.is_empty() && name.chars().count() <= MAX_NAME)?;
     let arguments = match call.arguments {
         None | Some(Value::Null) => String::new(),

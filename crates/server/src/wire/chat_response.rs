@@ -75,7 +75,7 @@ pub(crate) struct ChatLogprobs {
 }
 
 /// One visible token.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct ChatLogprob {
     #[serde(flatten)]
     pub(crate) sampled: Candidate,
@@ -83,7 +83,7 @@ pub(crate) struct ChatLogprob {
 }
 
 /// A token with its text, its exact bytes and its log-probability.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub(crate) struct Candidate {
     pub(crate) token: String,
     pub(crate) logprob: f32,

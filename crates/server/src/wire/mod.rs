@@ -10,5 +10,8 @@ pub(crate) mod fields;
 pub(crate) mod prompt;
 pub(crate) mod read;
 pub(crate) mod refused;
+pub(crate) mod responses_output;
+pub(crate) mod responses_request;
+pub(crate) mod responses_response;
 pub(crate) mod tokenize;
 pub(crate) mod usage;

@@ -6,7 +6,7 @@ use serde_json::error::Category;
 use crate::error::ApiError;
 
 /// Fields whose elements clients tell apart: errors name the whole path below them.
-const NESTED: [&str; 2] = ["messages", "tools"];
+const NESTED: [&str; 5] = ["input", "messages", "reasoning", "text", "tools"];
 
 /// Checks that a body is text. Everything below reads the result, several times if it likes.
 pub(crate) fn text(body: &[u8]) -> Result<&str, ApiError> {

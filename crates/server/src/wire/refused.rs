@@ -16,6 +16,7 @@ pub(crate) enum Route {
     Chat,
     Completions,
     Tokenize,
+    Responses,
 }
 
 fn never(_: &Value) -> bool {
@@ -99,6 +100,23 @@ const CHAT: &[(&str, IsDefault)] = &[
 
 const COMPLETIONS: &[(&str, IsDefault)] = &[("suffix", no_text)];
 
+/// What belongs to the other routes would be missed here without a word.
+const RESPONSES: &[(&str, IsDefault)] = &[
+    ("conversation", never),
+    ("prompt", never),
+    ("context_management", empty),
+    ("messages", never),
+    ("n", one),
+    ("best_of", one),
+    ("max_tokens", never),
+    ("max_completion_tokens", never),
+    ("response_format", never),
+    ("reasoning_effort", never),
+    ("logprobs", off),
+    ("return_token_ids", off),
+    ("skip_special_tokens", on),
+];
+
 /// What would change the rendered prompt; also refused by `/tokenize`.
 const TEMPLATE: &[(&str, IsDefault)] = &[
     ("chat_template", never),
@@ -116,6 +134,7 @@ impl Route {
             Self::Chat => [BOTH, CHAT, TEMPLATE, GENERATION_PROMPT],
             Self::Completions => [BOTH, COMPLETIONS, &[], &[]],
             Self::Tokenize => [TEMPLATE, &[], &[], &[]],
+            Self::Responses => [BOTH, RESPONSES, TEMPLATE, GENERATION_PROMPT],
         };
         tables.into_iter().flatten()
     }
