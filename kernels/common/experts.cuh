@@ -164,7 +164,7 @@ DEVICE void init_barriers(uint32_t barriers, int warps) {
     if (threadIdx.x != 0) return;
     for (int stage = 0; stage < STAGES; ++stage) {
         barrier_init(barriers + stage * 8, 1);
-        barrier_init(barriers + (STAGES + stage) * 8, warps);
+        barrier_init(barriers + (STAGES + stage) * 8, warps * 32);
     }
     barrier_init_fence();
 #endif
@@ -225,10 +225,10 @@ template <bool DOWN, bool ONE, class RowOf> struct Sharer {
             if (token < tokens) out[0] = acc[0][0], out[8] = acc[0][2];
             if (token + 1 < tokens) out[16] = acc[0][1], out[24] = acc[0][3];
         }
-        __syncwarp();
 #ifdef HOPPER
-        if (lane == 0) barrier_arrive(barriers + (STAGES + stage) * 8);
+        barrier_arrive(barriers + (STAGES + stage) * 8);  // each lane for what it read
 #else
+        __syncwarp();
         fill.fill();
 #endif
         if (++stage == STAGES) stage = 0, parity ^= 1;
