@@ -26,6 +26,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("cudarc", &["cuda"]),
     ("llguidance", &["chat"]),
     ("minijinja", &["chat"]),
+    ("schemars", &["server"]),
     ("tokenizers", &["chat"]),
     ("toktrie", &["chat"]),
     ("ureq", &["ctxserve"]),

@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use ctxserve_chat::RenderError;
 use ctxserve_core::ParamError;
 use ctxserve_engine::SubmitError;
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// An answer that is not a success. Serialised as `{"error":{message,type,param,code}}`.
@@ -27,17 +28,22 @@ pub struct ApiError {
     pub retry_after: Option<Duration>,
 }
 
-#[derive(Serialize)]
-struct Envelope<'a> {
+/// Every answer that is not a success.
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "Error")]
+pub(crate) struct Envelope<'a> {
     error: Body<'a>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "ErrorBody")]
 struct Body<'a> {
     message: &'a str,
     #[serde(rename = "type")]
     kind: &'static str,
+    /// The field at fault.
     param: Option<&'a str>,
+    /// A stable name that programs may match.
     code: Option<&'static str>,
 }
 

@@ -31,6 +31,7 @@ mod error;
 mod generate;
 mod http;
 mod metrics;
+mod openapi;
 mod record;
 mod router;
 mod state;

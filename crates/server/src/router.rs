@@ -3,34 +3,48 @@
 use axum::Router;
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
+use serde_json::Value;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::api::responses::stored;
 use crate::api::{chat, completions, health, models, responses, tokenize};
 use crate::error::ApiError;
 use crate::http::guard::guard;
+use crate::openapi::{self, Schemas, responses as document};
 use crate::state::ServerState;
 
-/// All routes. Anything else is 404, a wrong method 405, a panic 500 for that request alone.
+/// A path, its handlers, and what `/openapi.json` says of it.
+pub(crate) type Route = (&'static str, MethodRouter<ServerState>, fn(&mut Schemas) -> Value);
+
+/// Every route there is.
+pub(crate) fn routes() -> Vec<Route> {
+    vec![
+        ("/v1/chat/completions", post(chat::chat), openapi::chat),
+        ("/v1/completions", post(completions::completions), openapi::completions),
+        ("/v1/responses", post(responses::create), document::create),
+        ("/v1/responses/{id}", get(stored::retrieve).delete(stored::delete), document::stored),
+        ("/v1/responses/{id}/cancel", post(stored::cancel), document::cancel),
+        ("/v1/responses/{id}/input_items", get(stored::input_items), document::input_items),
+        ("/v1/responses/compact", post(responses::compact), document::compact),
+        ("/v1/models", get(models::list), openapi::models),
+        ("/v1/models/{*name}", get(models::one), openapi::model),
+        ("/tokenize", post(tokenize::tokenize), openapi::tokenize),
+        ("/detokenize", post(tokenize::detokenize), openapi::detokenize),
+        ("/health", get(health::health), openapi::health),
+        ("/ping", get(health::health).post(health::health), openapi::ping),
+        ("/version", get(health::version), openapi::version),
+        ("/load", get(health::load), openapi::load),
+        ("/metrics", get(health::metrics), openapi::metrics),
+        ("/openapi.json", get(health::document), openapi::this),
+    ]
+}
+
+/// The service. Anything but its routes is 404, a wrong method 405, a panic 500 for that request alone.
 pub fn router(state: ServerState) -> Router {
-    Router::new()
-        .route("/v1/chat/completions", post(chat::chat))
-        .route("/v1/completions", post(completions::completions))
-        .route("/v1/responses", post(responses::create))
-        .route("/v1/responses/{id}", get(stored::retrieve).delete(stored::delete))
-        .route("/v1/responses/{id}/cancel", post(stored::cancel))
-        .route("/v1/responses/{id}/input_items", get(stored::input_items))
-        .route("/v1/responses/compact", post(responses::compact))
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*name}", get(models::one))
-        .route("/tokenize", post(tokenize::tokenize))
-        .route("/detokenize", post(tokenize::detokenize))
-        .route("/health", get(health::health))
-        .route("/ping", get(health::health).post(health::health))
-        .route("/version", get(health::version))
-        .route("/load", get(health::load))
-        .route("/metrics", get(health::metrics))
+    let routes = routes().into_iter();
+    routes
+        .fold(Router::new(), |router, (path, methods, _)| router.route(path, methods))
         .fallback(async || ApiError::unknown_path())
         .method_not_allowed_fallback(async || ApiError::method_not_allowed())
         .layer(CatchPanicLayer::custom(panicked))

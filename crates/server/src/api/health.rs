@@ -1,14 +1,15 @@
-//! `GET /health`, `/ping`, `/version`, `/load`, `/metrics`.
+//! `GET /health`, `/ping`, `/version`, `/load`, `/metrics`, `/openapi.json`.
 
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use ctxserve_engine::EngineState;
-use serde_json::json;
 
 use crate::error::ApiError;
 use crate::http::body::json;
+use crate::openapi;
 use crate::state::ServerState;
+use crate::wire::service::{Health, Load, Version};
 
 /// 200 while the engine takes requests and its steps keep finishing. Neither a full queue nor a long prompt
 /// changes that; draining, a fault and a stalled device do.
@@ -25,22 +26,27 @@ pub(crate) async fn health(State(state): State<ServerState>) -> Result<Response,
         let seconds = snapshot.step_age.as_secs();
         return Err(ApiError::fault(format!("The engine has finished no step for {seconds} seconds.")));
     }
-    json(&json!({"status": "ok"}))
+    json(&Health { status: "ok" })
 }
 
 /// The server's version.
 pub(crate) async fn version() -> Result<Response, ApiError> {
-    json(&json!({"version": env!("CARGO_PKG_VERSION")}))
+    json(&Version { version: env!("CARGO_PKG_VERSION") })
 }
 
 /// Sequences in flight, in vLLM's shape.
 pub(crate) async fn load(State(state): State<ServerState>) -> Result<Response, ApiError> {
     let snapshot = state.engine().snapshot();
-    json(&json!({"server_load": snapshot.running + snapshot.waiting}))
+    json(&Load { server_load: snapshot.running + snapshot.waiting })
 }
 
 /// Prometheus text.
 pub(crate) async fn metrics(State(state): State<ServerState>) -> Response {
     let text = state.metrics().render(&state.engine().snapshot());
     ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+}
+
+/// What every route takes and gives.
+pub(crate) async fn document(State(state): State<ServerState>) -> Result<Response, ApiError> {
+    json(&openapi::document(&state))
 }

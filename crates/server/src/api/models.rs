@@ -2,16 +2,16 @@
 
 use axum::extract::{Path, State};
 use axum::response::Response;
-use serde_json::{Value, json};
 
 use crate::error::ApiError;
 use crate::http::body;
 use crate::state::ServerState;
+use crate::wire::service::{ModelCard, ModelList};
 
 /// Every served name.
 pub(crate) async fn list(State(state): State<ServerState>) -> Result<Response, ApiError> {
-    let cards: Vec<Value> = state.config().served_model_names.iter().map(|name| card(&state, name)).collect();
-    body::json(&json!({"object": "list", "data": cards}))
+    let names = state.config().served_model_names.iter();
+    body::json(&ModelList { object: "list", data: names.map(|name| card(&state, name)).collect() })
 }
 
 /// One served name, which may contain slashes.
@@ -23,15 +23,15 @@ pub(crate) async fn one(
     body::json(&card(&state, &name))
 }
 
-fn card(state: &ServerState, name: &str) -> Value {
-    let root = &state.config().model_root;
-    json!({
-        "id": name,
-        "object": "model",
-        "created": state.started(),
-        "owned_by": "ctxserve",
-        "root": if root.is_empty() { name } else { root },
-        "parent": null,
-        "max_model_len": state.engine().info().max_model_len,
-    })
+fn card<'a>(state: &'a ServerState, name: &'a str) -> ModelCard<'a> {
+    let root = state.config().model_root.as_str();
+    ModelCard {
+        id: name,
+        object: "model",
+        created: state.started(),
+        owned_by: "ctxserve",
+        root: if root.is_empty() { name } else { root },
+        parent: None,
+        max_model_len: state.engine().info().max_model_len,
+    }
 }

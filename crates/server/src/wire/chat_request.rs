@@ -1,29 +1,44 @@
 //! `POST /v1/chat/completions` and the messages of `POST /tokenize`.
 
+use ctxserve_core::limits;
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::content::Content;
+use super::schema;
+use crate::validate::tools::MAX_NAME;
 
 /// Fields of a chat request beyond [`super::fields::GenerationFields`].
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 pub(crate) struct ChatFields {
+    #[schemars(required, length(min = 1))]
     pub(crate) messages: Option<Vec<WireMessage>>,
+    #[schemars(default, schema_with = "schema::tools")]
     pub(crate) tools: Option<Vec<WireTool>>,
+    #[schemars(default, schema_with = "schema::tool_choice")]
     pub(crate) tool_choice: Option<Value>,
     pub(crate) parallel_tool_calls: Option<bool>,
+    #[schemars(default, schema_with = "schema::effort")]
     pub(crate) reasoning_effort: Option<String>,
     pub(crate) include_reasoning: Option<bool>,
+    #[schemars(default, schema_with = "schema::template_arguments")]
     pub(crate) chat_template_kwargs: Option<Map<String, Value>>,
     pub(crate) logprobs: Option<bool>,
+    /// Only with `logprobs`.
+    #[schemars(range(max = limits::MAX_LOGPROBS))]
     pub(crate) top_logprobs: Option<u64>,
+    /// Cut to what the context holds.
+    #[schemars(range(min = 1))]
     pub(crate) max_completion_tokens: Option<u64>,
 }
 
 /// One message of any role; which fields matter depends on it.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[schemars(transform = schema::by_role)]
 pub(crate) struct WireMessage {
+    #[schemars(required)]
     pub(crate) role: Option<String>,
     pub(crate) content: Option<Content>,
     pub(crate) name: Option<String>,
@@ -36,32 +51,39 @@ pub(crate) struct WireMessage {
 }
 
 /// A call in history.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 pub(crate) struct WireToolCall {
+    #[schemars(required, length(min = 1))]
     pub(crate) id: Option<String>,
+    #[schemars(required)]
     pub(crate) function: Option<WireFunctionCall>,
 }
 
 /// Name and arguments. Clients send arguments as a string, an object, null or not at all.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 pub(crate) struct WireFunctionCall {
+    #[schemars(required, length(min = 1, max = MAX_NAME))]
     pub(crate) name: Option<String>,
     pub(crate) arguments: Option<Value>,
 }
 
 /// A tool on offer.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 pub(crate) struct WireTool {
     #[serde(rename = "type")]
+    #[schemars(extend("enum" = ["function", null]))]
     pub(crate) kind: Option<String>,
+    #[schemars(required)]
     pub(crate) function: Option<WireFunction>,
 }
 
 /// Its function.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 pub(crate) struct WireFunction {
+    #[schemars(required, schema_with = "schema::function_name")]
     pub(crate) name: Option<String>,
     pub(crate) description: Option<String>,
+    #[schemars(default, schema_with = "schema::object")]
     pub(crate) parameters: Option<Value>,
     pub(crate) strict: Option<bool>,
 }

@@ -1,12 +1,14 @@
 //! Whole and streamed chat answers.
 
 use ctxserve_core::TokenId;
+use schemars::JsonSchema;
 use serde::Serialize;
 
+use super::schema;
 use super::usage::WireUsage;
 
 /// What matched to end a choice: a stop string, a stop token id, or neither (vLLM's extension).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub(crate) enum StopReason {
     Text(String),
@@ -14,9 +16,10 @@ pub(crate) enum StopReason {
 }
 
 /// A whole answer.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ChatResponse<'a> {
     pub(crate) id: &'a str,
+    #[schemars(extend("const" = "chat.completion"))]
     pub(crate) object: &'static str,
     pub(crate) created: u64,
     pub(crate) model: &'a str,
@@ -28,11 +31,12 @@ pub(crate) struct ChatResponse<'a> {
 }
 
 /// One of its choices.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ChatChoice {
     pub(crate) index: usize,
     pub(crate) message: ChatMessage,
     pub(crate) logprobs: Option<ChatLogprobs>,
+    #[schemars(schema_with = "schema::finish")]
     pub(crate) finish_reason: &'static str,
     pub(crate) stop_reason: Option<StopReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -40,8 +44,9 @@ pub(crate) struct ChatChoice {
 }
 
 /// The message. Reasoning goes by both names that clients read.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ChatMessage {
+    #[schemars(extend("const" = "assistant"))]
     pub(crate) role: &'static str,
     pub(crate) content: Option<String>,
     pub(crate) refusal: Option<String>,
@@ -52,30 +57,31 @@ pub(crate) struct ChatMessage {
 }
 
 /// A call, whole.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct WireCall {
     pub(crate) id: String,
     #[serde(rename = "type")]
+    #[schemars(extend("const" = "function"))]
     pub(crate) kind: &'static str,
     pub(crate) function: WireCallFunction,
 }
 
 /// Its function.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct WireCallFunction {
     pub(crate) name: String,
     pub(crate) arguments: String,
 }
 
 /// `logprobs` of a choice or a chunk.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ChatLogprobs {
     pub(crate) content: Vec<ChatLogprob>,
     pub(crate) refusal: Option<()>,
 }
 
 /// One visible token.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(crate) struct ChatLogprob {
     #[serde(flatten)]
     pub(crate) sampled: Candidate,
@@ -83,7 +89,7 @@ pub(crate) struct ChatLogprob {
 }
 
 /// A token with its text, its exact bytes and its log-probability.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(crate) struct Candidate {
     pub(crate) token: String,
     pub(crate) logprob: f32,
@@ -91,9 +97,10 @@ pub(crate) struct Candidate {
 }
 
 /// One SSE frame.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ChatChunk<'a> {
     pub(crate) id: &'a str,
+    #[schemars(extend("const" = "chat.completion.chunk"))]
     pub(crate) object: &'static str,
     pub(crate) created: u64,
     pub(crate) model: &'a str,
@@ -108,11 +115,12 @@ pub(crate) struct ChatChunk<'a> {
 }
 
 /// The one choice of a frame.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ChunkChoice {
     pub(crate) index: usize,
     pub(crate) delta: ChunkDelta,
     pub(crate) logprobs: Option<ChatLogprobs>,
+    #[schemars(schema_with = "schema::finish_or_none")]
     pub(crate) finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) stop_reason: Option<StopReason>,
@@ -121,8 +129,10 @@ pub(crate) struct ChunkChoice {
 }
 
 /// What is new. Absent means unchanged: null would overwrite in some clients.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, JsonSchema)]
+#[schemars(transform = schema::absent_not_null)]
 pub(crate) struct ChunkDelta {
+    #[schemars(extend("enum" = ["assistant"]))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -136,18 +146,21 @@ pub(crate) struct ChunkDelta {
 }
 
 /// Part of a call: the first has id, type and the whole name, later ones only arguments.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(transform = schema::absent_not_null)]
 pub(crate) struct CallDelta {
     pub(crate) index: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) id: Option<String>,
+    #[schemars(extend("enum" = ["function"]))]
     #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
     pub(crate) kind: Option<&'static str>,
     pub(crate) function: FunctionDelta,
 }
 
 /// Part of its function.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
+#[schemars(transform = schema::absent_not_null)]
 pub(crate) struct FunctionDelta {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) name: Option<String>,

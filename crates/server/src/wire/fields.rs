@@ -3,45 +3,75 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use ctxserve_core::limits;
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde_json::Value;
 
+use super::schema;
+
 /// Sampling, stopping and output options. `null` and absent are the same.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 pub(crate) struct GenerationFields {
+    #[schemars(default, schema_with = "schema::model")]
     pub(crate) model: Option<String>,
     pub(crate) stream: Option<bool>,
+    /// Only with `stream`.
     pub(crate) stream_options: Option<StreamOptions>,
+    #[schemars(range(min = 1, max = limits::MAX_N))]
     pub(crate) n: Option<u64>,
+    /// As `n`.
+    #[schemars(range(min = 1, max = limits::MAX_N))]
     pub(crate) best_of: Option<u64>,
+    #[schemars(range(min = 0, max = limits::MAX_TEMPERATURE))]
     pub(crate) temperature: Option<f32>,
+    #[schemars(range(max = 1), extend("exclusiveMinimum" = 0))]
     pub(crate) top_p: Option<f32>,
+    /// -1 and 0 mean all.
+    #[schemars(range(min = -1))]
     pub(crate) top_k: Option<i64>,
+    #[schemars(range(min = 0, max = 1))]
     pub(crate) min_p: Option<f32>,
+    #[schemars(range(min = -2, max = 2))]
     pub(crate) presence_penalty: Option<f32>,
+    #[schemars(range(min = -2, max = 2))]
     pub(crate) frequency_penalty: Option<f32>,
+    #[schemars(range(max = 10), extend("exclusiveMinimum" = 0))]
     pub(crate) repetition_penalty: Option<f32>,
+    /// Token ids to what is added to their logits.
+    #[schemars(default, schema_with = "schema::logit_bias")]
     pub(crate) logit_bias: Option<BTreeMap<String, f32>>,
     pub(crate) seed: Option<i64>,
+    #[schemars(default, schema_with = "schema::stop")]
     pub(crate) stop: Option<StopField>,
+    #[schemars(default, schema_with = "schema::stop_token_ids")]
     pub(crate) stop_token_ids: Option<Vec<u32>>,
     pub(crate) include_stop_str_in_output: Option<bool>,
     pub(crate) ignore_eos: Option<bool>,
+    /// Cut to what the context holds.
+    #[schemars(range(min = 1))]
     pub(crate) max_tokens: Option<u64>,
+    /// At most `max_tokens`.
     pub(crate) min_tokens: Option<u64>,
     pub(crate) skip_special_tokens: Option<bool>,
     pub(crate) return_token_ids: Option<bool>,
+    #[schemars(default, schema_with = "schema::response_format")]
     pub(crate) response_format: Option<Value>,
+    #[schemars(default, schema_with = "schema::structured_outputs")]
     pub(crate) structured_outputs: Option<Value>,
+    #[schemars(default, schema_with = "schema::guided_json")]
     pub(crate) guided_json: Option<Value>,
+    #[schemars(default, schema_with = "schema::text")]
     pub(crate) guided_regex: Option<Value>,
+    #[schemars(default, schema_with = "schema::choice")]
     pub(crate) guided_choice: Option<Value>,
+    #[schemars(default, schema_with = "schema::text")]
     pub(crate) guided_grammar: Option<Value>,
 }
 
 /// `stream_options`.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, JsonSchema)]
 pub(crate) struct StreamOptions {
     pub(crate) include_usage: Option<bool>,
     pub(crate) continuous_usage_stats: Option<bool>,

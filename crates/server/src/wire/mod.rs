@@ -13,5 +13,7 @@ pub(crate) mod refused;
 pub(crate) mod responses_output;
 pub(crate) mod responses_request;
 pub(crate) mod responses_response;
+pub(crate) mod schema;
+pub(crate) mod service;
 pub(crate) mod tokenize;
 pub(crate) mod usage;

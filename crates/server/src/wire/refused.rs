@@ -4,11 +4,9 @@
 use std::fmt;
 
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
-
-type IsDefault = fn(&Value) -> bool;
 
 /// Routes differ in a few rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,124 +17,130 @@ pub(crate) enum Route {
     Responses,
 }
 
-fn never(_: &Value) -> bool {
-    false
+/// A value that asks for nothing, and so may be sent. Null always does.
+#[derive(Clone, Copy, Debug)]
+enum Default {
+    /// There is none.
+    Never,
+    Flag(bool),
+    Number(f64),
+    Word(&'static str),
+    /// An empty list or object.
+    Empty,
+    /// A list of nothing but "text".
+    TextOnly,
 }
 
-fn off(value: &Value) -> bool {
-    value.as_bool() == Some(false)
-}
+impl Default {
+    fn is(self, value: &Value) -> bool {
+        match (self, value) {
+            (_, Value::Null) => true,
+            (Self::Never, _) => false,
+            (Self::Flag(flag), value) => value.as_bool() == Some(flag),
+            (Self::Number(number), value) => value.as_f64() == Some(number),
+            (Self::Word(word), value) => value == word,
+            (Self::Empty, Value::Array(list)) => list.is_empty(),
+            (Self::Empty, Value::Object(map)) => map.is_empty(),
+            (Self::TextOnly, Value::Array(list)) => list.iter().all(|value| value == "text"),
+            (Self::Empty | Self::TextOnly, _) => false,
+        }
+    }
 
-fn on(value: &Value) -> bool {
-    value.as_bool() == Some(true)
-}
-
-fn empty(value: &Value) -> bool {
-    match value {
-        Value::Array(list) => list.is_empty(),
-        Value::Object(map) => map.is_empty(),
-        _ => false,
+    fn schema(self) -> Value {
+        match self {
+            Self::Never => json!({"type": "null"}),
+            Self::Flag(flag) => json!({"enum": [flag, null]}),
+            Self::Number(number) => json!({"enum": [number, null]}),
+            Self::Word(word) => json!({"enum": [word, null]}),
+            Self::Empty => json!({"type": ["array", "object", "null"], "maxItems": 0, "maxProperties": 0}),
+            Self::TextOnly => json!({"type": ["array", "null"], "items": {"const": "text"}}),
+        }
     }
 }
 
-fn zero(value: &Value) -> bool {
-    value.as_f64() == Some(0.0)
-}
-
-fn one(value: &Value) -> bool {
-    value.as_f64() == Some(1.0)
-}
-
-fn text_only(value: &Value) -> bool {
-    value.as_array().is_some_and(|list| list.iter().all(|v| v == "text"))
-}
-
-fn medium(value: &Value) -> bool {
-    value == "medium"
-}
-
-fn no_text(value: &Value) -> bool {
-    value == ""
-}
-
 /// Field and default, for both generation routes.
-const BOTH: &[(&str, IsDefault)] = &[
-    ("guided_decoding_backend", never),
-    ("guided_whitespace_pattern", never),
-    ("structural_tag", never),
-    ("grammar", never),
-    ("json_schema", never),
-    ("regex", never),
-    ("use_beam_search", off),
-    ("length_penalty", one),
-    ("early_stopping", off),
-    ("prompt_logprobs", never),
-    ("allowed_token_ids", never),
-    ("bad_words", empty),
-    ("logits_processors", empty),
-    ("truncate_prompt_tokens", never),
-    ("prompt_embeds", never),
-    ("cache_salt", never),
-    ("kv_transfer_params", empty),
-    ("vllm_xargs", empty),
-    ("priority", zero),
-    ("thinking_token_budget", never),
-    ("repetition_detection", never),
-    ("return_tokens_as_token_ids", off),
+const BOTH: &[(&str, Default)] = &[
+    ("guided_decoding_backend", Default::Never),
+    ("guided_whitespace_pattern", Default::Never),
+    ("structural_tag", Default::Never),
+    ("grammar", Default::Never),
+    ("json_schema", Default::Never),
+    ("regex", Default::Never),
+    ("use_beam_search", Default::Flag(false)),
+    ("length_penalty", Default::Number(1.0)),
+    ("early_stopping", Default::Flag(false)),
+    ("prompt_logprobs", Default::Never),
+    ("allowed_token_ids", Default::Never),
+    ("bad_words", Default::Empty),
+    ("logits_processors", Default::Empty),
+    ("truncate_prompt_tokens", Default::Never),
+    ("prompt_embeds", Default::Never),
+    ("cache_salt", Default::Never),
+    ("kv_transfer_params", Default::Empty),
+    ("vllm_xargs", Default::Empty),
+    ("priority", Default::Number(0.0)),
+    ("thinking_token_budget", Default::Never),
+    ("repetition_detection", Default::Never),
+    ("return_tokens_as_token_ids", Default::Flag(false)),
 ];
 
-const CHAT: &[(&str, IsDefault)] = &[
-    ("audio", never),
-    ("modalities", text_only),
-    ("prediction", never),
-    ("functions", empty),
-    ("function_call", |value| value == "none"),
-    ("web_search_options", never),
-    ("verbosity", medium),
-    ("echo", off),
-    ("skip_special_tokens", on),
-    ("documents", empty),
+const CHAT: &[(&str, Default)] = &[
+    ("audio", Default::Never),
+    ("modalities", Default::TextOnly),
+    ("prediction", Default::Never),
+    ("functions", Default::Empty),
+    ("function_call", Default::Word("none")),
+    ("web_search_options", Default::Never),
+    ("verbosity", Default::Word("medium")),
+    ("echo", Default::Flag(false)),
+    ("skip_special_tokens", Default::Flag(true)),
+    ("documents", Default::Empty),
 ];
 
-const COMPLETIONS: &[(&str, IsDefault)] = &[("suffix", no_text)];
+const COMPLETIONS: &[(&str, Default)] = &[("suffix", Default::Word(""))];
 
 /// What belongs to the other routes would be missed here without a word.
-const RESPONSES: &[(&str, IsDefault)] = &[
-    ("conversation", never),
-    ("prompt", never),
-    ("context_management", empty),
-    ("messages", never),
-    ("n", one),
-    ("best_of", one),
-    ("max_tokens", never),
-    ("max_completion_tokens", never),
-    ("response_format", never),
-    ("reasoning_effort", never),
-    ("logprobs", off),
-    ("return_token_ids", off),
-    ("skip_special_tokens", on),
+const RESPONSES: &[(&str, Default)] = &[
+    ("conversation", Default::Never),
+    ("prompt", Default::Never),
+    ("context_management", Default::Empty),
+    ("messages", Default::Never),
+    ("n", Default::Number(1.0)),
+    ("best_of", Default::Number(1.0)),
+    ("max_tokens", Default::Never),
+    ("max_completion_tokens", Default::Never),
+    ("response_format", Default::Never),
+    ("reasoning_effort", Default::Never),
+    ("logprobs", Default::Flag(false)),
+    ("return_token_ids", Default::Flag(false)),
+    ("skip_special_tokens", Default::Flag(true)),
 ];
 
 /// What would change the rendered prompt; also refused by `/tokenize`.
-const TEMPLATE: &[(&str, IsDefault)] = &[
-    ("chat_template", never),
-    ("continue_final_message", off),
-    ("mm_processor_kwargs", empty),
-    ("media_io_kwargs", empty),
+const TEMPLATE: &[(&str, Default)] = &[
+    ("chat_template", Default::Never),
+    ("continue_final_message", Default::Flag(false)),
+    ("mm_processor_kwargs", Default::Empty),
+    ("media_io_kwargs", Default::Empty),
 ];
 
 /// Chat always answers in a new turn.
-const GENERATION_PROMPT: &[(&str, IsDefault)] = &[("add_generation_prompt", on)];
+const GENERATION_PROMPT: &[(&str, Default)] = &[("add_generation_prompt", Default::Flag(true))];
 
 impl Route {
-    fn rows(self) -> impl Iterator<Item = &'static (&'static str, IsDefault)> {
-        let tables: [&'static [(&str, IsDefault)]; 4] = match self {
+    fn rows(self) -> impl Iterator<Item = &'static (&'static str, Default)> {
+        let tables: [&'static [(&str, Default)]; 4] = match self {
             Self::Chat => [BOTH, CHAT, TEMPLATE, GENERATION_PROMPT],
             Self::Completions => [BOTH, COMPLETIONS, &[], &[]],
             Self::Tokenize => [TEMPLATE, &[], &[], &[]],
             Self::Responses => [BOTH, RESPONSES, TEMPLATE, GENERATION_PROMPT],
         };
         tables.into_iter().flatten()
+    }
+
+    /// What may be sent in these fields, as JSON Schemas by name.
+    pub(crate) fn schemas(self) -> Map<String, Value> {
+        self.rows().map(|(name, default)| ((*name).to_owned(), default.schema())).collect()
     }
 }
 
@@ -169,9 +173,9 @@ impl<'de> Visitor<'de> for Scan {
         let mut found = None;
         while let Some(key) = map.next_key::<String>()? {
             match self.route.rows().find(|(name, _)| *name == key) {
-                Some((name, is_default)) => {
+                Some((name, default)) => {
                     let value: Value = map.next_value()?;
-                    if found.is_none() && !value.is_null() && !is_default(&value) {
+                    if found.is_none() && !default.is(&value) {
                         found = Some(*name);
                     }
                 }

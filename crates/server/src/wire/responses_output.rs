@@ -1,11 +1,12 @@
 //! Items that answers are made of. Each of them is accepted as input again.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::chat_response::ChatLogprob;
 
 /// How far an item or a response has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Status {
     Queued,
@@ -17,7 +18,7 @@ pub(crate) enum Status {
 }
 
 /// One item of `output`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub(crate) enum OutputItem {
     Reasoning {
@@ -32,9 +33,11 @@ pub(crate) enum OutputItem {
     Message {
         id: String,
         status: Status,
+        #[schemars(extend("const" = "assistant"))]
         role: &'static str,
         /// Known when the message is complete.
         #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(extend("enum" = ["commentary", "final_answer"]))]
         phase: Option<&'static str>,
         content: Vec<TextPart>,
     },
@@ -57,14 +60,14 @@ impl OutputItem {
 }
 
 /// Reasoning, as it is.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, JsonSchema)]
 #[serde(tag = "type", rename = "reasoning_text")]
 pub(crate) struct ReasoningPart {
     pub(crate) text: String,
 }
 
 /// Text for the user.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, JsonSchema)]
 #[serde(tag = "type", rename = "output_text")]
 pub(crate) struct TextPart {
     pub(crate) text: String,

@@ -1,16 +1,19 @@
 //! The response object, whole and inside events.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::chat_response::ChatLogprob;
 use super::responses_output::{OutputItem, ReasoningPart, Status, TextPart};
+use super::schema;
 
 /// A response.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct WireResponse<'a> {
     pub(crate) id: &'a str,
+    #[schemars(extend("const" = "response"))]
     pub(crate) object: &'static str,
     pub(crate) created_at: u64,
     pub(crate) completed_at: Option<u64>,
@@ -24,7 +27,7 @@ pub(crate) struct WireResponse<'a> {
 }
 
 /// What the request asked for, with defaults filled in.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(crate) struct Echo {
     pub(crate) model: String,
     pub(crate) background: bool,
@@ -52,21 +55,21 @@ pub(crate) struct Echo {
 }
 
 /// `reasoning`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(crate) struct EchoReasoning {
     pub(crate) effort: Option<String>,
     pub(crate) summary: Option<String>,
 }
 
 /// `text`.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(crate) struct EchoText {
     pub(crate) format: Value,
     pub(crate) verbosity: &'static str,
 }
 
 /// A function tool on offer.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 #[serde(tag = "type", rename = "function")]
 pub(crate) struct EchoTool {
     pub(crate) name: String,
@@ -76,20 +79,20 @@ pub(crate) struct EchoTool {
 }
 
 /// Why a response failed.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, JsonSchema)]
 pub(crate) struct ResponseError {
     pub(crate) code: &'static str,
     pub(crate) message: String,
 }
 
 /// Why a response is incomplete.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
 pub(crate) struct IncompleteDetails {
     pub(crate) reason: &'static str,
 }
 
 /// Token counts; the details are always there.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
 pub(crate) struct ResponsesUsage {
     pub(crate) input_tokens: usize,
     pub(crate) input_tokens_details: InputDetails,
@@ -99,7 +102,7 @@ pub(crate) struct ResponsesUsage {
 }
 
 /// Of the input tokens.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
 pub(crate) struct InputDetails {
     pub(crate) cached_tokens: usize,
     /// Nobody pays for writing to the cache here.
@@ -107,13 +110,13 @@ pub(crate) struct InputDetails {
 }
 
 /// Of the output tokens.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, JsonSchema)]
 pub(crate) struct OutputDetails {
     pub(crate) reasoning_tokens: usize,
 }
 
 /// One event of a stream.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct WireEvent<'a> {
     #[serde(rename = "type")]
     pub(crate) kind: &'static str,
@@ -124,7 +127,7 @@ pub(crate) struct WireEvent<'a> {
 }
 
 /// What an event says beside its type and number.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub(crate) enum EventBody<'a> {
     /// `response.created` and the others about the whole.
@@ -162,7 +165,7 @@ pub(crate) enum EventBody<'a> {
 }
 
 /// A content part of an event.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 #[serde(untagged)]
 pub(crate) enum WirePart<'a> {
     Text(&'a TextPart),
@@ -170,7 +173,7 @@ pub(crate) enum WirePart<'a> {
 }
 
 /// Answer to `DELETE`.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct Deleted<'a> {
     pub(crate) id: &'a str,
     pub(crate) object: &'static str,
@@ -178,9 +181,10 @@ pub(crate) struct Deleted<'a> {
 }
 
 /// A page of items.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ItemList<'a> {
     pub(crate) object: &'static str,
+    #[schemars(schema_with = "schema::list")]
     pub(crate) data: Vec<Box<RawValue>>,
     pub(crate) first_id: Option<&'a str>,
     pub(crate) last_id: Option<&'a str>,

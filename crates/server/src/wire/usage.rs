@@ -1,9 +1,10 @@
 //! `usage`.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 /// Token counts of a response; the details are always there.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub(crate) struct WireUsage {
     pub(crate) prompt_tokens: usize,
     pub(crate) completion_tokens: usize,
@@ -13,13 +14,13 @@ pub(crate) struct WireUsage {
 }
 
 /// Of the prompt tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub(crate) struct PromptDetails {
     pub(crate) cached_tokens: usize,
 }
 
 /// Of the completion tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
 pub(crate) struct CompletionDetails {
     pub(crate) reasoning_tokens: usize,
 }
