@@ -22,6 +22,10 @@
 //!   completions, whose `tokens` line up with `token_ids`. Text parts of a message are joined without a separator.
 //! - `chat_template_kwargs` takes `reasoning_effort`, `enable_thinking` (false is effort `none`) and variables that the model's
 //!   own template reads, nothing else.
+//! - `/v1/responses` shares all of that. Its own answers are taken back as input in every form that clients give them; items and tools
+//!   of hosted kinds are passed over with a line in the log. A function is `strict` only if it says so. Items of the assistant in a
+//!   row are one turn if there is a call among them. A message is of the `commentary` phase if more follows it, known when it
+//!   is complete. `encrypted_content` is given when asked for.
 //! - `/v1/completions` neither renders nor parses a chat: control tokens are skipped in its text unless
 //!   `skip_special_tokens` is false, and `token_ids` has them all.
 

@@ -15,7 +15,7 @@ const ITEM_BYTES: usize = 96;
 pub(crate) type Owner = Option<usize>;
 
 /// An item of a conversation as JSON, with its id.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct StoredItem {
     pub(crate) id: String,
     pub(crate) json: Box<str>,

@@ -51,6 +51,18 @@ const FIELDS: &[&str] = &[
     "return_token_strs",
     "user",
     "unknown",
+    "input",
+    "instructions",
+    "previous_response_id",
+    "reasoning",
+    "text",
+    "include",
+    "metadata",
+    "store",
+    "background",
+    "truncation",
+    "service_tier",
+    "max_output_tokens",
 ];
 
 const KEYS: &[&str] = &[
@@ -75,6 +87,12 @@ const KEYS: &[&str] = &[
     "description",
     "$ref",
     "1",
+    "call_id",
+    "output",
+    "encrypted_content",
+    "format",
+    "schema",
+    "effort",
 ];
 
 const WORDS: &[&str] = &[
@@ -101,6 +119,13 @@ const WORDS: &[&str] = &[
     "scripted",
     "call_1",
     "#",
+    "message",
+    "reasoning",
+    "function_call",
+    "function_call_output",
+    "item_reference",
+    "input_text",
+    "json_schema",
 ];
 
 fn any_json() -> impl Strategy<Value = Value> {
@@ -141,6 +166,8 @@ fn no_json_fails(setup: Setup) {
     let bases = [
         ("/v1/chat/completions", json!({"messages": messages, "max_tokens": 3})),
         ("/v1/completions", json!({"prompt": "hi", "max_tokens": 3})),
+        ("/v1/responses", json!({"input": "hi", "max_output_tokens": 3})),
+        ("/v1/responses", json!({"input": messages, "max_output_tokens": 3})),
         ("/tokenize", json!({"messages": messages})),
         ("/detokenize", json!({"tokens": [1]})),
     ];

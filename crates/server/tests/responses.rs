@@ -6,6 +6,7 @@ mod common;
 
 use common::responses::{joined, text, without_ids};
 use common::{Setup, merged};
+use proptest::prelude::*;
 use serde_json::{Value, json};
 
 const THINK: &str = "<|channel|>analysis<|message|>Let me think.<|end|><|start|>assistant";
@@ -73,6 +74,88 @@ async fn streamed_equals_whole_over_scripts_and_options() {
         }
     }
     assert_eq!(kinds.into_iter().collect::<Vec<_>>(), ["function_call", "message", "reasoning"]);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// RSP-02, RSP-03, RSP-04: whatever the model writes.
+    #[test]
+    fn streamed_equals_whole_over_random_ids(
+        ids in prop::collection::vec(prop_oneof![3 => 0u32..260, 2 => any::<prop::sample::Index>().prop_map(|i| {
+            let specials: Vec<u32> = common::tokenizer().special_tokens().map(|(_, id)| id).collect();
+            *i.get(&specials)
+        })], 0..40),
+        stop in prop::option::of("[a-e]{1,2}"),
+    ) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let server = Setup::ids(vec![ids.clone()]).start();
+            let body = json!({"input": "hi", "stop": stop, "top_logprobs": 1});
+            let whole = server.respond(&body).await.json();
+            let streamed = joined(&server.respond(&merged(body, json!({"stream": true}))).await);
+            assert_eq!(without_ids(&whole), without_ids(&streamed), "{ids:?}");
+            assert_eq!(whole["status"], streamed["status"]);
+            assert!(!whole["output"].to_string().contains("<|"), "markup is shown");
+        });
+    }
+}
+
+#[tokio::test]
+async fn hermes_answers_are_items_too() {
+    let read = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"path\": \"/a\"}}\n</tool_call>";
+    let server =
+        Setup::hermes(&[&format!("<think>\nHm.\n</think>\n\nLet me look.\n{read}\n{read}<|im_end|>")])
+            .start();
+    let body = request(json!({"tools": [tool("f")]}));
+    let whole = server.respond(&body).await.json();
+    let streamed = joined(&server.respond(&merged(body, json!({"stream": true}))).await);
+    assert_eq!(without_ids(&whole), without_ids(&streamed));
+    let kinds: Vec<&str> =
+        whole["output"].as_array().unwrap().iter().map(|item| item["type"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["reasoning", "message", "function_call", "function_call"]);
+    assert_ne!(whole["output"][2]["call_id"], whole["output"][3]["call_id"]);
+    assert_eq!(whole["output"][2]["arguments"], "{\"path\": \"/a\"}");
+}
+
+/// A conversation is the same prompt here as on the chat route, in every format.
+#[tokio::test]
+async fn the_prompt_is_that_of_the_chat_route() {
+    let parameters = json!({"type": "object", "properties": {"q": {"type": "string"}}});
+    let function = json!({"name": "f", "description": "d", "parameters": parameters});
+    let chat = json!({
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "Let me see.", "reasoning": "Hm.", "tool_calls": [
+                {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{\"q\": \"x\"}"}}
+            ]},
+            {"role": "tool", "tool_call_id": "c", "content": "found"},
+            {"role": "assistant", "content": "It is x."},
+            {"role": "user", "content": "and?"},
+        ],
+        "tools": [{"type": "function", "function": function}],
+        "reasoning_effort": "high",
+    });
+    let responses = json!({
+        "instructions": "Be brief.",
+        "input": [
+            {"role": "user", "content": "hi"},
+            {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+            {"role": "assistant", "content": [{"type": "output_text", "text": "Let me see."}]},
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{\"q\": \"x\"}"},
+            {"type": "function_call_output", "call_id": "c", "output": "found"},
+            {"role": "assistant", "content": "It is x."},
+            {"role": "user", "content": [{"type": "input_text", "text": "and?"}]},
+        ],
+        "tools": [merged(json!({"type": "function"}), function)],
+        "reasoning": {"effort": "high"},
+    });
+    for server in [Setup::new(&[&says("x")]).start(), Setup::hermes(&["x<|im_end|>"]).start()] {
+        let one = server.chat(&chat).await.json();
+        let other = server.respond(&responses).await.json();
+        assert_eq!(one["usage"]["prompt_tokens"], other["usage"]["input_tokens"], "{one} {other}");
+    }
 }
 
 #[tokio::test]

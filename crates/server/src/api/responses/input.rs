@@ -10,7 +10,7 @@ use crate::error::ApiError;
 use crate::state::ServerState;
 use crate::store::{Link, Owner, StoredItem};
 
-/// A conversation as it goes to the model, and what the request added as it goes to the store.
+/// A conversation as it goes to the model, and what the request added as it goes to the store, if it does.
 pub(super) struct Conversation {
     pub(super) messages: Vec<Message>,
     /// Where each message began.
@@ -28,6 +28,7 @@ pub(super) fn conversation(
     instructions: Option<String>,
     previous: Option<&Arc<Link>>,
     input: Option<Value>,
+    store: bool,
 ) -> Result<Conversation, ApiError> {
     let mut turns = Turns::default();
     if let Some(text) = instructions {
@@ -54,7 +55,7 @@ pub(super) fn conversation(
                 if let Item::Skipped(kind) = &item {
                     tracing::info!(kind, index, "skipping an item that says nothing to this model");
                 }
-                let kept = complete(state, &item, value);
+                let kept = if store { complete(state, &item, value) } else { StoredItem::default() };
                 (item, kept)
             }
         };

@@ -9,6 +9,7 @@ mod log;
 mod prepare;
 mod sealed;
 pub(crate) mod stored;
+mod truncate;
 
 use axum::Extension;
 use axum::extract::{Request, State};

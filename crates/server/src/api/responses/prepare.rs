@@ -10,6 +10,7 @@ use super::answer::Plan;
 use super::input::{self, Conversation};
 use super::items::Origin;
 use super::kept::Keep;
+use super::truncate::truncate;
 use crate::error::ApiError;
 use crate::state::ServerState;
 use crate::store::{Body, Link, Owner};
@@ -109,13 +110,16 @@ pub(super) fn prepare(state: &ServerState, owner: Owner, body: &[u8]) -> Result<
         ));
     }
     let echo = echo(&fields, &options, &functions, format, store)?;
-    let Conversation { messages, origins, stored } =
-        input::conversation(state, owner, fields.instructions, previous.as_ref(), fields.input)?;
+    let Conversation { messages, mut origins, stored } =
+        input::conversation(state, owner, fields.instructions, previous.as_ref(), fields.input, store)?;
     let effort = fields.reasoning.as_ref().and_then(|reasoning| reasoning.effort.as_deref());
     let effort = effort.map(|text| (text, "reasoning.effort"));
     let arguments =
         TemplateArguments::new(state.config(), state.format(), fields.chat_template_kwargs.as_ref());
-    let conversation = history::assemble(state.config(), messages, functions.tools, effort, arguments)?;
+    let mut conversation = history::assemble(state.config(), messages, functions.tools, effort, arguments)?;
+    if echo.truncation == "auto" {
+        truncate(state, &mut conversation, &mut origins, options.max_tokens);
+    }
     let turn = Turn {
         conversation,
         options,
