@@ -2,12 +2,13 @@
 //!
 //! [`run`] reads the command line. [`serve`] turns flags into a running server; [`mod@bench`] measures a model; [`convert`]
 //! stores a checkpoint in another format and [`inspect`] says what one is; [`tools`] shows what goes into a model and what comes
-//! out. Backends are named in [`device`] alone.
+//! out; [`health`] asks a server. Backends are named in [`device`] alone.
 
 pub mod bench;
 pub mod cli;
 pub mod convert;
 pub mod device;
+pub mod health;
 pub mod hub;
 pub mod inspect;
 pub mod lines;
@@ -31,7 +32,7 @@ use cli::Invocation;
 
 /// Runs the program.
 ///
-/// Exit codes: 0 done; 1 it failed, or `parse` met a line that is no token sequence; 2 the command line or an
+/// Exit codes: 0 done; 1 it failed, a server is not healthy, or `parse` met a line that is no token sequence; 2 the command line or an
 /// option is wrong.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Result<Vec<String>, OsString> = args.into_iter().map(OsString::into_string).collect();
@@ -57,6 +58,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Invocation::Inspect(args) => inspect::run(&args, &mut io::stdout().lock()).map(|()| true),
         Invocation::Render(args) => tools::render(&args, &mut io::stdout().lock()).map(|()| true),
         Invocation::Parse(args) => tools::parse(&args, &mut io::stdout().lock()),
+        Invocation::Health(args) => health::check(&args).map(|()| true),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,7 +1,8 @@
-//! The command line: `serve` (the default), `bench`, `convert`, `inspect`, `render` and `parse`.
+//! The command line: `serve` (the default), `bench`, `convert`, `inspect`, `render`, `parse` and `health`.
 
 pub mod bench;
 pub mod checkpoints;
+pub mod health;
 mod numbers;
 pub mod options;
 mod spelling;
@@ -14,10 +15,11 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use bench::BENCH;
 use checkpoints::{ConvertArgs, InspectArgs};
+use health::HealthArgs;
 use table::{Flag, RUNNING, Takes, Treatment, flags};
 use values::{Given, Origin, Values};
 
-const SUBCOMMANDS: [&str; 6] = ["serve", "bench", "convert", "inspect", "render", "parse"];
+const SUBCOMMANDS: [&str; 7] = ["serve", "bench", "convert", "inspect", "render", "parse", "health"];
 
 const MODEL_HELP: &str = "A directory with a checkpoint, a profile (context-1-mxfp4, fastcontext-1.0-4b-nvfp4, gpt-oss-20b, ...), a Hugging \
      Face repository owner/name, demo (a small model with random weights), or replay:FILE (scripted answers). \
@@ -43,6 +45,8 @@ pub enum Invocation {
     Render(ToolArgs),
     /// Parse token sequences into messages.
     Parse(ToolArgs),
+    /// Ask a server whether it is ready.
+    Health(HealthArgs),
 }
 
 /// Arguments of `render` and `parse`.
@@ -85,6 +89,7 @@ pub fn parse(args: impl IntoIterator<Item = String>) -> Result<Invocation, clap:
         Some(("inspect", sub)) => Invocation::Inspect(checkpoints::inspect_args(sub)),
         Some(("render", sub)) => Invocation::Render(tool_args(sub)),
         Some(("parse", sub)) => Invocation::Parse(tool_args(sub)),
+        Some(("health", sub)) => Invocation::Health(health::health_args(sub)),
         Some(("bench", sub)) => Invocation::Bench {
             running: with_model(sub, values_of(sub, RUNNING.iter())),
             measured: values_of(sub, BENCH.iter()),
@@ -115,6 +120,7 @@ pub fn command() -> Command {
             "Parse generated tokens into messages: one JSON line in, one out",
             "JSON lines, each {\"segments\": [...]} or {\"token_ids\": [...]} [default: standard input]",
         ))
+        .subcommand(health::health_command())
 }
 
 fn serve_command() -> Command {
