@@ -266,6 +266,10 @@ def test_the_context_of_the_build_is_the_sources_alone():
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     assert all((ROOT / path).exists() for path in allowed)
     needed = [*MANIFEST["workspace"]["members"], "Cargo.toml", "Cargo.lock", "kernels/toolchain", "configs", "docker/image-root"]
+    included = re.compile(r'include_(?:str|bytes)!\("(\.\./[^"]+)"\)')
+    for source in ROOT.glob("crates/*/src/**/*.rs"):
+        needed += [(source.parent / name).resolve().relative_to(ROOT).as_posix() for name in included.findall(source.read_text())]
+    assert any(path.startswith("configs/") and path.endswith(".toml") for path in needed)
     for path in needed:
         assert any(path == name or path.startswith(f"{name}/") for name in allowed), path
     assert "target" not in allowed and ".git" not in allowed
