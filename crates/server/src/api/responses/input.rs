@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ctxserve_chat::Message;
 use serde_json::{Value, json};
 
-use super::items::{At, Item, Origin, Turns, read};
+use super::items::{At, Item, Origin, Skipped, Turns, read};
 use crate::error::ApiError;
 use crate::state::ServerState;
 use crate::store::{Link, Owner, StoredItem};
@@ -39,6 +39,7 @@ pub(super) fn conversation(
         turns.push(Origin::Previous, restored(item)?);
     }
     let mut stored = Vec::new();
+    let mut skipped = Skipped::default();
     for (index, value) in listed(input, previous.is_some())?.into_iter().enumerate() {
         let at = format!("input[{index}]");
         let (item, kept) = match read(&At(&at), &value)? {
@@ -53,7 +54,7 @@ pub(super) fn conversation(
             }
             item => {
                 if let Item::Skipped(kind) = &item {
-                    tracing::info!(kind, index, "skipping an item that says nothing to this model");
+                    skipped.add(kind);
                 }
                 let kept = if store { complete(state, &item, value) } else { StoredItem::default() };
                 (item, kept)
@@ -62,6 +63,7 @@ pub(super) fn conversation(
         turns.push(Origin::Input(index), item);
         stored.push(kept);
     }
+    skipped.log("skipping items of types that say nothing to this model");
     let (messages, origins) = turns.finish();
     if messages.is_empty() {
         return Err(ApiError::invalid("input", "input is required and must not be empty"));

@@ -1,5 +1,7 @@
 //! Items of a conversation: read from a request or from the store, made into turns.
 
+use std::collections::BTreeSet;
+
 use ctxserve_chat::{Message, ToolCall};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -174,6 +176,26 @@ fn reasoning(at: &At<'_>, map: &Map<String, Value>) -> Result<Item, ApiError> {
         Some(None) => Item::Skipped("reasoning (encrypted elsewhere)".to_owned()),
         None => Item::Reasoning(String::new()),
     })
+}
+
+/// Types that a request brought and that are passed over, for one line in the log.
+#[derive(Debug, Default)]
+pub(super) struct Skipped(BTreeSet<String>);
+
+impl Skipped {
+    /// The client's words are cut, and so is their number.
+    pub(super) fn add(&mut self, kind: &str) {
+        if self.0.len() < 16 {
+            self.0.insert(kind.chars().take(64).collect());
+        }
+    }
+
+    /// Escaped: nothing in them can be taken for another line.
+    pub(super) fn log(&self, what: &str) {
+        if !self.0.is_empty() {
+            tracing::info!(kinds = ?self.0, "{what}");
+        }
+    }
 }
 
 /// Where an item came from.

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::answer::Plan;
 use super::input::{self, Conversation};
-use super::items::Origin;
+use super::items::{Origin, Skipped};
 use super::kept::Keep;
 use super::truncate::truncate;
 use crate::error::ApiError;
@@ -216,13 +216,13 @@ struct Functions {
 fn functions(state: &ServerState, list: &[Value]) -> Result<Functions, ApiError> {
     tools::few(state.config(), list.len())?;
     let mut functions = Functions::default();
+    let mut skipped = Skipped::default();
     for (index, tool) in list.iter().enumerate() {
         let at = |part: &str| format!("tools[{index}].{part}");
         match tool.get("type").and_then(Value::as_str) {
             Some("function") => {}
             Some(kind) => {
-                let kind: String = kind.chars().take(64).collect();
-                tracing::info!(kind, "skipping a tool of a type that is not run here");
+                skipped.add(kind);
                 continue;
             }
             None => return Err(ApiError::invalid(at("type"), "a tool needs a 'type'")),
@@ -237,6 +237,7 @@ fn functions(state: &ServerState, list: &[Value]) -> Result<Functions, ApiError>
         functions.tools.push(tools::declared(tool.name, tool.description, tool.parameters, &at)?);
         functions.places.push(index);
     }
+    skipped.log("skipping tools of types that are not run here");
     Ok(functions)
 }
 
