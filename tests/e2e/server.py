@@ -143,12 +143,12 @@ class Server:
 class Replay(Server):
     """A server whose answers are scripted, one line a request, in turn."""
 
-    def __init__(self, answers, *args, env=None):
+    def __init__(self, answers, *args, env=None, port=0):
         self.file = tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8")
         for answer in answers:
             self.file.write(json.dumps({"segments": answer} if isinstance(answer, list) else answer) + "\n")
         self.file.flush()
-        super().__init__("--model", f"replay:{self.file.name}", *args, env=env)
+        super().__init__("--model", f"replay:{self.file.name}", *args, env=env, port=port)
 
     def stop(self):
         super().stop()

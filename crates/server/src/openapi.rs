@@ -204,6 +204,9 @@ pub(crate) fn completions(schemas: &mut Schemas) -> Value {
     post("Continues prompts, without any chat format.", body, success, GENERATION)
 }
 
+/// Fields of a chat request that `/tokenize` reads too.
+const PROMPT_FIELDS: [&str; 4] = ["messages", "tools", "reasoning_effort", "chat_template_kwargs"];
+
 pub(crate) fn tokenize(schemas: &mut Schemas) -> Value {
     let own = schemas.fields::<TokenizeFields>();
     let mut text = own.clone();
@@ -213,6 +216,8 @@ pub(crate) fn tokenize(schemas: &mut Schemas) -> Value {
     }
     let mut messages = schemas.fields::<ChatFields>();
     if let Some(properties) = messages.get_mut("properties").and_then(Value::as_object_mut) {
+        // The other fields of a conversation say nothing about its prompt.
+        properties.retain(|name, _| PROMPT_FIELDS.contains(&name.as_str()));
         properties.insert("prompt".to_owned(), json!({"type": "null"}));
     }
     let text = schemas.request("TokenizeText", "A text.", &[text], Some(Route::Tokenize));

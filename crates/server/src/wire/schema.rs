@@ -181,24 +181,36 @@ pub(crate) fn tool_choice(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"anyOf": [{"enum": ["auto", "none", "required", null]}, function, flat, allowed]})
 }
 
-/// What a message needs depends on its role.
+/// What is read of a message depends on its role; other fields are ignored.
 pub(crate) fn by_role(schema: &mut Schema) {
-    let of = |roles: &[&str], required: &[&str]| {
+    let of = |roles: &[&str], required: &[&str], others: &[&str]| {
+        let told = |name: &&str| schema.get("properties")?.get(*name).cloned();
         let mut properties = serde_json::Map::from_iter([("role".to_owned(), json!({"enum": roles}))]);
-        properties.extend(required.iter().map(|name| ((*name).to_owned(), json!({"not": {"type": "null"}}))));
-        json!({"properties": properties, "required": required})
+        for name in required.iter().chain(others) {
+            let field = told(name).unwrap_or_default();
+            let field = if required.contains(name) {
+                json!({"allOf": [field, {"not": {"enum": [null, ""]}}]})
+            } else {
+                field
+            };
+            properties.insert((*name).to_owned(), field);
+        }
+        let required: Vec<&str> = ["role"].iter().chain(required).copied().collect();
+        json!({"type": "object", "properties": properties, "required": required})
     };
-    let mut tool = of(&["tool"], &["tool_call_id"]);
-    if let Some(id) = tool.pointer_mut("/properties/tool_call_id") {
-        *id = json!({"type": "string", "minLength": 1});
+    let said = ["content", "reasoning", "reasoning_content", "refusal", "tool_calls", "function_call"];
+    let mut asked = of(&["system", "developer", "user"], &["content"], &[]);
+    // Nothing may be said, but it has to be said.
+    if let Some(content) = asked.pointer_mut("/properties/content") {
+        *content = json!({"$ref": format!("{COMPONENTS}Content")});
     }
     let roles = [
-        of(&["system", "developer", "user"], &["content"]),
-        of(&["assistant"], &[]),
-        tool,
-        of(&["function"], &["name"]),
+        asked,
+        of(&["assistant"], &[], &said),
+        of(&["tool"], &["tool_call_id"], &["content"]),
+        of(&["function"], &["name"], &["content"]),
     ];
-    schema.insert("anyOf".to_owned(), json!(roles));
+    *schema = json_schema!({"anyOf": roles});
 }
 
 /// What a response may leave out is never null.
