@@ -138,6 +138,8 @@ def test_what_is_stored_comes_back_and_goes():
             with pytest.raises(openai.NotFoundError) as caught:
                 client.responses.create(model="replay", input="more", previous_response_id=gone)
             assert caught.value.param == "previous_response_id"
+        counted = client.responses.input_tokens.count(model="replay", input="more", previous_response_id=second.id)
+        assert counted.input_tokens > second.usage.input_tokens
         unkept = client.responses.create(model="replay", input="hi", store=False)
         with pytest.raises(openai.NotFoundError):
             client.responses.retrieve(unkept.id)

@@ -26,6 +26,7 @@ pub(crate) fn routes() -> Vec<Route> {
         ("/v1/responses/{id}", get(stored::retrieve).delete(stored::delete), document::stored),
         ("/v1/responses/{id}/cancel", post(stored::cancel), document::cancel),
         ("/v1/responses/{id}/input_items", get(stored::input_items), document::input_items),
+        ("/v1/responses/input_tokens", post(responses::input_tokens), document::input_tokens),
         ("/v1/responses/compact", post(responses::compact), document::compact),
         ("/v1/models", get(models::list), openapi::models),
         ("/v1/models/{*name}", get(models::one), openapi::model),

@@ -68,8 +68,7 @@ impl Turn<'_> {
     pub(crate) fn prepare(mut self, state: &ServerState) -> Result<Prepared, ApiError> {
         let format = state.format();
         let prompt_param = self.places.prompt();
-        let prompt = format.render(&self.conversation).map_err(|error| self.unrendered(&error))?;
-        let prompt: Arc<[TokenId]> = prompt.into();
+        let prompt: Arc<[TokenId]> = self.render(state)?.into();
         let callable = self.conversation.tools.iter().filter(|tool| self.choice.includes(&tool.name));
         let names: Vec<String> = callable.map(|tool| tool.name.clone()).collect();
         let parser = ParserOptions {
@@ -87,6 +86,14 @@ impl Turn<'_> {
         }
         let Turn { options, one_call, hide_reasoning, .. } = self;
         Ok(Prepared { options, prompt, max_tokens, parser, guide, one_call, hide_reasoning, prompt_param })
+    }
+
+    /// The prompt alone.
+    ///
+    /// # Errors
+    /// 400 naming the message that the format cannot express.
+    pub(crate) fn render(&self, state: &ServerState) -> Result<Vec<TokenId>, ApiError> {
+        state.format().render(&self.conversation).map_err(|error| self.unrendered(&error))
     }
 
     fn unrendered(&self, error: &RenderError) -> ApiError {

@@ -317,6 +317,27 @@ async fn truncation_leaves_out_the_oldest() {
 }
 
 #[tokio::test]
+async fn a_prompt_is_counted_as_it_would_be_used() {
+    let server = Setup::new(&[&call("{}"), &says("done")]).start();
+    let body = json!({"input": "hi", "instructions": "Be brief.", "tools": tools(), "reasoning": {"effort": "high"}});
+    let first = created(&server, body.clone()).await;
+    let count = server.post("/v1/responses/input_tokens", &body).await.json();
+    let used = first["usage"]["input_tokens"].clone();
+    assert_eq!(count, json!({"object": "response.input_tokens", "input_tokens": used}));
+    let result =
+        json!({"type": "function_call_output", "call_id": first["output"][1]["call_id"], "output": "r"});
+    let on = json!({"input": [result], "previous_response_id": first["id"], "tools": tools()});
+    let count = server.post("/v1/responses/input_tokens", &on).await.json();
+    assert_eq!(count["input_tokens"], created(&server, on).await["usage"]["input_tokens"]);
+    // Also one that is too long to be answered.
+    let long = json!({"input": "x ".repeat(common::CONTEXT)});
+    let count = server.post("/v1/responses/input_tokens", &long).await.json();
+    assert!(count["input_tokens"].as_u64().unwrap() > common::CONTEXT as u64);
+    let wrong = server.post("/v1/responses/input_tokens", &json!({"input": 1})).await;
+    assert_eq!((wrong.status.as_u16(), wrong.error()["param"].clone()), (400, json!("input")));
+}
+
+#[tokio::test]
 async fn a_failed_stream_says_so_and_ends() {
     let mut setup = Setup::new(&[&says(&"word ".repeat(1000))]);
     setup.pace = Duration::from_millis(5);

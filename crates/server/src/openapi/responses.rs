@@ -2,11 +2,11 @@
 
 use serde_json::{Value, json};
 
-use super::{GENERATION, Schemas, generated, get, operation, post};
+use super::{BODY, GENERATION, Schemas, generated, get, operation, post};
 use crate::wire::fields::GenerationFields;
 use crate::wire::refused::Route;
 use crate::wire::responses_request::ResponsesFields;
-use crate::wire::responses_response::{Deleted, ItemList, WireEvent, WireResponse};
+use crate::wire::responses_response::{Deleted, InputTokens, ItemList, WireEvent, WireResponse};
 
 const STORED: &[u16] = &[400, 401, 404, 405, 500];
 
@@ -18,12 +18,22 @@ fn parameter(name: &str, place: &str, schema: Value) -> Value {
     json!({"name": name, "in": place, "required": place == "path", "schema": schema})
 }
 
-pub(crate) fn create(schemas: &mut Schemas) -> Value {
+fn body(schemas: &mut Schemas) -> Value {
     let parts = [schemas.fields::<GenerationFields>(), schemas.fields::<ResponsesFields>()];
     let what = "A conversation to go on with. Tools that are not functions are left out.";
-    let body = schemas.request("ResponseRequest", what, &parts, Some(Route::Responses));
+    schemas.request("ResponseRequest", what, &parts, Some(Route::Responses))
+}
+
+pub(crate) fn create(schemas: &mut Schemas) -> Value {
+    let body = body(schemas);
     let success = generated::<WireResponse<'_>, WireEvent<'_>>(schemas);
     post("Answers a conversation.", body, success, GENERATION)
+}
+
+pub(crate) fn input_tokens(schemas: &mut Schemas) -> Value {
+    let body = body(schemas);
+    let success = json!({"application/json": {"schema": schemas.response::<InputTokens>()}});
+    post("Counts the tokens of a prompt.", body, success, BODY)
 }
 
 pub(crate) fn stored(schemas: &mut Schemas) -> Value {

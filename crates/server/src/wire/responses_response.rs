@@ -180,6 +180,14 @@ pub(crate) struct Deleted<'a> {
     pub(crate) deleted: bool,
 }
 
+/// Answer to `POST /v1/responses/input_tokens`.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(crate) struct InputTokens {
+    #[schemars(extend("const" = "response.input_tokens"))]
+    pub(crate) object: &'static str,
+    pub(crate) input_tokens: usize,
+}
+
 /// A page of items.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ItemList<'a> {

@@ -27,6 +27,7 @@ use crate::http::body::{blocking, json, read};
 use crate::http::guard::Caller;
 use crate::http::sse::{self, Frame, Framer};
 use crate::state::ServerState;
+use crate::wire::responses_response::InputTokens;
 
 const ROUTE: &str = "/v1/responses";
 
@@ -73,6 +74,18 @@ async fn whole(
         keep.store(state, answer);
     }
     json(&answer.response())
+}
+
+/// Counts the tokens of a prompt.
+pub(crate) async fn input_tokens(
+    State(state): State<ServerState>,
+    Extension(caller): Extension<Caller>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let body = read(&state, request).await?;
+    let counting = state.clone();
+    let input_tokens = blocking(&state, move || prepare::count(&counting, caller.tenant, &body)).await?;
+    json(&InputTokens { object: "response.input_tokens", input_tokens })
 }
 
 /// Items are not compacted here.

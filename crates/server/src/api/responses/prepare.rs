@@ -84,6 +84,23 @@ impl Places for Spelling {
 /// # Errors
 /// 400 naming the field, 404 for a response or an item that is not there.
 pub(super) fn prepare(state: &ServerState, owner: Owner, body: &[u8]) -> Result<Ready, ApiError> {
+    checked(state, owner, body, |turn, plan, keep| Ok(Ready { prepared: turn.prepare(state)?, plan, keep }))
+}
+
+/// How many tokens the prompt of a body has, whether or not they leave room for an answer.
+///
+/// # Errors
+/// As [`prepare`].
+pub(super) fn count(state: &ServerState, owner: Owner, body: &[u8]) -> Result<usize, ApiError> {
+    checked(state, owner, body, |turn, _, _| Ok(turn.render(state)?.len()))
+}
+
+fn checked<T>(
+    state: &ServerState,
+    owner: Owner,
+    body: &[u8],
+    then: impl FnOnce(Turn<'_>, Plan, Option<Keep>) -> Result<T, ApiError>,
+) -> Result<T, ApiError> {
     let text = text(body)?;
     let shared: GenerationFields = wire::read::json(text)?;
     let fields: ResponsesFields = wire::read::json(text)?;
@@ -137,7 +154,7 @@ pub(super) fn prepare(state: &ServerState, owner: Owner, body: &[u8]) -> Result<
         logprobs: logprobs.is_some(),
     };
     let keep = store.then(|| Keep { owner, previous, input: stored });
-    Ok(Ready { prepared: turn.prepare(state)?, plan, keep })
+    then(turn, plan, keep)
 }
 
 fn included(include: &[String]) -> Result<(), ApiError> {
