@@ -11,6 +11,7 @@ from server import Replay
 ASK = [{"role": "user", "content": "Look it up."}]
 TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object"}}}]
 CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 
 CHATS = [
     {},
@@ -74,11 +75,12 @@ class Document:
             self.schema(content[kind]["schema"]).validate(answer)
         elif kind == "text/event-stream":
             frames = [line.removeprefix("data: ") for line in answer.splitlines() if line.startswith("data: ")]
-            assert frames[-1] == "[DONE]"
             validator = self.schema(content[kind]["x-event-schema"])
-            for frame in frames[:-1]:
+            if path != MESSAGES:
+                assert frames[-1] == "[DONE]"
+                validator.validate(frames.pop())
+            for frame in frames:
                 validator.validate(json.loads(frame))
-            validator.validate(frames[-1])
         self.checked += 1
         return status
 
@@ -123,9 +125,10 @@ def test_other_routes_are_as_told(document):
             {"messages": ASK, "tools": TOOLS, "add_generation_prompt": False},
         ],
         ("POST", "/detokenize"): [{"tokens": tokens}],
+        ("POST", COUNT): [{"messages": ASK, "system": "Search."}],
         ("POST", "/ping"): [None],
     }
-    generating = {("POST", CHAT), ("POST", TEXT)}
+    generating = {("POST", CHAT), ("POST", TEXT), ("POST", MESSAGES)}
     for method, path in sorted(one for one in told - generating if not one[1].startswith(RESPONSES)):
         for body in bodies.get((method, path), [None]):
             if body is not None:
@@ -133,6 +136,32 @@ def test_other_routes_are_as_told(document):
             status = document.check(method, path, body, at=path.replace("{name}", "replay"))
             assert status == 200, (method, path)
     assert document.check("GET", "/v1/models/{name}", at="/v1/models/none") == 404
+
+
+def test_messages_are_as_told(document):
+    """Every odd answer as Anthropic's API has it, whole and streamed, and what is refused."""
+    tools = [{"name": "search", "input_schema": {"type": "object"}}, {"type": "web_search_20250305", "name": "web_search"}]
+    asked = {"messages": ASK, "max_tokens": 500}
+    for more in ({}, {"tools": tools, "tool_choice": {"type": "auto"}, "system": [{"type": "text", "text": "Search."}]}):
+        for stream in (False, True):
+            body = {**asked, **more, "stream": stream}
+            assert document.takes(MESSAGES, body), body
+            for _ in SEQUENCES:
+                assert document.check("POST", MESSAGES, body) == 200
+    for wrong in (
+        {"max_tokens": None},
+        {"messages": []},
+        {"messages": [{"role": "tool", "content": "a"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        {"tool_choice": {"type": "required"}},
+        {"thinking": {"type": "on"}},
+        {"stop_sequences": [""]},
+        {"output_config": {"effort": "huge"}},
+        {"thread": {"type": "create"}},
+        {"container": "c"},
+    ):
+        body = {**asked, **wrong}
+        assert not document.takes(MESSAGES, body) and document.check("POST", MESSAGES, body) == 400, wrong
 
 
 def test_responses_are_as_told(document):

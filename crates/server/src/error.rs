@@ -1,5 +1,6 @@
 //! One error type for every route, and the one function from it to HTTP.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
@@ -10,6 +11,8 @@ use ctxserve_core::ParamError;
 use ctxserve_engine::SubmitError;
 use schemars::JsonSchema;
 use serde::Serialize;
+
+use crate::wire::schema;
 
 /// An answer that is not a success. Serialised as `{"error":{message,type,param,code}}`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +50,35 @@ struct Body<'a> {
     code: Option<&'static str>,
 }
 
+/// Every answer of Anthropic's API that is not a success.
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "MessagesError")]
+pub(crate) struct AnthropicEnvelope<'a> {
+    #[serde(rename = "type")]
+    #[schemars(extend("const" = "error"))]
+    kind: &'static str,
+    error: AnthropicBody,
+    request_id: &'a str,
+}
+
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "MessagesErrorBody", transform = schema::absent_not_null)]
+struct AnthropicBody {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    message: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    details: Option<AnthropicDetails>,
+}
+
+/// What a client does about the error: without a conversation kept here, the SDK's tool runner sends it whole.
+#[derive(Serialize, JsonSchema)]
+#[schemars(rename = "MessagesErrorDetails")]
+struct AnthropicDetails {
+    error_code: &'static str,
+}
+
+const UNSUPPORTED: &str = "unsupported_parameter";
 const INVALID: &str = "invalid_request_error";
 const SERVER: &str = "server_error";
 
@@ -68,7 +100,7 @@ impl ApiError {
 
     /// 400 on a field that is known and not implemented.
     pub fn unsupported(param: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { code: Some("unsupported_parameter"), ..Self::invalid(param, message) }
+        Self { code: Some(UNSUPPORTED), ..Self::invalid(param, message) }
     }
 
     /// 400 on a body that is not JSON of the right shape.
@@ -161,6 +193,36 @@ impl ApiError {
     }
 }
 
+impl ApiError {
+    /// Anthropic's envelope, for `/v1/messages` and what is below it. Its errors have no field for the part of the request
+    /// that is at fault, so the message names it.
+    pub(crate) fn to_anthropic(&self, request_id: &str) -> String {
+        let is_named =
+            |param: &&str| self.message.contains(param) || self.code == Some("context_length_exceeded");
+        let param = self.param.as_deref().filter(|param| !is_named(param));
+        let message =
+            param.map_or_else(|| self.message.clone(), |param| format!("{param}: {}", self.message));
+        let threaded = self.code == Some(UNSUPPORTED) && self.param.as_deref() == Some("thread");
+        let details = threaded.then_some(AnthropicDetails { error_code: "thread_unsupported_request" });
+        let error = AnthropicBody { kind: self.anthropic_kind(), message, details };
+        let envelope = AnthropicEnvelope { kind: "error", error, request_id };
+        serde_json::to_string(&envelope).unwrap_or_default()
+    }
+
+    fn anthropic_kind(&self) -> &'static str {
+        match self.status.as_u16() {
+            401 => "authentication_error",
+            403 => "permission_error",
+            404 => "not_found_error",
+            413 => "request_too_large",
+            429 => "rate_limit_error",
+            503 if self.code != Some("engine_fault") => "overloaded_error",
+            500.. => "api_error",
+            _ => "invalid_request_error",
+        }
+    }
+}
+
 /// The `code` of an error response, for the log.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ErrorCode(pub(crate) &'static str);
@@ -177,6 +239,7 @@ impl IntoResponse for ApiError {
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        response.extensions_mut().insert(Arc::new(self));
         response
     }
 }

@@ -1,4 +1,4 @@
-//! The OpenAI HTTP API on axum.
+//! The OpenAI HTTP API on axum, and Anthropic's Messages API.
 //!
 //! A request's way: `http` reads the body and checks the key, `wire` turns JSON into types, `validate` turns types
 //! into parameters, `turn` makes a running generation of a conversation, `generate` follows the engine's events and makes
@@ -28,6 +28,20 @@
 //!   is complete. `encrypted_content` is given when asked for.
 //! - `/v1/completions` neither renders nor parses a chat: control tokens are skipped in its text unless
 //!   `skip_special_tokens` is false, and `token_ids` has them all.
+//!
+//! `/v1/messages` is Anthropic's API over the same prompts, guides, limits and answers. Where that one leaves room or we differ:
+//!
+//! - Thinking is shown unless `thinking` is `disabled`, which also asks the model for the least of it. `enabled` maps
+//!   `budget_tokens` to an effort: low up to 4,096, medium up to 16,384, high above; it bounds nothing. `adaptive` is the model's
+//!   default. `output_config.effort` goes before the budget. With `display: "omitted"` the signature carries the text, so that it
+//!   comes back. Signatures prove nothing and any is accepted; `redacted_thinking` of other services is left out.
+//! - A call's `input` is the model's bytes if they are a JSON object, else `{"INVALID_JSON": "the text"}`, which is taken back as
+//!   that text. Streams send it in one piece when the call is complete; a tool with `eager_input_streaming` has its arguments
+//!   passed on as they come, whatever they are.
+//! - Tools of a type other than `custom` are skipped and logged. Images, documents and other blocks are a 400, as is a last
+//!   message of the assistant's to be continued (`count_tokens` counts it). Blocks of text are joined without a separator.
+//! - A tool result with `is_error` begins with `Error: `. Claude Code's billing line, new in each request, is left out of `system`.
+//! - `cache_control`, `metadata`, `service_tier` and what else steers Anthropic's service are accepted and do nothing.
 
 mod api;
 mod config;

@@ -1,5 +1,6 @@
 //! `/openapi.json`: OpenAPI 3.1, made from the wire types and from what this server was started with.
 
+pub(crate) mod messages;
 pub(crate) mod responses;
 
 use schemars::generate::{Contract, SchemaSettings};

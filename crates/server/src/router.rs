@@ -8,7 +8,7 @@ use serde_json::Value;
 use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::api::responses::stored;
-use crate::api::{chat, completions, health, models, responses, tokenize};
+use crate::api::{chat, completions, health, messages, models, responses, tokenize};
 use crate::error::ApiError;
 use crate::http::guard::guard;
 use crate::openapi::{self, Schemas, responses as document};
@@ -28,6 +28,8 @@ pub(crate) fn routes() -> Vec<Route> {
         ("/v1/responses/{id}/input_items", get(stored::input_items), document::input_items),
         ("/v1/responses/input_tokens", post(responses::input_tokens), document::input_tokens),
         ("/v1/responses/compact", post(responses::compact), document::compact),
+        ("/v1/messages", post(messages::messages), openapi::messages::create),
+        ("/v1/messages/count_tokens", post(messages::count_tokens), openapi::messages::count_tokens),
         ("/v1/models", get(models::list), openapi::models),
         ("/v1/models/{*name}", get(models::one), openapi::model),
         ("/tokenize", post(tokenize::tokenize), openapi::tokenize),

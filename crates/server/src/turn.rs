@@ -28,6 +28,12 @@ pub(crate) trait Places {
 
     /// Where the schema of function `index` of the conversation came from.
     fn schema(&self, index: usize) -> String;
+
+    /// `error` says that a prompt of `prompt` tokens leaves no room for an answer; a route may say it in its own words.
+    fn too_long(&self, state: &ServerState, prompt: usize, error: ApiError) -> ApiError {
+        let _ = (state, prompt);
+        error
+    }
 }
 
 /// A checked request for the next turn of a conversation.
@@ -77,7 +83,8 @@ impl Turn<'_> {
             thinking: format.leaves_thinking_open(&prompt),
         };
         let default = state.config().default_max_tokens;
-        let max_tokens = room(state, &self.options, default, prompt.len(), prompt_param)?;
+        let room = room(state, &self.options, default, prompt.len(), prompt_param);
+        let max_tokens = room.map_err(|error| self.places.too_long(state, prompt.len(), error))?;
         let guide = guide::chat(state, &self, &prompt)?;
         if guide.is_some() {
             // A checkpoint's end that is ordinary text would cut the text under a grammar.

@@ -1,7 +1,9 @@
 //! What happens around every route: a name for the request, the key check, a count of the response.
 
+use std::sync::Arc;
 use std::time::Instant;
 
+use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::header::AUTHORIZATION;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
@@ -12,6 +14,9 @@ use crate::error::{ApiError, ErrorCode};
 use crate::state::ServerState;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Anthropic's name for the same, sent on its routes.
+const ANTHROPIC_REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
+const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const MAX_REQUEST_ID: usize = 128;
 
 /// A request as the routes see it.
@@ -29,6 +34,7 @@ pub(crate) async fn guard(State(state): State<ServerState>, mut request: Request
     let http_id = client_id(request.headers()).unwrap_or_else(|| state.random_name("req-"));
     // The pattern that matched, never the client's path.
     let route = request.extensions().get::<MatchedPath>().cloned();
+    let is_anthropic = is_anthropic(request.uri().path());
     let mut response = match check_key(&state, &request) {
         Ok(tenant) => {
             let caller = Caller { http_id: http_id.clone(), arrived: Instant::now(), tenant };
@@ -44,9 +50,20 @@ pub(crate) async fn guard(State(state): State<ServerState>, mut request: Request
         tracing::info!(http_id, route, status, code, "refused");
     }
     if let Ok(value) = HeaderValue::from_str(&http_id) {
+        if is_anthropic {
+            response.headers_mut().insert(ANTHROPIC_REQUEST_ID, value.clone());
+        }
         response.headers_mut().insert(REQUEST_ID, value);
     }
+    if is_anthropic && let Some(error) = response.extensions().get::<Arc<ApiError>>() {
+        *response.body_mut() = Body::from(error.to_anthropic(&http_id));
+    }
     response
+}
+
+/// Whether errors have Anthropic's envelope.
+fn is_anthropic(path: &str) -> bool {
+    path.strip_prefix("/v1/messages").is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 /// The client's name for the request, without what has no business in a header or a log line.
@@ -65,23 +82,32 @@ fn check_key(state: &ServerState, request: &Request) -> Result<Option<usize>, Ap
     {
         return Ok(None);
     }
-    let header = request.headers().get(AUTHORIZATION).map(HeaderValue::as_bytes);
-    let Some(header) = header else {
+    let keys = presented(request.headers());
+    if keys.iter().all(Option::is_none) {
         return Err(ApiError::unauthorized(
-            "This server needs an API key: send 'Authorization: Bearer KEY'.",
+            "This server needs an API key: send 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
         ));
-    };
-    let (scheme, key) = header.split_at(header.len().min(7));
-    // Every key is compared, so that the time does not tell which one is close.
-    let keys = config.api_keys.iter().enumerate();
-    let known = keys.fold(None, |found, (index, known)| {
-        let is_same = same(known.as_bytes(), key.trim_ascii());
-        found.or(is_same.then_some(index))
-    });
-    match known {
-        Some(tenant) if scheme.eq_ignore_ascii_case(b"bearer ") => Ok(Some(tenant)),
-        _ => Err(ApiError::unauthorized("The API key is not valid.")),
     }
+    // Every key is compared, so that the time does not tell which one is close.
+    let tenant = |key: &[u8]| {
+        config.api_keys.iter().enumerate().fold(None, |found: Option<usize>, (index, known)| {
+            let is_same = !key.is_empty() & same(known.as_bytes(), key);
+            found.or(is_same.then_some(index))
+        })
+    };
+    let found =
+        keys.into_iter().flatten().map(tenant).fold(None, |found: Option<usize>, tenant| found.or(tenant));
+    found.map(Some).ok_or_else(|| ApiError::unauthorized("The API key is not valid."))
+}
+
+/// The keys that a request shows, where OpenAI's clients put them and where Anthropic's do. A scheme other than Bearer
+/// shows an empty key, which is none of ours.
+fn presented(headers: &HeaderMap) -> [Option<&[u8]>; 2] {
+    let authorization = headers.get(AUTHORIZATION).map(HeaderValue::as_bytes).map(|header| {
+        let (scheme, key) = header.split_at(header.len().min(7));
+        if scheme.eq_ignore_ascii_case(b"bearer ") { key.trim_ascii() } else { b"" }
+    });
+    [authorization, headers.get(API_KEY).map(|value| value.as_bytes().trim_ascii())]
 }
 
 fn is_open(path: &str, method: &Method, metrics: bool) -> bool {

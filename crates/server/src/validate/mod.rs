@@ -4,6 +4,8 @@
 pub(crate) mod arguments;
 pub(crate) mod guide;
 pub(crate) mod history;
+pub(crate) mod messages;
+mod messages_history;
 pub(crate) mod options;
 pub(crate) mod prompts;
 pub(crate) mod tools;

@@ -1,18 +1,19 @@
 //! Message content: a string, or a list of parts.
 
 use std::fmt;
+use std::marker::PhantomData;
 
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
 
-/// `content` of a message.
+/// `content` of a message, in parts of the API that it belongs to.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Content {
+pub(crate) enum Content<P = Part> {
     /// A plain string.
     Text(String),
     /// Typed parts.
-    Parts(Vec<Part>),
+    Parts(Vec<P>),
 }
 
 /// One part. Only text is served; the type of any other is kept for the error message and nothing of it is
@@ -67,25 +68,25 @@ impl<'de> Deserialize<'de> for Part {
     }
 }
 
-impl<'de> Deserialize<'de> for Content {
+impl<'de, P: Deserialize<'de>> Deserialize<'de> for Content<P> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct ContentVisitor;
-        impl<'de> Visitor<'de> for ContentVisitor {
-            type Value = Content;
+        struct ContentVisitor<P>(PhantomData<P>);
+        impl<'de, P: Deserialize<'de>> Visitor<'de> for ContentVisitor<P> {
+            type Value = Content<P>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a string or a list of content parts")
             }
 
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Content, E> {
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Content<P>, E> {
                 Ok(Content::Text(text.to_owned()))
             }
 
-            fn visit_string<E: de::Error>(self, text: String) -> Result<Content, E> {
+            fn visit_string<E: de::Error>(self, text: String) -> Result<Content<P>, E> {
                 Ok(Content::Text(text))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Content, A::Error> {
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Content<P>, A::Error> {
                 let mut parts = Vec::new();
                 while let Some(part) = list.next_element()? {
                     parts.push(part);
@@ -93,7 +94,7 @@ impl<'de> Deserialize<'de> for Content {
                 Ok(Content::Parts(parts))
             }
         }
-        deserializer.deserialize_any(ContentVisitor)
+        deserializer.deserialize_any(ContentVisitor(PhantomData))
     }
 }
 

@@ -15,6 +15,7 @@ pub(crate) enum Route {
     Completions,
     Tokenize,
     Responses,
+    Messages,
 }
 
 /// A value that asks for nothing, and so may be sent. Null always does.
@@ -116,6 +117,10 @@ const RESPONSES: &[(&str, Default)] = &[
     ("skip_special_tokens", Default::Flag(true)),
 ];
 
+/// Anthropic's services that are not ours.
+const MESSAGES: &[(&str, Default)] =
+    &[("container", Default::Never), ("mcp_servers", Default::Empty), ("thread", Default::Never)];
+
 /// What would change the rendered prompt; also refused by `/tokenize`.
 const TEMPLATE: &[(&str, Default)] = &[
     ("chat_template", Default::Never),
@@ -134,6 +139,7 @@ impl Route {
             Self::Completions => [BOTH, COMPLETIONS, &[], &[]],
             Self::Tokenize => [TEMPLATE, &[], &[], &[]],
             Self::Responses => [BOTH, RESPONSES, TEMPLATE, GENERATION_PROMPT],
+            Self::Messages => [BOTH, MESSAGES, TEMPLATE, &[]],
         };
         tables.into_iter().flatten()
     }

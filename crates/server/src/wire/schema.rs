@@ -68,6 +68,28 @@ pub(crate) fn object(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": ["object", "null"]})
 }
 
+/// The same where there always is one.
+pub(crate) fn just_object(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"type": "object"})
+}
+
+/// A text, or blocks of the Messages API.
+pub(crate) fn blocks(_: &mut SchemaGenerator) -> Schema {
+    let kinds = json!({"enum": ["text", "thinking", "redacted_thinking", "tool_use", "tool_result"]});
+    let block = json!({"type": "object", "properties": {"type": kinds}, "required": ["type"]});
+    json_schema!({"anyOf": [{"type": "string"}, {"type": "array", "items": block}]})
+}
+
+pub(crate) fn system(_: &mut SchemaGenerator) -> Schema {
+    let text = json!({"type": "object", "properties": {"type": {"const": "text"}}, "required": ["type"]});
+    json_schema!({"anyOf": [{"type": "string"}, {"type": "array", "items": text}, {"type": "null"}]})
+}
+
+pub(crate) fn stop_sequences(_: &mut SchemaGenerator) -> Schema {
+    let text = json!({"type": "string", "minLength": 1, "maxLength": limits::MAX_STOP_STRING_BYTES});
+    json_schema!({"type": ["array", "null"], "items": text, "maxItems": limits::MAX_STOP_STRINGS})
+}
+
 /// Objects whose meaning depends on their `type`.
 pub(crate) fn objects(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": ["array", "null"], "items": {"type": "object"}})

@@ -1,6 +1,7 @@
 //! A server on a scripted model, called without a socket; and a few ways to read what it says.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub(crate) mod messages;
 pub(crate) mod responses;
 
 use std::sync::Arc;
