@@ -37,11 +37,9 @@ impl Frame {
     }
 
     fn into_event(self) -> Event {
-        let event = Event::default().data(self.data);
-        match self.event {
-            Some(name) => event.event(name),
-            None => event,
-        }
+        // In this order on the wire, as both services send it.
+        let event = self.event.map_or_else(Event::default, |name| Event::default().event(name));
+        event.data(self.data)
     }
 }
 
