@@ -1,9 +1,9 @@
-"""OpenAI's Agents SDK against a scripted model. Skipped where `openai-agents` is not installed."""
+"""OpenAI's Agents SDK with all that it asks of `/v1/responses`, against a scripted model."""
 
 import asyncio
 import json
-import os
 
+import agents
 import pytest
 from openai import AsyncOpenAI
 from pydantic import BaseModel
@@ -11,8 +11,6 @@ from pydantic import BaseModel
 from harmony import analysis, call, final
 from server import Replay
 
-os.environ["OPENAI_AGENTS_DISABLE_TRACING"] = "1"
-agents = pytest.importorskip("agents", reason="the Agents SDK is not installed (pip install openai-agents)")
 TURNS = 20
 
 
