@@ -25,6 +25,7 @@ pub mod narrow;
 pub mod pack_mxfp4;
 pub mod pack_nvfp4;
 pub mod pack_panels;
+pub mod quantise_nvfp4;
 pub mod rms_norm;
 pub mod rope_table;
 pub mod route;

@@ -7,7 +7,7 @@ use crate::driver::{Buffer, Device, Kernel, Launch, Params};
 const OP: &str = "rms_norm";
 const THREADS: u32 = 384;
 /// Most elements of a row, which a block keeps in registers.
-const MOST_COLS: usize = 3 * 384 * 8;
+pub(super) const MOST_COLS: usize = 3 * 384 * 8;
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]

@@ -38,6 +38,7 @@ mod narrow;
 mod pack_mxfp4;
 mod pack_nvfp4;
 mod pack_panels;
+mod quantise_nvfp4;
 mod rms_norm;
 mod route;
 mod sampler;
