@@ -19,6 +19,7 @@ mod moe_gemm;
 mod moe_gemm_bf16;
 mod moe_small;
 mod pack_panels;
+mod quantise_nvfp4;
 mod rms_norm;
 mod route;
 mod sampler;
@@ -48,6 +49,7 @@ fn main() -> anyhow::Result<()> {
     moe_gemm::run(&bench)?;
     moe_gemm_bf16::run(&bench)?;
     pack_panels::run(&bench)?;
+    quantise_nvfp4::run(&bench)?;
     rms_norm::run(&bench)?;
     sampler::run(&bench)?;
     Ok(())

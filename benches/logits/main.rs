@@ -67,6 +67,7 @@ fn main() -> anyhow::Result<()> {
                 max_sequences: options.batch.max(1),
                 max_context: longest + 1,
                 graphs: true,
+                nvfp4_activations: false,
             };
             run(CudaBackend::new(Device::open(0)?, options_cuda)?, &checkpoint, &options, &sequences)
         }

@@ -98,7 +98,12 @@ impl CpuBackend {
 
     /// The definitions: plain loops on one thread.
     pub fn plain() -> Self {
-        Self { fast: None, activations: ActivationQuant::None, peaks: None }
+        Self::plain_with(ActivationQuant::None)
+    }
+
+    /// The same, with activations rounded.
+    pub fn plain_with(activations: ActivationQuant) -> Self {
+        Self { fast: None, activations, peaks: None }
     }
 
     /// From now on, keeps the largest input of each matrix that is loaded. Experts are not observed, their router is.

@@ -127,11 +127,6 @@ fn gpu_plan(gpu: Gpu, options: &DeviceOptions, chunk: Option<usize>) -> anyhow::
         KvChoice::Fp8 => KvDtype::Fp8E4m3,
         KvChoice::F32 => bail!("--kv-cache-dtype float32: GPUs store keys and values as bfloat16 or fp8"),
     };
-    if options.nvfp4_activations {
-        bail!(
-            "--activation-quant nvfp4: GPUs multiply NVFP4 weights with bfloat16 activations; see --device cpu"
-        );
-    }
     let page_size = options.page_size.unwrap_or(64);
     if page_size < 16 {
         bail!("--block-size {page_size}: a GPU takes pages of 16 positions and more");
@@ -259,17 +254,14 @@ impl Target {
         limits: Limits,
         info: &ModelInfo,
     ) -> anyhow::Result<Box<dyn Runner>> {
+        let (stored, nvfp4_activations) = (checkpoint.format_name(), options.nvfp4_activations);
+        if nvfp4_activations && stored != "nvfp4" {
+            bail!("--activation-quant nvfp4: the weights are stored as {stored}, not as nvfp4");
+        }
+        let activations = if nvfp4_activations { ActivationQuant::Nvfp4 } else { ActivationQuant::None };
         match self {
             Self::Cpu => {
                 let precision = if options.int8 { Precision::Int8 } else { Precision::Exact };
-                let stored = checkpoint.format_name();
-                let activations = match options.nvfp4_activations {
-                    true if stored != "nvfp4" => {
-                        bail!("--activation-quant nvfp4: the weights are stored as {stored}, not as nvfp4")
-                    }
-                    true => ActivationQuant::Nvfp4,
-                    false => ActivationQuant::None,
-                };
                 let options = CpuOptions { threads: options.threads, precision, activations, isa: None };
                 loaded(CpuBackend::new(options)?, checkpoint, load_options)
             }
@@ -279,6 +271,7 @@ impl Target {
                     max_sequences: limits.sequences,
                     max_context: limits.context,
                     graphs: options.graphs,
+                    nvfp4_activations,
                 };
                 if !options.self_test {
                     tracing::warn!("--skip-self-test: the GPU's kernels are not checked");
@@ -287,7 +280,7 @@ impl Target {
                 // Beside loading, which waits for files most of the time.
                 let ended = give_up_after(SELF_TEST_TIME, "the self-test of the GPU's kernels")?;
                 thread::scope(|scope| {
-                    let tested = scope.spawn(|| self_test(&gpu, info, checkpoint));
+                    let tested = scope.spawn(|| self_test(&gpu, info, checkpoint, activations));
                     let runner = CudaBackend::new(gpu.clone(), cuda)
                         .map_err(anyhow::Error::from)
                         .and_then(|backend| loaded(backend, checkpoint, load_options));
@@ -354,7 +347,12 @@ fn like(info: &ModelInfo, dense: Encoding, expert: Encoding) -> Like {
 ///
 /// # Errors
 /// The first op that differs by more than its rounding allows, or a fault of the device.
-fn self_test(gpu: &Gpu, info: &ModelInfo, checkpoint: &Checkpoint) -> anyhow::Result<()> {
+fn self_test(
+    gpu: &Gpu,
+    info: &ModelInfo,
+    checkpoint: &Checkpoint,
+    activations: ActivationQuant,
+) -> anyhow::Result<()> {
     let start = Instant::now();
     let mut kv: Vec<KvDtype> = Vec::new();
     for dtype in info.kv.groups.iter().map(|group| group.dtype) {
@@ -368,7 +366,9 @@ fn self_test(gpu: &Gpu, info: &ModelInfo, checkpoint: &Checkpoint) -> anyhow::Re
     let mut cases = 0;
     for &dense in dense_encodings(checkpoint) {
         let like = like(info, dense, expert);
-        let report = ctxserve_cuda::self_test(gpu, like, kv.clone(), || Ok(CpuBackend::plain()))
+        let rounds = activations == ActivationQuant::Nvfp4;
+        let reference = || Ok(CpuBackend::plain_with(activations));
+        let report = ctxserve_cuda::self_test(gpu, like, kv.clone(), rounds, reference)
             .with_context(|| format!("the self-test of {}", gpu.facts().name))?;
         cases += report.cases.len();
         report.failures().for_each(|case| tracing::error!("self-test: {case}"));
@@ -399,6 +399,7 @@ fn widths(info: &ModelInfo) -> Widths {
         dense,
         vocab: info.vocab_size,
         nvfp4: false,
+        roundings: 0,
     }
 }
 

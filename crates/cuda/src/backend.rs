@@ -32,6 +32,8 @@ pub struct CudaOptions {
     pub max_context: usize,
     /// Whether decode steps are recorded and replayed as graphs.
     pub graphs: bool,
+    /// Whether inputs of NVFP4 products are rounded to NVFP4 with the checkpoint's factors.
+    pub nvfp4_activations: bool,
 }
 
 /// `Backend` on one CUDA device.
@@ -110,7 +112,7 @@ impl CudaBackend {
     /// No code for this device.
     pub fn new(device: Device, options: CudaOptions) -> Result<Self, DeviceError> {
         let kernels = Kernels::load(&device)?;
-        let packer = Packer::new(&device, kernels.experts)?;
+        let packer = Packer::new(&device, kernels.experts, options.nvfp4_activations)?;
         let (widths, extent) = (Widths::default(), Extent::default());
         Ok(Self {
             device,
@@ -213,7 +215,8 @@ impl Backend for CudaBackend {
     fn describe(&self) -> String {
         let facts = self.device.facts();
         let (major, minor) = facts.capability;
-        format!("{} (compute capability {major}.{minor})", facts.name)
+        let rounded = if self.options.nvfp4_activations { ", NVFP4 activations" } else { "" };
+        format!("{} (compute capability {major}.{minor}){rounded}", facts.name)
     }
 
     fn steps_in_flight(&self) -> usize {
@@ -233,9 +236,11 @@ impl Backend for CudaBackend {
         let loaded = self.packer.matrix(&self.device, matrix, bias, role)?;
         let widths = &mut self.widths;
         widths.nvfp4 |= loaded.nvfp4.is_some();
+        let roundings = loaded.rounding.as_ref().map_or(0, |rounding| rounding.factors.len());
+        widths.roundings = widths.roundings.max(roundings);
         match role {
             Role::Qkv(spec) => {
-                widths.hidden = widths.hidden.max(loaded.cols);
+                widths.hidden = widths.hidden.max(loaded.input_cols());
                 widths.heads = widths.heads.max(spec.heads);
                 widths.kv_heads = widths.kv_heads.max(spec.kv_heads);
                 widths.head_dim = widths.head_dim.max(spec.head_dim);

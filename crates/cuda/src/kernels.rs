@@ -25,6 +25,7 @@ use crate::ops::moe_scatter::MoeScatter;
 use crate::ops::moe_sort::MoeSort;
 use crate::ops::narrow::Narrow;
 use crate::ops::pack_panels::PackPanels;
+use crate::ops::quantise_nvfp4::QuantiseNvfp4;
 use crate::ops::rms_norm::RmsNorm;
 use crate::ops::rope_table::RopeTable;
 use crate::ops::route::Route;
@@ -53,6 +54,7 @@ pub(crate) struct Kernels {
     gate_up_dense: Vec<(gemv_gate_up::Dims, GemvGateUp)>,
     nvfp4: Vec<(gemv_nvfp4::Dims, GemvNvfp4)>,
     gemm_nvfp4: Option<GemmNvfp4>,
+    quantise: Option<QuantiseNvfp4>,
 }
 
 /// Those that are made for one length of heads.
@@ -116,6 +118,7 @@ impl Kernels {
             gate_up_dense: Vec::new(),
             nvfp4: Vec::new(),
             gemm_nvfp4: None,
+            quantise: None,
         })
     }
 
@@ -162,6 +165,16 @@ impl Kernels {
             None => GemmNvfp4::load(device)?,
         };
         self.gemm_nvfp4 = Some(loaded);
+        Ok(loaded)
+    }
+
+    /// Only products whose inputs are rounded need them.
+    pub(crate) fn quantise(&mut self, device: &Device) -> Result<QuantiseNvfp4, DeviceError> {
+        let loaded = match self.quantise {
+            Some(loaded) => loaded,
+            None => QuantiseNvfp4::load(device)?,
+        };
+        self.quantise = Some(loaded);
         Ok(loaded)
     }
 }

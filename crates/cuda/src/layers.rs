@@ -12,6 +12,7 @@ pub use attention::RawHeads;
 use ctxserve_backend::DeviceError;
 
 use crate::backend::{CudaBackend, HeadRows, State};
+use crate::ops::quantise_nvfp4::NormedCall;
 use crate::ops::{embed, gemm, gemv_head, narrow, rms_norm};
 use crate::step::Extent;
 use crate::weights::{CudaMatrix, CudaVector};
@@ -111,7 +112,7 @@ impl CudaBackend {
         }
         let rows = extent.logits;
         let index = (!extent.narrowed).then_some(&arrays.logit_row);
-        if rows <= GEMV_LOGITS {
+        if rows <= GEMV_LOGITS && head.rounding.is_none() {
             let dims = gemv_head::Dims { rows, cols: head.cols, vocab: head.rows, stride };
             return kernels.head(device, dims)?.issue(
                 device,
@@ -128,20 +129,15 @@ impl CudaBackend {
             );
         }
         let capacity = rows.next_multiple_of(8);
-        kernels.norm.issue(
-            device,
-            &rms_norm::Call {
-                x: &work.x,
-                weight,
-                y: &work.normed,
-                live: &arrays.logits,
-                index,
-                rows,
-                cols: head.cols,
-                capacity,
-                eps,
-            },
-        )?;
+        let (x, y, live, cols) = (&work.x, &work.normed, &arrays.logits, head.cols);
+        if let Some(rounding) = &head.rounding {
+            let (capacity, rounding) = (Some(capacity), rounding.as_call());
+            let call = NormedCall { x, weight, y, live, index, rows, cols, capacity, eps, rounding };
+            kernels.quantise(device)?.normed(device, &call)?;
+        } else {
+            let call = rms_norm::Call { x, weight, y, live, index, rows, cols, capacity, eps };
+            kernels.norm.issue(device, &call)?;
+        }
         kernels.gemm.issue(
             device,
             &gemm::Call {

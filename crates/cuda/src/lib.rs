@@ -24,7 +24,7 @@ pub use backend::{CudaBackend, CudaOptions, HeadRows, HiddenRows, LogitRows};
 pub use driver::unavailable;
 pub use kv::{CudaKv, check as check_kv};
 pub use layers::RawHeads;
-pub use selftest::{claims, self_test};
+pub use selftest::{claims, rounding_claims, self_test};
 pub use step::Capacity;
 pub use weights::{CudaExperts, CudaMatrix, CudaVector};
 pub use workspace::{Widths, bytes as workspace_bytes};

@@ -20,7 +20,7 @@ use crate::ops::pack_nvfp4::PackNvfp4;
 use crate::ops::pack_panels::{self, PackPanels, Source};
 pub use experts::CudaExperts;
 pub(crate) use experts::Stacks;
-pub(crate) use nvfp4::{Nvfp4, without_nvfp4};
+pub(crate) use nvfp4::{InputRounding, Nvfp4, without_nvfp4};
 
 use maps::{gate_up_rows, natural, output_cols, qkv_rows};
 
@@ -46,8 +46,17 @@ pub struct CudaMatrix {
     pub(crate) rows: usize,
     /// The same in the panels.
     pub(crate) padded_rows: usize,
-    /// Input features, padded.
+    /// Input features, padded; where inputs are rounded in several ways, those of all of them.
     pub(crate) cols: usize,
+    /// How inputs are rounded before they are multiplied, if they are.
+    pub(crate) rounding: Option<InputRounding>,
+}
+
+impl CudaMatrix {
+    /// Padded columns of a row before it is rounded.
+    pub(crate) fn input_cols(&self) -> usize {
+        self.cols / self.rounding.as_ref().map_or(1, |rounding| rounding.factors.len().max(1))
+    }
 }
 
 /// A vector, padded with zeros to whole panels.
@@ -94,6 +103,8 @@ pub(crate) struct Packer {
     chunk: usize,
     /// Whether steps may be under way: see [`Packer::settle`].
     finished: bool,
+    /// Whether inputs of NVFP4 matrices are rounded to NVFP4.
+    rounds: bool,
 }
 
 /// What exists only while loading.
@@ -148,10 +159,10 @@ fn shape_error(op: &'static str, what: &str) -> DeviceError {
 }
 
 impl Packer {
-    pub(crate) fn new(device: &Device, gemm: MoeGemm) -> Result<Self, DeviceError> {
+    pub(crate) fn new(device: &Device, gemm: MoeGemm, rounds: bool) -> Result<Self, DeviceError> {
         let (panels, mxfp4) = (PackPanels::load(device)?, PackMxfp4::load(device)?);
         let nvfp4 = PackNvfp4::load(device)?;
-        Ok(Self { panels, mxfp4, nvfp4, gemm, tools: None, chunk: CHUNK, finished: false })
+        Ok(Self { panels, mxfp4, nvfp4, gemm, tools: None, chunk: CHUNK, finished: false, rounds })
     }
 
     /// Lets go of the staging memory once everything is loaded. Whoever calls it synchronizes before the first step.
@@ -202,6 +213,11 @@ impl Packer {
         if role == Role::GateUp && bias.is_some() {
             return Err(DeviceError::new(OP, "there are no kernels for a bias of gate and up"));
         }
+        let (matrix, rounding) = match self.rounds {
+            true => nvfp4::with_rounded_inputs(matrix, bias.is_some(), role)?,
+            false => (matrix, None),
+        };
+        let real_cols = matrix.cols();
         let layout = Layout::new(role, rows, real_cols)?;
         let (padded_rows, cols) = (layout.rows, layout.cols);
         let mut padded_bias = vec![0.0; padded_rows];
@@ -228,7 +244,7 @@ impl Packer {
         let bias = self.upload(device, &padded_bias)?;
         discard(matrix, rows * real_cols);
         self.settle(device)?;
-        Ok(CudaMatrix { plain, panels, nvfp4, bias, rows, padded_rows, cols })
+        Ok(CudaMatrix { plain, panels, nvfp4, bias, rows, padded_rows, cols, rounding })
     }
 
     /// Panels of a matrix in host memory: at once where its rows are permuted, else some rows at a time.

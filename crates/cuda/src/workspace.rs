@@ -46,6 +46,8 @@ pub struct Widths {
     pub vocab: usize,
     /// Whether there are projections in NVFP4.
     pub nvfp4: bool,
+    /// Ways in which inputs are rounded to NVFP4 for one product, a product's most; 0 where they are not rounded.
+    pub roundings: usize,
 }
 
 impl Widths {
@@ -68,9 +70,16 @@ impl Widths {
             facts.is_hopper() && gemv_nvfp4::Plan::all(&dims, facts).is_ok_and(|plans| !plans.is_empty())
         };
         let inner = self.q().max(self.dense);
-        let fits = inner.max(self.hidden) <= GEMV_COLS
-            && (!self.nvfp4 || takes(inner, false) && takes(self.hidden, true));
+        let normed = self.normed();
+        // Inputs that are rounded come normed already.
+        let fits = inner.max(normed) <= GEMV_COLS
+            && (!self.nvfp4 || takes(inner, false) && takes(normed, self.roundings == 0));
         if fits { rows } else { 0 }
+    }
+
+    /// A row of the normed residual stream, as many times as it is rounded.
+    fn normed(&self) -> usize {
+        self.hidden * self.roundings.max(1)
     }
 
     fn q(&self) -> usize {
@@ -118,7 +127,7 @@ impl Sizes {
             q: rows * widths.q(),
             turns: rows * widths.head(),
             heads: rows * widths.q(),
-            normed: rows.max(capacity.sequences.next_multiple_of(8)) * hidden,
+            normed: rows.max(capacity.sequences.next_multiple_of(8)) * widths.normed(),
             qkv: rows * (widths.q() + 2 * widths.kv()),
             choice: rows * top_k,
             scale: rows,
@@ -181,7 +190,7 @@ pub(crate) struct Workspace {
     pub(crate) turns: Buffer<f32>,
     /// `[rows, heads * head]`, row-major or panels.
     pub(crate) heads: Buffer<u16>,
-    /// Panels `[rows, hidden]`.
+    /// Panels `[rows, hidden]`; or rounded, `[rows, roundings * hidden]`, row-major or panels.
     pub(crate) normed: Buffer<u16>,
     /// `[rows, (heads + 2 * kv_heads) * head]`; or `[rows, 2 * kv_heads * head]`, keys and values that are rotated.
     pub(crate) qkv: Buffer<f32>,

@@ -42,6 +42,7 @@ fn shape() -> Shape {
         dense: Encoding::F32,
         expert: Encoding::F32,
         extra: 32,
+        unequal: false,
     }
 }
 
@@ -107,9 +108,9 @@ impl<'a> Suite<'a> {
             Shape { dense: Nvfp4, expert: Nvfp4, inner: 48, extra: 16, ..shape() },
             Shape { extra: 64, dense: Bf16, ..qwen() },
             Shape { extra: 33, inner: 37, dense: Bf16, biased: true, ..qwen() },
-            Shape { head_dim: 32, extra: 16, inner: 48, dense: Nvfp4, ..qwen() },
+            Shape { head_dim: 32, extra: 16, inner: 48, dense: Nvfp4, unequal: true, ..qwen() },
             Shape { extra: 16, inner: 208, dense: Nvfp4, ..qwen() },
-            Shape { head_dim: 64, extra: 48, inner: 80, dense: Nvfp4, biased: true, ..qwen() },
+            Shape { head_dim: 64, extra: 48, inner: 80, dense: Nvfp4, biased: true, unequal: true, ..qwen() },
             Shape { head_dim: 32, extra: 64, inner: 192, dense: Affine, ..qwen() },
             Shape { head_dim: 32, extra: 128, inner: 96, dense: Affine, ..qwen() },
         ];

@@ -41,6 +41,8 @@ pub(super) struct Shape {
     pub(super) expert: Encoding,
     /// Residual channels beyond those that take the heads.
     pub(super) extra: usize,
+    /// Whether fused projections in NVFP4 have inputs of different factors.
+    pub(super) unequal: bool,
 }
 
 impl Shape {
@@ -122,7 +124,7 @@ impl FeedForward {
         if shape.mlp {
             // Gates are about as large as one, of either sign.
             return Ok(Self::Mlp {
-                gate_up: random.matrix(2 * inner, hidden, shape.dense)?,
+                gate_up: fused(random.matrix(2 * inner, hidden, shape.dense)?, shape)?,
                 down: silence(random.matrix(hidden, inner, shape.dense)?, 1, hidden)?,
             });
         }
@@ -147,7 +149,7 @@ impl Fixture {
         embedding.iter_mut().step_by(hidden).for_each(|x| *x = 1.0);
         embedding[POISON as usize * hidden..].fill(f32::NAN);
         let qkv_rows = width + 2 * shape.kv_heads * shape.head_dim;
-        let qkv = random.matrix(qkv_rows, hidden, shape.dense)?;
+        let qkv = fused(random.matrix(qkv_rows, hidden, shape.dense)?, shape)?;
         // Output row 0 is zero everywhere: channel 0 witnesses the scale.
         let copy_heads = copy(hidden, width, 1)?;
         let output = silence(random.matrix(hidden, width, shape.dense)?, 1, hidden)?;
@@ -234,6 +236,18 @@ fn copy(rows: usize, cols: usize, shift: usize) -> Result<Matrix, DeviceError> {
         values[(col + shift) * cols + col] = 1.0;
     }
     matrix(rows, cols, Elements::F32(values))
+}
+
+/// A matrix of several projections, whose inputs may have different factors.
+fn fused(weights: Matrix, shape: Shape) -> Result<Matrix, DeviceError> {
+    let (rows, cols) = (weights.rows(), weights.cols());
+    let mut elements = weights.into_elements();
+    if let (Elements::Nvfp4 { runs, .. }, true) = (&mut elements, shape.unequal)
+        && let Some(input) = runs.last_mut().and_then(|run| run.input.as_mut())
+    {
+        *input *= 1.75;
+    }
+    matrix(rows, cols, elements)
 }
 
 /// Zeroes row 0 of each of `groups` matrices of `rows` rows.

@@ -71,7 +71,9 @@ impl Random {
                 let codes = (0..rows * cols / 2).map(|_| self.bits() as u8).collect();
                 // E4M3 from 0.5 to 1.875, codes of about 3; two runs of rows, as fused projections are.
                 let scales = (0..rows * cols / NVFP4_BLOCK).map(|_| 0x30 + self.below(16) as u8).collect();
-                let run = |rows, weight| Nvfp4Run { rows, weight, input: None };
+                // Inputs of unit size and five times that come out at six times the largest scale.
+                let input = Some(5.0 / 2688.0);
+                let run = |rows, weight| Nvfp4Run { rows, weight, input };
                 let runs = vec![run(rows / 2, scale * 0.2), run(rows - rows / 2, scale * 0.15)];
                 Elements::Nvfp4 { codes, scales, runs }
             }

@@ -125,7 +125,7 @@ pub const RUNNING: &[Flag] = &[
     honoured(
         "activation-quant",
         Value("KIND"),
-        "Inputs of NVFP4 products on the CPU: none, or nvfp4 as the checkpoint was calibrated for [default: none]",
+        "Inputs of NVFP4 products: none, or nvfp4 as the checkpoint was calibrated for [default: none]",
     ),
     honoured("threads", Value("N"), "Compute threads [default: all cores]"),
     no_op("attention-backend", Value("NAME"), "there is one attention implementation per device"),

@@ -93,7 +93,8 @@ impl CudaBackend {
         let (q_width, kv_width) = (spec.heads * head, spec.kv_heads * head);
         let mscale = rope.mscale as f32;
         let rows = extent.rows;
-        let narrow = head == HEAD_DIM && weights.head_norms.is_none();
+        // It norms for itself, and does not round.
+        let narrow = head == HEAD_DIM && weights.head_norms.is_none() && matrix.rounding.is_none();
         if let Some(panels) = matrix.panels.as_ref().filter(|_| narrow && is_few(state, &extent)) {
             let dims = gemv_qkv::Dims { rows, cols: matrix.cols, q_width, kv_width };
             let (norm, eps) = norm;

@@ -6,7 +6,7 @@ use super::{is_few, missing};
 use crate::backend::{CudaBackend, NormKey, State};
 use crate::driver::{Buffer, Device};
 use crate::kernels::Kernels;
-use crate::ops::{gemm, gemm_nvfp4, gemv_gate_up, gemv_nvfp4, gemv_out, rms_norm};
+use crate::ops::{gemm, gemm_nvfp4, gemv_gate_up, gemv_nvfp4, gemv_out, quantise_nvfp4, rms_norm};
 use crate::step::Extent;
 use crate::weights::{CudaMatrix, Nvfp4};
 
@@ -57,6 +57,28 @@ pub(super) fn norm_and_multiply(
     matrix: &CudaMatrix,
     y: Sums<'_>,
 ) -> Result<(), DeviceError> {
+    if let Some(rounding) = &matrix.rounding {
+        let few = matrix.nvfp4.as_ref().filter(|_| is_few(state, &extent));
+        let normed = &state.work.normed;
+        let call = quantise_nvfp4::NormedCall {
+            x: &state.work.x,
+            weight,
+            y: normed,
+            live: &state.description.arrays().rows,
+            index: None,
+            rows: extent.rows,
+            cols: matrix.input_cols(),
+            capacity: few.is_none().then(|| extent.capacity()),
+            eps,
+            rounding: rounding.as_call(),
+        };
+        kernels.quantise(device)?.normed(device, &call)?;
+        let parts = (device, kernels, state, extent);
+        return match few {
+            Some(nvfp4) => few_nvfp4(parts, matrix, nvfp4, gemv_nvfp4::Input::Plain(normed), y),
+            None => product(op, parts, matrix, normed, y),
+        };
+    }
     if let Some(nvfp4) = matrix.nvfp4.as_ref().filter(|_| is_few(state, &extent)) {
         let (x, norm_cols) = (&state.work.x, matrix.cols);
         let input = gemv_nvfp4::Input::Normed { x, weight, norm_cols, eps };
@@ -85,11 +107,36 @@ pub(super) fn norm_and_multiply(
             },
         )?;
     }
-    multiply(op, (device, kernels, state, extent), matrix, &state.work.normed, y)
+    product(op, (device, kernels, state, extent), matrix, &state.work.normed, y)
 }
 
-/// The product of panels.
+/// Rounds inputs in place, if they are to be: panels of `capacity` rows, or row-major.
+fn round(
+    (device, kernels, state, extent): Parts<'_>,
+    matrix: &CudaMatrix,
+    x: &Buffer<u16>,
+    capacity: Option<usize>,
+) -> Result<(), DeviceError> {
+    let Some(rounding) = &matrix.rounding else { return Ok(()) };
+    let (live, rows, cols) = (&state.description.arrays().rows, extent.rows, matrix.cols);
+    let call = quantise_nvfp4::Call { x, live, rows, cols, capacity, rounding: rounding.as_call() };
+    kernels.quantise(device)?.issue(device, &call)
+}
+
+/// The product of panels, which are rounded in place where the matrix wants them so.
 pub(super) fn multiply(
+    op: &'static str,
+    (device, kernels, state, extent): Parts<'_>,
+    matrix: &CudaMatrix,
+    x: &Buffer<u16>,
+    y: Sums<'_>,
+) -> Result<(), DeviceError> {
+    round((device, kernels, state, extent), matrix, x, Some(extent.capacity()))?;
+    product(op, (device, kernels, state, extent), matrix, x, y)
+}
+
+/// The product of panels that are as it wants them.
+fn product(
     op: &'static str,
     (device, kernels, state, extent): Parts<'_>,
     matrix: &CudaMatrix,
@@ -145,13 +192,14 @@ pub(super) fn multiply(
     )
 }
 
-/// Adds the product of few row-major rows `x` to the residual stream.
+/// Adds the product of few row-major rows `x` to the residual stream. They are rounded in place where the matrix wants them so.
 pub(super) fn add_few(
     op: &'static str,
     (device, kernels, state, extent): Parts<'_>,
     matrix: &CudaMatrix,
     x: &Buffer<u16>,
 ) -> Result<(), DeviceError> {
+    round((device, kernels, state, extent), matrix, x, None)?;
     if let Some(nvfp4) = &matrix.nvfp4 {
         let input = gemv_nvfp4::Input::Plain(x);
         let y = Sums::Add(&state.work.x);
@@ -170,7 +218,7 @@ impl CudaBackend {
         let normed = self.normed;
         let (device, kernels, state, extent) = self.step_parts(OP)?;
         let Mlp { norm, gate_up, down, norm_eps } = mlp;
-        if gate_up.padded_rows != 2 * down.cols || down.padded_rows != gate_up.cols {
+        if gate_up.padded_rows != 2 * down.cols || down.padded_rows != gate_up.input_cols() {
             return Err(DeviceError::new(OP, "gate and up do not fit down, or down the residual stream"));
         }
         let work = &state.work;

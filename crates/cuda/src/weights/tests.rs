@@ -21,7 +21,7 @@ fn mxfp4_matrix(rows: usize, cols: usize) -> Matrix {
 /// Bits of everything that a packer with this chunk makes.
 fn packed(device: &Device, chunk: usize, finished: bool) -> Vec<Vec<u8>> {
     let mut packer =
-        Packer { chunk, finished, ..Packer::new(device, MoeGemm::load(device).unwrap()).unwrap() };
+        Packer { chunk, finished, ..Packer::new(device, MoeGemm::load(device).unwrap(), false).unwrap() };
     let attention =
         AttentionSpec { heads: 4, kv_heads: 2, head_dim: 40, scale: 1.0, window: None, norm_eps: 1e-5 };
     let spec =
