@@ -226,7 +226,8 @@ fn quantise_nvfp4_after_the_norm_equals_its_definition() {
     let Some((device, _turn)) = device() else { return };
     let kernel = QuantiseNvfp4::load(&device).unwrap();
     let mut random = Random::new();
-    for s in Shape::all(&mut random) {
+    // A block of the norm holds a row of at most 9216 in registers.
+    for s in Shape::all(&mut random).into_iter().filter(|s| s.cols <= 9216) {
         for parts in 1..=3 {
             let base = factor(&mut random).clamp(1e-20, 1e20);
             let factors: Vec<f32> = [1.0, 1.7, 0.3][..parts].iter().map(|times| base * times).collect();
