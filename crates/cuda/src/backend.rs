@@ -264,8 +264,15 @@ impl Backend for CudaBackend {
         weights: ExpertWeights,
         spec: &ExpertSpec,
     ) -> Result<CudaExperts, DeviceError> {
-        // There are kernels for dense layers in NVFP4 only.
         let ExpertWeights { gate_up, down, .. } = weights;
+        let packed = [&gate_up, &down].iter().any(|matrix| matrix.encoding() == Encoding::Nvfp4);
+        if packed && self.options.nvfp4_activations {
+            return Err(DeviceError::new(
+                "load_experts",
+                "activations of experts are not quantised to NVFP4",
+            ));
+        }
+        // There are kernels for dense layers in NVFP4 only. Packed anew in MXFP4 the experts would lose as much again as they did once.
         let (gate_up, down) = (without_nvfp4(gate_up)?, without_nvfp4(down)?);
         let weights = ExpertWeights { gate_up, down, ..weights };
         let loaded = self.packer.experts(&self.device, weights, spec)?;

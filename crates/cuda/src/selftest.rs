@@ -18,7 +18,7 @@ pub fn claims(kv: Vec<KvDtype>) -> Claims {
         products: 1.5e-2,
         bitwise: false,
         kv,
-        experts: vec![Encoding::Mxfp4, Encoding::Bf16],
+        experts: vec![Encoding::Mxfp4, Encoding::Bf16, Encoding::Nvfp4],
         page_sizes: vec![16, 32, 64, 128],
         lacks: Vec::new(),
     }
@@ -27,7 +27,9 @@ pub fn claims(kv: Vec<KvDtype>) -> Claims {
 /// The same of kernels that round activations to NVFP4, against definitions that do. Attention and SwiGLU leave bf16, which now and then
 /// is rounded to another code than the definition's float32 is: in a row of 48 inputs the largest of them alone are 12 % of its size.
 pub fn rounding_claims(kv: Vec<KvDtype>) -> Claims {
-    Claims { products: 0.2, ..claims(kv) }
+    // Nobody rounds what experts multiply.
+    let experts = vec![Encoding::Mxfp4, Encoding::Bf16];
+    Claims { products: 0.2, experts, ..claims(kv) }
 }
 
 /// Runs every kernel that serves a model of this kind, over few rows and many, on a small layer of its own, against backends from
