@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use ctxserve_core::Matrix;
+use ctxserve_core::{Encoding, Matrix};
 use serde_json::Value;
 
 use crate::check::{self, Shape, Want};
@@ -16,6 +16,7 @@ use crate::json;
 use crate::quantised::{self, Quantised};
 use crate::source::Source;
 use crate::store::Store;
+use crate::values::FLOATS;
 
 /// An opened checkpoint: configuration and headers in memory, weights where they were. Reading takes `&self`
 /// and holds no lock, so threads may read different tensors at once.
@@ -136,21 +137,20 @@ impl Checkpoint {
         })
     }
 
-    /// Bytes that these tensors take where affine codes, for which GPUs have no kernels, become bfloat16.
+    /// How a tensor is stored, or quantised while it is read; half precision is read as float32.
     ///
     /// # Errors
-    /// The first that is not stored as its format has it.
-    pub fn bytes_without_affine(&self, wants: &[Want]) -> Result<u64, CheckpointError> {
-        wants.iter().try_fold(0, |sum, want| {
-            let elements = match want.shape {
-                Shape::Vector { len } => len as u64,
-                Shape::Matrix { rows, cols } => rows as u64 * cols as u64,
-                Shape::Experts { experts, rows, cols } => experts as u64 * rows as u64 * cols as u64,
-            };
-            let packed = self.stored_bytes(std::slice::from_ref(want))?;
-            let affine = self.format.is_affine(&check::resolve(&self.store, &*self.format, want)?);
-            let quantised = self.quantised.is_some() && matches!(want.shape, Shape::Experts { .. });
-            Ok(sum + if affine && !quantised { 2 * elements } else { packed })
+    /// It is not stored as its format has it.
+    pub fn encoding(&self, want: &Want) -> Result<Encoding, CheckpointError> {
+        if self.quantised.is_some() && matches!(want.shape, Shape::Experts { .. }) {
+            return Ok(Encoding::Mxfp4);
+        }
+        let parts = check::resolve(&self.store, &*self.format, want)?;
+        let first = parts.first().ok_or_else(|| formats::misused(want))?;
+        Ok(match first.dtype() {
+            Dtype::BF16 => Encoding::Bf16,
+            dtype if FLOATS.contains(&dtype) => Encoding::F32,
+            _ => self.format.packed(&parts),
         })
     }
 

@@ -74,6 +74,8 @@ pub struct Limits {
 /// Memory beside the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Room {
+    /// Bytes of the weights there, counted off already.
+    pub weights: usize,
     /// Bytes for the KV cache, if known.
     pub free: Option<usize>,
     /// Bytes that the device takes for what flows between ops, counted off already.
@@ -168,21 +170,6 @@ fn cpu_plan(options: &DeviceOptions, chunk: Option<usize>, mut notes: Vec<String
 }
 
 impl Target {
-    /// Whether there are kernels for this model, as far as its first expert shows. Reads that, if it has any.
-    ///
-    /// # Errors
-    /// What there are no kernels for; weights that cannot be read.
-    pub fn takes(&self, checkpoint: &Checkpoint) -> anyhow::Result<()> {
-        if matches!(self, Self::Cpu) {
-            return Ok(());
-        }
-        // Codes of other kinds and float32 become BF16 while they load.
-        if expert_encoding(checkpoint)? == Some(Encoding::Nvfp4) {
-            bail!("there are no kernels for experts in NVFP4; --device cpu takes them");
-        }
-        Ok(())
-    }
-
     /// Memory that is left beside the weights, before they are loaded.
     ///
     /// # Errors
@@ -198,12 +185,12 @@ impl Target {
                     }
                     free.saturating_sub(weights)
                 });
-                return Ok(Room { free, ..Room::default() });
+                return Ok(Room { weights, free, ..Room::default() });
             }
             Self::Gpu(gpu) => gpu,
         };
         ctxserve_cuda::check_kv(&info.kv)?;
-        let weights = usize::try_from(info.weight_bytes_without_affine).unwrap_or(usize::MAX);
+        let weights = usize::try_from(info.weight_bytes_on_gpu).unwrap_or(usize::MAX);
         let (facts, free) = (gpu.facts(), gpu.free_memory()?);
         let workspace = ctxserve_cuda::workspace_bytes(
             &widths(info),
@@ -228,7 +215,7 @@ impl Target {
                 Bytes(GPU_RESERVE),
             );
         }
-        Ok(Room { free: Some(mine - needed), workspace, reserve: GPU_RESERVE, take_all: true })
+        Ok(Room { weights, free: Some(mine - needed), workspace, reserve: GPU_RESERVE, take_all: true })
     }
 
     /// Bytes a second that the device's memory gives, where there is a probe for it. Takes some milliseconds.
@@ -317,12 +304,12 @@ fn dense_encodings(checkpoint: &Checkpoint) -> &'static [Encoding] {
     }
 }
 
-/// How experts are stored, as far as the first one shows. Reads that, if there is any.
+/// How experts are stored, as far as the first stack shows, if there is any.
 fn expert_encoding(checkpoint: &Checkpoint) -> anyhow::Result<Option<Encoding>> {
     let wants = wants(checkpoint)?;
     let experts = wants.iter().find(|want| matches!(want.shape, Shape::Experts { .. }));
     Ok(match experts {
-        Some(experts) => Some(checkpoint.rows(experts, 0..1)?.encoding()),
+        Some(experts) => Some(checkpoint.encoding(experts)?),
         None => None,
     })
 }

@@ -222,11 +222,7 @@ fn settle(
             Body::Checkpoint(checkpoint) => Some(inspect(checkpoint, &load_options(&plan))?),
             Body::Script(_) => None,
         };
-        let taken = match &model.body {
-            Body::Checkpoint(checkpoint) => plan.target.takes(checkpoint),
-            Body::Script(_) => Ok(()),
-        };
-        let why = match taken.and_then(|()| engine_config(options, info.as_ref(), &plan)) {
+        let why = match engine_config(options, info.as_ref(), &plan) {
             Ok(sized) => return Ok((plan, info, sized)),
             Err(why) => why,
         };
@@ -279,7 +275,12 @@ fn engine_config(options: &ServeOptions, info: Option<&ModelInfo>, plan: &Plan) 
             kv_bytes = kv_bytes.or(room.free);
         }
         let budget = budget(&info.kv, info.max_context, chunk, engine, kv_bytes, room.free)?;
-        let weights = Bytes(usize::try_from(info.weight_bytes).unwrap_or(usize::MAX));
+        let weights = Bytes(room.weights);
+        let stored = usize::try_from(info.weight_bytes).unwrap_or(usize::MAX);
+        if room.weights > stored.saturating_add(stored / 64) {
+            let stored = Bytes(stored);
+            tracing::info!("weights of {stored} take {weights}: codes without kernels become bfloat16");
+        }
         let free = room.free.map_or_else(|| "an unknown amount".to_owned(), |free| Bytes(free).to_string());
         let (workspace, reserve) = (Bytes(room.workspace), Bytes(room.reserve));
         tracing::info!(

@@ -10,6 +10,7 @@ pub mod demo;
 mod eos;
 mod error;
 mod fields;
+mod footprint;
 pub mod gpt_oss;
 mod limits;
 mod model;

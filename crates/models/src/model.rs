@@ -38,8 +38,8 @@ pub struct ModelInfo {
     pub eos: Vec<TokenId>,
     /// Bytes of weights as the checkpoint stores them.
     pub weight_bytes: u64,
-    /// The same where affine codes become bfloat16, for devices that have no kernels for them.
-    pub weight_bytes_without_affine: u64,
+    /// The same in the memory of a GPU, where codes that it has no kernels for are bfloat16.
+    pub weight_bytes_on_gpu: u64,
     /// The weights by how a step uses them.
     pub costs: Costs,
 }

@@ -15,7 +15,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use ctxserve_core::{Elements, MXFP4_BLOCK};
+use ctxserve_core::{Elements, Encoding, MXFP4_BLOCK};
 use serde_json::Value;
 
 use super::declared::{Declared, text};
@@ -260,9 +260,10 @@ impl QuantFormat for Mlx {
         }
     }
 
-    fn is_affine(&self, parts: &[Stored<'_>]) -> bool {
+    fn packed(&self, parts: &[Stored<'_>]) -> Encoding {
         // Offsets: only affine codes have them.
-        parts.iter().any(|part| part.name().ends_with(".biases"))
+        let affine = parts.iter().any(|part| part.name().ends_with(".biases"));
+        if affine { Encoding::Affine } else { Encoding::Mxfp4 }
     }
 
     fn load(

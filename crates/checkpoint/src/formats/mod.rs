@@ -14,7 +14,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::path::Path;
 
-use ctxserve_core::Elements;
+use ctxserve_core::{Elements, Encoding};
 use serde_json::Value;
 
 use crate::check::{Extent, Part, Shape, Want};
@@ -55,9 +55,9 @@ pub(crate) trait QuantFormat: Debug + Send + Sync {
         false
     }
 
-    /// Whether a tensor of these parts has affine codes.
-    fn is_affine(&self, _parts: &[Stored<'_>]) -> bool {
-        false
+    /// How a matrix of these parts, which are no floats, is encoded.
+    fn packed(&self, _parts: &[Stored<'_>]) -> Encoding {
+        Encoding::Mxfp4
     }
 
     /// Reads rows of a matrix or an expert stack, `[out, in]`, from the tensors that [`Self::parts`] named, in that order

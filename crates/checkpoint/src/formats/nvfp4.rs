@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use ctxserve_core::{Elements, NVFP4_BLOCK, Nvfp4Run, e4m3};
+use ctxserve_core::{Elements, Encoding, NVFP4_BLOCK, Nvfp4Run, e4m3};
 use serde_json::Value;
 
 use super::declared::{Declared, object};
@@ -219,6 +219,10 @@ impl QuantFormat for Nvfp4 {
     /// Calibrated scales of keys and values: here each token and head has its own.
     fn ignores(&self, name: &str) -> bool {
         [".k_scale", ".v_scale"].iter().any(|leaf| name.ends_with(leaf))
+    }
+
+    fn packed(&self, _parts: &[Stored<'_>]) -> Encoding {
+        Encoding::Nvfp4
     }
 
     fn load(

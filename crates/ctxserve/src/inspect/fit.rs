@@ -50,11 +50,10 @@ impl Fit {
         let mut plan = device::plan(&options.device, None)?;
         loop {
             self.notes.append(&mut plan.notes);
-            let why =
-                match plan.target.takes(checkpoint).and_then(|()| self.fill(checkpoint, &options, &plan)) {
-                    Ok(()) => return Ok(()),
-                    Err(why) => why,
-                };
+            let why = match self.fill(checkpoint, &options, &plan) {
+                Ok(()) => return Ok(()),
+                Err(why) => why,
+            };
             plan = device::instead(&options.device, None, &plan, &why).ok_or(why)?;
         }
     }

@@ -47,7 +47,7 @@ fn info(config: &Config, checkpoint: &Checkpoint, options: &LoadOptions) -> Resu
         kv: config.kv_spec(options),
         eos: eos::read(checkpoint, config.vocab)?,
         weight_bytes: checkpoint.total_bytes(),
-        weight_bytes_without_affine: checkpoint.bytes_without_affine(&weights::wants(config))?,
+        weight_bytes_on_gpu: config.frame().gpu_bytes(checkpoint, &weights::wants(config))?,
         costs: weights::costs(config, checkpoint)?,
     })
 }

@@ -2,6 +2,7 @@
 
 use ctxserve_checkpoint::{Checkpoint, Dtype, MemoryTensor, to_bf16};
 use ctxserve_core::Elements;
+use ctxserve_models::{LoadOptions, inspect};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
@@ -52,12 +53,36 @@ fn with_floats(modules: &[String]) -> Checkpoint {
     Checkpoint::in_memory(config, tensors).unwrap()
 }
 
+fn of(layers: &[usize], names: &[&str]) -> Vec<String> {
+    let all = layers.iter().flat_map(|layer| names.iter().map(move |name| (layer, name)));
+    all.map(|(layer, name)| format!("model.layers.{layer}.{name}")).collect()
+}
+
+/// OPS-05: the budget counts what weights become on the device.
+#[test]
+fn what_mixed_encodings_become_is_counted() {
+    let on_gpu = |modules: &[String]| {
+        inspect(&with_floats(modules), &LoadOptions::default()).unwrap().weight_bytes_on_gpu
+    };
+    let (hidden, q, kv, inner) = (80, 192, 96, 112);
+    // Of a matrix: codes and scales, two factors; bfloat16.
+    let packed = |rows: u64, cols: u64| rows * (cols / 2 + cols / 16) + 8;
+    let floats = |rows: u64, cols: u64| 2 * rows * cols;
+    // Heads of 32 are padded to 64.
+    let qkv = |bytes: fn(u64, u64) -> u64| 2 * (bytes(q, hidden) + 2 * bytes(kv, hidden));
+    let gate_up = |bytes: fn(u64, u64) -> u64| 2 * bytes(inner, hidden);
+    let even = on_gpu(&[]);
+    let vectors = 4 * (hidden + 3 * (2 * hidden + 2 * 32));
+    let layer = qkv(packed) + 2 * floats(hidden, q) + gate_up(packed) + packed(hidden, inner);
+    assert_eq!(even, floats(512, hidden) + 3 * layer + vectors);
+    // One projection in floats makes its whole product so.
+    let mixed = on_gpu(&[of(&[0, 2], &["self_attn.k_proj"]), of(&[1], &["mlp.up_proj"])].concat());
+    assert_eq!(mixed, even + 2 * (qkv(floats) - qkv(packed)) + gate_up(floats) - gate_up(packed));
+    assert_eq!(on_gpu(&of(&[1], &["mlp.down_proj"])), even + floats(hidden, inner) - packed(hidden, inner));
+}
+
 #[test]
 fn a_product_of_mixed_encodings_is_that_of_its_bfloat16() {
-    let of = |layers: &[usize], names: &[&str]| -> Vec<String> {
-        let all = layers.iter().flat_map(|layer| names.iter().map(move |name| (layer, name)));
-        all.map(|(layer, name)| format!("model.layers.{layer}.{name}")).collect()
-    };
     let some = [of(&[0, 2], &["self_attn.k_proj"]), of(&[1], &["mlp.up_proj"])].concat();
     let all = [
         of(&[0, 2], &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
