@@ -13,6 +13,9 @@ pub(crate) fn create(schemas: &mut Schemas) -> Value {
     if let Some(required) = fields.get_mut("required").and_then(Value::as_array_mut) {
         required.push(json!("max_tokens"));
     }
+    if let Some(kind) = fields.pointer_mut("/properties/max_tokens/type") {
+        *kind = json!("integer");
+    }
     let what = "A conversation to go on with. Tools of a type other than 'custom' are left out.";
     let body = schemas.request("MessagesRequest", what, &[fields], Some(Route::Messages));
     let events = json!({"anyOf": [
