@@ -155,15 +155,43 @@ impl<L> Store<L> {
         Arc::new(Link { previous, input, output, _charge: self.charge(bytes) })
     }
 
-    /// Puts a response in, or in the place of what is there under its id, and drops what that leaves no room for. What still
-    /// runs is not dropped: the engine bounds how much that is.
+    /// Puts a response in, and drops what that leaves no room for. What still runs is not dropped: the engine bounds how much
+    /// that is. `kept` is what is left of its run, in bytes.
     pub(crate) fn put(&self, owner: Owner, id: &str, body: Body<L>, kept: usize, link: Arc<Link>) {
+        self.insert(self.lock(), owner, id, body, kept, link);
+    }
+
+    /// As [`Store::put`] in the place of a response that is still there, and says whether it was.
+    pub(crate) fn replace(
+        &self,
+        owner: Owner,
+        id: &str,
+        body: Body<L>,
+        kept: usize,
+        link: Arc<Link>,
+    ) -> bool {
+        let inner = self.lock();
+        let there = inner.entries.contains_key(id);
+        if there {
+            self.insert(inner, owner, id, body, kept, link);
+        }
+        there
+    }
+
+    fn insert(
+        &self,
+        mut inner: MutexGuard<'_, Inner<L>>,
+        owner: Owner,
+        id: &str,
+        body: Body<L>,
+        kept: usize,
+        link: Arc<Link>,
+    ) {
         let bytes = match &body {
             Body::Live(_) => ENTRY_BYTES,
             Body::Done(json, _) => json.len() + kept + ENTRY_BYTES,
         };
         let charge = Some(Arc::new(self.charge(bytes)));
-        let mut inner = self.lock();
         inner.remove(id);
         inner.clock += 1;
         let used = inner.clock;
@@ -180,22 +208,6 @@ impl<L> Store<L> {
             let Some(oldest) = oldest else { break };
             inner.remove(&oldest);
         }
-    }
-
-    /// Replaces a response that is still there, and says whether it was.
-    pub(crate) fn replace(
-        &self,
-        owner: Owner,
-        id: &str,
-        body: Body<L>,
-        kept: usize,
-        link: Arc<Link>,
-    ) -> bool {
-        let there = self.lock().entries.contains_key(id);
-        if there {
-            self.put(owner, id, body, kept, link);
-        }
-        there
     }
 
     /// A response of this owner.
