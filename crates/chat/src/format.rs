@@ -154,22 +154,48 @@ pub trait StreamParser: Send {
     fn finish(&mut self, end: End, out: &mut Vec<Delta>) -> Outcome;
 }
 
+/// A rendered conversation.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rendered {
+    /// The prompt.
+    pub ids: Vec<TokenId>,
+    /// Turns of the assistant that are repeated as the model wrote them.
+    pub replayed: usize,
+}
+
 /// A chat protocol bound to a tokenizer.
 pub trait ChatFormat: Send + Sync {
     /// Its name in profiles and flags.
     fn name(&self) -> &'static str;
 
+    /// The prompt; `open_turn`: ending where the assistant's turn begins.
+    ///
+    /// # Errors
+    /// A message that the format cannot express.
+    fn render_turns(&self, conversation: &Conversation, open_turn: bool) -> Result<Rendered, RenderError>;
+
     /// Prompt ids, ending where the assistant's turn begins.
     ///
     /// # Errors
     /// A message that the format cannot express.
-    fn render(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError>;
+    fn render(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError> {
+        Ok(self.render_turns(conversation, true)?.ids)
+    }
 
     /// As [`ChatFormat::render`], without opening the assistant's turn.
     ///
     /// # Errors
     /// A message that the format cannot express.
-    fn render_history(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError>;
+    fn render_history(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError> {
+        Ok(self.render_turns(conversation, false)?.ids)
+    }
+
+    /// The end of a prompt of [`ChatFormat::render`] that belongs to the answer's turn and may differ between prompts: what
+    /// a [`crate::Generated`] keeps.
+    fn turn_head<'a>(&self, prompt: &'a [TokenId]) -> &'a [TokenId] {
+        let _ = prompt;
+        &[]
+    }
 
     /// Whether a prompt of [`ChatFormat::render`] ends within the thinking, so that the answer goes on with it.
     fn leaves_thinking_open(&self, prompt: &[TokenId]) -> bool {

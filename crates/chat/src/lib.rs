@@ -7,6 +7,7 @@ mod collect;
 mod detokenize;
 mod format;
 pub mod formats;
+mod generated;
 pub mod guide;
 pub mod harmony;
 pub mod hermes;
@@ -23,9 +24,11 @@ mod work;
 pub use collect::{Collector, Message as ParsedMessage, ParsedCall};
 pub use detokenize::{Detokenizer, Utf8Stream};
 pub use format::{
-    ChatFormat, Delta, End, Finish, FormatError, Outcome, ParserOptions, Place, RenderError, StreamParser,
+    ChatFormat, Delta, End, Finish, FormatError, Outcome, ParserOptions, Place, RenderError, Rendered,
+    StreamParser,
 };
 pub use formats::PromptFiles;
+pub use generated::Generated;
 pub use message::{Conversation, FunctionTool, Message, ReasoningEffort, ToolCall};
 pub use segments::{Segment, SegmentError, end_of, segments_to_ids};
 pub use tokenizer::{Tokenizer, TokenizerError};

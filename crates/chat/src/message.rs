@@ -1,6 +1,11 @@
 //! A conversation as every API shape maps onto it.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use serde_json::{Map, Value};
+
+use crate::Generated;
 
 /// How long the model should think. [`ReasoningEffort::parse`] takes every spelling that clients send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,4 +129,15 @@ pub struct Conversation {
     pub template_arguments: Map<String, Value>,
     /// Keep reasoning of turns before the last final answer, which formats drop by default.
     pub keep_reasoning: bool,
+    /// Turns that the model wrote, by their index in `messages`. Where a message says the same, the prompt repeats the ids of
+    /// those of its parts that the prompt has anyway.
+    pub generated: BTreeMap<usize, Arc<Generated>>,
+}
+
+impl Conversation {
+    /// The turn that a message repeats, if it is known and says the same.
+    pub(crate) fn generated(&self, index: usize) -> Option<&Generated> {
+        let turn = self.generated.get(&index)?;
+        turn.says(self.messages.get(index)?).then_some(turn)
+    }
 }

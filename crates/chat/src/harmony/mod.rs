@@ -4,6 +4,7 @@ mod guide;
 pub mod parse;
 mod prompt;
 mod render;
+mod replay;
 mod tokens;
 mod typescript;
 
@@ -12,7 +13,9 @@ use std::sync::Arc;
 use ctxserve_core::{Constraint, TokenId};
 
 use crate::guide::{Demands, GuideError, Guides};
-use crate::{ChatFormat, Conversation, FormatError, ParserOptions, RenderError, StreamParser, Tokenizer};
+use crate::{
+    ChatFormat, Conversation, FormatError, ParserOptions, RenderError, Rendered, StreamParser, Tokenizer,
+};
 
 pub use tokens::HarmonyTokens;
 
@@ -41,14 +44,12 @@ impl ChatFormat for Harmony {
         NAME
     }
 
-    fn render(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError> {
-        let mut ids = self.render_history(conversation)?;
-        ids.extend(render::turn_start(&self.tokenizer, &self.tokens));
-        Ok(ids)
-    }
-
-    fn render_history(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError> {
-        render::render(conversation, &self.tokenizer, &self.tokens)
+    fn render_turns(&self, conversation: &Conversation, open_turn: bool) -> Result<Rendered, RenderError> {
+        let mut rendered = render::render(conversation, &self.tokenizer, &self.tokens)?;
+        if open_turn {
+            render::open_turn(&self.tokenizer, &self.tokens, &mut rendered.ids);
+        }
+        Ok(rendered)
     }
 
     fn stop_ids(&self) -> &[TokenId] {

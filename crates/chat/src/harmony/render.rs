@@ -4,48 +4,51 @@ use std::collections::HashMap;
 
 use ctxserve_core::TokenId;
 
-use crate::{Conversation, Message, RenderError, Tokenizer};
+use crate::{Conversation, Message, RenderError, Rendered, Tokenizer};
 
-use super::{HarmonyTokens, prompt};
+use super::{HarmonyTokens, prompt, replay};
 
 /// Longest name that may stand in a message header.
 const MAX_NAME: usize = 64;
 
 /// One Harmony message. Every string is encoded on its own and as text, so nothing in it can become a control token.
-struct Part {
+pub(super) struct Part<'a> {
     /// Role, or a tool's qualified name.
     author: String,
     /// Behind the role, after a colon.
     name: Option<String>,
-    recipient: Option<String>,
-    channel: Option<Channel>,
+    pub(super) recipient: Option<String>,
+    pub(super) channel: Option<Channel>,
     content: String,
+    /// The whole message as the model wrote it, which is used instead; a turn's first has no role.
+    pub(super) written: Option<&'a [TokenId]>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Channel {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Channel {
     Analysis,
     Commentary,
     Final,
 }
 
-impl Part {
-    fn new(author: &str, content: impl Into<String>) -> Self {
+impl Part<'_> {
+    pub(super) fn new(author: &str, content: impl Into<String>) -> Self {
         Self {
             author: author.to_owned(),
             name: None,
             recipient: None,
             channel: None,
             content: content.into(),
+            written: None,
         }
     }
 
-    fn on(mut self, channel: Channel) -> Self {
+    pub(super) fn on(mut self, channel: Channel) -> Self {
         self.channel = Some(channel);
         self
     }
 
-    fn to(mut self, recipient: impl Into<String>) -> Self {
+    pub(super) fn to(mut self, recipient: impl Into<String>) -> Self {
         self.recipient = Some(recipient.into());
         self
     }
@@ -60,8 +63,8 @@ pub(super) fn render(
     conversation: &Conversation,
     tokenizer: &Tokenizer,
     tokens: &HarmonyTokens,
-) -> Result<Vec<TokenId>, RenderError> {
-    let mut parts = parts(conversation)?;
+) -> Result<Rendered, RenderError> {
+    let (mut parts, replayed) = parts(conversation, tokenizer, tokens)?;
     if !conversation.keep_reasoning {
         drop_reasoning(&mut parts);
     }
@@ -69,17 +72,21 @@ pub(super) fn render(
     for part in &parts {
         write(part, tokenizer, tokens, &mut ids);
     }
-    Ok(ids)
+    Ok(Rendered { ids, replayed })
 }
 
-/// What opens the assistant's turn.
-pub(super) fn turn_start(tokenizer: &Tokenizer, tokens: &HarmonyTokens) -> Vec<TokenId> {
-    let mut ids = vec![tokens.start];
-    tokenizer.encode_into("assistant", &mut ids);
-    ids
+/// Begins the assistant's turn.
+pub(super) fn open_turn(tokenizer: &Tokenizer, tokens: &HarmonyTokens, ids: &mut Vec<TokenId>) {
+    ids.push(tokens.start);
+    tokenizer.encode_into("assistant", ids);
 }
 
-fn parts(conversation: &Conversation) -> Result<Vec<Part>, RenderError> {
+/// The messages, and how many turns of them are the model's own.
+fn parts<'a>(
+    conversation: &'a Conversation,
+    tokenizer: &Tokenizer,
+    tokens: &HarmonyTokens,
+) -> Result<(Vec<Part<'a>>, usize), RenderError> {
     for (i, tool) in conversation.tools.iter().enumerate() {
         check_function_name(&tool.name)
             .map_err(|what| RenderError { message: None, what: format!("tools[{i}]: {what}") })?;
@@ -100,6 +107,7 @@ fn parts(conversation: &Conversation) -> Result<Vec<Part>, RenderError> {
     );
 
     let mut calls: HashMap<&str, &str> = HashMap::new();
+    let mut replayed = 0;
     for (index, message) in conversation.messages.iter().enumerate() {
         let error = |what: String| RenderError { message: Some(index), what };
         match message {
@@ -114,6 +122,17 @@ fn parts(conversation: &Conversation) -> Result<Vec<Part>, RenderError> {
                 parts.push(Part { name: name.clone(), ..Part::new("user", content.as_str()) });
             }
             Message::Assistant { reasoning, content, tool_calls } => {
+                for call in tool_calls {
+                    check_function_name(&call.name).map_err(error)?;
+                    calls.insert(&call.id, &call.name);
+                }
+                let turn = conversation.generated(index);
+                let own = turn.and_then(|turn| replay::parts(turn, message, tokenizer, tokens));
+                if let Some(own) = own {
+                    parts.extend(own);
+                    replayed += 1;
+                    continue;
+                }
                 if let Some(text) = reasoning.as_deref().filter(|text| !text.is_empty()) {
                     parts.push(Part::new("assistant", text).on(Channel::Analysis));
                 }
@@ -128,8 +147,6 @@ fn parts(conversation: &Conversation) -> Result<Vec<Part>, RenderError> {
                     _ => {}
                 }
                 for call in tool_calls {
-                    check_function_name(&call.name).map_err(error)?;
-                    calls.insert(&call.id, &call.name);
                     let recipient = format!("functions.{}", call.name);
                     parts.push(
                         Part::new("assistant", call.arguments.as_str()).on(Channel::Commentary).to(recipient),
@@ -145,12 +162,12 @@ fn parts(conversation: &Conversation) -> Result<Vec<Part>, RenderError> {
             }
         }
     }
-    Ok(parts)
+    Ok((parts, replayed))
 }
 
 /// Once the last turn of the assistant is an answer, the reasoning before the first answer goes. While the last turn is
 /// a call, all of it stays: the model is still in the middle of that thought.
-fn drop_reasoning(parts: &mut Vec<Part>) {
+fn drop_reasoning(parts: &mut Vec<Part<'_>>) {
     let answered = parts
         .iter()
         .rev()
@@ -166,7 +183,15 @@ fn drop_reasoning(parts: &mut Vec<Part>) {
     }
 }
 
-fn write(part: &Part, tokenizer: &Tokenizer, tokens: &HarmonyTokens, ids: &mut Vec<TokenId>) {
+fn write(part: &Part<'_>, tokenizer: &Tokenizer, tokens: &HarmonyTokens, ids: &mut Vec<TokenId>) {
+    if let Some(written) = part.written {
+        if written.first() != Some(&tokens.start) {
+            open_turn(tokenizer, tokens, ids);
+        }
+        // History has no token that ends a turn with an answer.
+        ids.extend(written.iter().map(|id| if *id == tokens.ret { tokens.end } else { *id }));
+        return;
+    }
     ids.push(tokens.start);
     tokenizer.encode_into(&part.author, ids);
     if let Some(name) = &part.name {

@@ -12,6 +12,7 @@ use ctxserve_core::{Allowed, Constraint, ConstraintError, TokenId, TokenMask};
 use serde_json::Value;
 
 use super::HermesTokens;
+use super::parse::{CALL, THINK, THINK_END};
 use crate::Tokenizer;
 use crate::guide::{
     At, CallRule, Demands, Grammar, GuideError, Guides, Part, Template, Text, Vocabulary, Watch, Words,
@@ -20,10 +21,6 @@ use crate::guide::{
 
 /// Calls in one answer.
 const MOST_CALLS: usize = 64;
-
-const THINK: &str = "<think>";
-const THINK_END: &str = "</think>";
-const CALL: &str = "<tool_call>";
 
 /// What the texts of [`Words`] mean.
 const THINKS: usize = 0;

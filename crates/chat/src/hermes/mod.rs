@@ -3,6 +3,7 @@
 mod guide;
 pub mod parse;
 mod render;
+mod replay;
 mod tokens;
 
 use std::sync::Arc;
@@ -11,7 +12,8 @@ use ctxserve_core::{Constraint, TokenId};
 
 use crate::guide::{Demands, GuideError, Guides};
 use crate::{
-    ChatFormat, Conversation, FormatError, ParserOptions, PromptFiles, RenderError, StreamParser, Tokenizer,
+    ChatFormat, Conversation, FormatError, ParserOptions, PromptFiles, RenderError, Rendered, StreamParser,
+    Tokenizer,
 };
 
 pub use tokens::HermesTokens;
@@ -47,13 +49,8 @@ impl Hermes {
 impl Hermes {
     /// What the head of the answer's turn says of thinking.
     fn thinking(&self, prompt: &[TokenId]) -> Thinking {
-        let head = prompt.len().saturating_sub(TURN_HEAD);
-        let tail = prompt.get(head..).unwrap_or_default();
-        let Some(start) = tail.iter().rposition(|id| *id == self.tokens.start) else {
-            return Thinking::Possible;
-        };
-        let text = self.tokenizer.decode(&tail[start..], false);
-        match (text.rfind("<think>"), text.rfind("</think>")) {
+        let text = self.tokenizer.decode(self.turn_head(prompt), false);
+        match (text.rfind(parse::THINK), text.rfind(parse::THINK_END)) {
             (open, close) if open > close => Thinking::Open,
             (_, Some(_)) => Thinking::Over,
             (_, None) => Thinking::Possible,
@@ -66,12 +63,15 @@ impl ChatFormat for Hermes {
         NAME
     }
 
-    fn render(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError> {
-        self.renderer.render(conversation, &self.tokenizer, true)
+    fn render_turns(&self, conversation: &Conversation, open_turn: bool) -> Result<Rendered, RenderError> {
+        let ids = self.renderer.render(conversation, &self.tokenizer, open_turn)?;
+        Ok(replay::splice(ids, conversation, &self.tokenizer, &self.tokens))
     }
 
-    fn render_history(&self, conversation: &Conversation) -> Result<Vec<TokenId>, RenderError> {
-        self.renderer.render(conversation, &self.tokenizer, false)
+    fn turn_head<'a>(&self, prompt: &'a [TokenId]) -> &'a [TokenId] {
+        let tail = &prompt[prompt.len().saturating_sub(TURN_HEAD)..];
+        let start = tail.iter().rposition(|id| *id == self.tokens.start);
+        start.map_or(&[], |start| &tail[start + 1..])
     }
 
     fn leaves_thinking_open(&self, prompt: &[TokenId]) -> bool {

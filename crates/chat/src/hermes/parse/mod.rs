@@ -27,13 +27,17 @@ use std::sync::Arc;
 
 use ctxserve_core::TokenId;
 
-use crate::{Delta, End, Finish, Outcome, ParserOptions, Place, StreamParser, Tokenizer, Utf8Stream};
+use crate::{
+    Collector, Delta, End, Finish, Outcome, ParsedMessage, ParserOptions, Place, StreamParser, Tokenizer,
+    Utf8Stream,
+};
 
 use machine::Machine;
 use recovery as note;
 use sink::Sink;
 
 pub use recovery::RECOVERIES;
+pub(super) use tags::{CALL, THINK, THINK_END};
 
 use super::HermesTokens;
 
@@ -60,6 +64,17 @@ impl HermesParser {
         self.utf8.finish(&mut text);
         self.machine.push(&text, sink);
     }
+}
+
+/// The message of a whole answer's text; calls may be of any function.
+pub(super) fn read(text: &str) -> ParsedMessage {
+    let (mut machine, mut deltas) = (Machine::new(true, None, false), Vec::new());
+    let mut sink = Sink::new(&mut deltas);
+    machine.push(text, &mut sink);
+    machine.end(End::Stop, &mut sink);
+    let mut collector = Collector::default();
+    deltas.iter().for_each(|delta| collector.add(delta));
+    collector.into_message()
 }
 
 /// Bytes of a token that is text. Of the control tokens, those are that spell a tag.

@@ -1,5 +1,9 @@
 //! The tags of an answer.
 
+pub(crate) const CALL: &str = "<tool_call>";
+pub(crate) const THINK: &str = "<think>";
+pub(crate) const THINK_END: &str = "</think>";
+
 /// A tag. Models write them as single tokens or spelt out; both are the same text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Tag {
@@ -14,10 +18,10 @@ impl Tag {
 
     pub(super) fn text(self) -> &'static str {
         match self {
-            Self::Call => "<tool_call>",
+            Self::Call => CALL,
             Self::CallEnd => "</tool_call>",
-            Self::Think => "<think>",
-            Self::ThinkEnd => "</think>",
+            Self::Think => THINK,
+            Self::ThinkEnd => THINK_END,
         }
     }
 }
