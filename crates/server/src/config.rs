@@ -55,6 +55,8 @@ pub struct ServerConfig {
     pub enable_auto_tool_choice: bool,
     /// Keep reasoning of turns before the last final answer in prompts.
     pub keep_reasoning: bool,
+    /// Memory for turns that were answered, which histories repeat id for id; 0 keeps none.
+    pub turn_cache_bytes: usize,
     /// Date in prompts.
     pub prompt_date: PromptDate,
     /// Largest request body, bytes.
@@ -105,6 +107,7 @@ impl Default for ServerConfig {
             eos: Vec::new(),
             enable_auto_tool_choice: true,
             keep_reasoning: false,
+            turn_cache_bytes: 64 << 20,
             prompt_date: PromptDate::Today,
             max_body_bytes: 32 << 20,
             body_timeout: Duration::from_secs(60),

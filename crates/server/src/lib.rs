@@ -48,6 +48,7 @@ mod config;
 mod error;
 mod generate;
 mod http;
+mod kept;
 mod metrics;
 mod openapi;
 mod record;
@@ -55,6 +56,7 @@ mod router;
 mod state;
 mod store;
 mod turn;
+mod turns;
 mod validate;
 mod wire;
 

@@ -68,6 +68,8 @@ pub(crate) struct Metrics {
     preemptions: Counter,
     steps: Counter,
     pub(crate) cached_tokens: Counter,
+    replayed_turns: Counter,
+    canonical_turns: Counter,
     ended: [Counter; 4],
     rejected_requests: Counter,
     rejected_tokens: Counter,
@@ -123,6 +125,7 @@ impl Metrics {
         let ended = ["stop", "length", "abort", "error"]
             .map(|reason| register.counter("vllm:request_success_total", &[("finished_reason", reason)]));
         let rejected = |reason| register.counter("vllm:admission_rejections_total", &[("reason", reason)]);
+        let history = |form| register.counter("ctxserve:history_turns_total", &[("form", form)]);
         let responses = ["1xx", "2xx", "3xx", "4xx", "5xx"]
             .map(|class| register.counter("ctxserve:http_responses_total", &[("class", class)]));
         let metrics = Self {
@@ -135,6 +138,8 @@ impl Metrics {
             preemptions: register.counter("vllm:num_preemptions_total", &[]),
             steps: register.counter("ctxserve:engine_steps_total", &[]),
             cached_tokens: register.counter("vllm:prompt_tokens_cached_total", &[]),
+            replayed_turns: history("replayed"),
+            canonical_turns: history("canonical"),
             ended,
             rejected_requests: rejected("max_num_queued_reqs"),
             rejected_tokens: rejected("max_num_queued_tokens"),
@@ -204,6 +209,12 @@ impl Metrics {
     /// A submission was refused because `unit` ran out.
     pub(crate) fn rejected(&self, unit: &str) {
         if unit == "sequences" { &self.rejected_requests } else { &self.rejected_tokens }.increment(1);
+    }
+
+    /// A prompt was rendered with so many turns of the assistant, of which so many as the model wrote them.
+    pub(crate) fn history(&self, replayed: usize, turns: usize) {
+        self.replayed_turns.increment(replayed as u64);
+        self.canonical_turns.increment(turns.saturating_sub(replayed) as u64);
     }
 
     /// A response of this status left.
@@ -304,6 +315,7 @@ fn describe(recorder: &PrometheusRecorder) {
         ("vllm:request_success_total", "Sequences that ended, by reason."),
         ("vllm:admission_rejections_total", "Requests refused because the queue was full."),
         ("ctxserve:parser_recoveries_total", "Malformed answers that the parser repaired, by kind."),
+        ("ctxserve:history_turns_total", "Turns of the assistant in prompts: as the model wrote them, or rendered anew."),
         ("ctxserve:http_responses_total", "Responses by status class."),
     ];
     for (name, text) in texts {

@@ -18,6 +18,7 @@ use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
 use crate::store::Store;
+use crate::turns::Turns;
 
 /// Requests that may be prepared at once, for each core.
 const PREPARED_PER_CORE: usize = 2;
@@ -50,6 +51,7 @@ struct Inner {
     guides: Arc<Guides>,
     metrics: Metrics,
     responses: Store<Live>,
+    turns: Turns,
     eos: Arc<[TokenId]>,
     /// Unix seconds.
     started: u64,
@@ -85,6 +87,7 @@ impl ServerState {
             eos: eos.into(),
             metrics,
             responses: Store::new(config.max_stored_responses, config.max_stored_response_bytes),
+            turns: Turns::new(config.turn_cache_bytes),
             started: unix_seconds(),
             next_request: AtomicU64::new(0),
             preparing: Arc::new(Semaphore::new(cores * PREPARED_PER_CORE)),
@@ -132,6 +135,11 @@ impl ServerState {
     /// Responses that clients may come back to.
     pub(crate) fn responses(&self) -> &Store<Live> {
         &self.inner.responses
+    }
+
+    /// What was answered, for histories that repeat it.
+    pub(crate) fn turns(&self) -> &Turns {
+        &self.inner.turns
     }
 
     /// End-of-turn ids of checkpoint and format.

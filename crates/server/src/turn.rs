@@ -4,14 +4,15 @@
 use std::sync::Arc;
 
 use ctxserve_chat::guide::CallRule;
-use ctxserve_chat::{Conversation, ParserOptions, RenderError};
+use ctxserve_chat::{Conversation, Message, ParserOptions, RenderError, Rendered};
 use ctxserve_core::{Guide, TokenId};
 
 use crate::error::ApiError;
 use crate::generate::choice::{Choice, ChoiceOptions};
 use crate::generate::run::{Generation, Job};
+use crate::generate::scribe::Scribe;
 use crate::generate::stop::StopMatcher;
-use crate::http::guard::Caller;
+use crate::http::guard::{Caller, Tenant};
 use crate::record::Accepted;
 use crate::state::ServerState;
 use crate::validate::guide;
@@ -64,6 +65,7 @@ pub(crate) struct Prepared {
     one_call: bool,
     hide_reasoning: bool,
     prompt_param: &'static str,
+    tenant: Tenant,
 }
 
 impl Turn<'_> {
@@ -71,10 +73,14 @@ impl Turn<'_> {
     ///
     /// # Errors
     /// 400 naming the part of the request, 503 while too many grammars are being compiled.
-    pub(crate) fn prepare(mut self, state: &ServerState) -> Result<Prepared, ApiError> {
+    pub(crate) fn prepare(mut self, state: &ServerState, tenant: Tenant) -> Result<Prepared, ApiError> {
         let format = state.format();
         let prompt_param = self.places.prompt();
-        let prompt: Arc<[TokenId]> = self.render(state)?.into();
+        let rendered = self.render(state, tenant)?;
+        let is_turn = |message: &&Message| matches!(message, Message::Assistant { .. });
+        let turns = self.conversation.messages.iter().filter(is_turn).count();
+        state.metrics().history(rendered.replayed, turns);
+        let prompt: Arc<[TokenId]> = rendered.ids.into();
         let callable = self.conversation.tools.iter().filter(|tool| self.choice.includes(&tool.name));
         let names: Vec<String> = callable.map(|tool| tool.name.clone()).collect();
         let parser = ParserOptions {
@@ -92,15 +98,26 @@ impl Turn<'_> {
             *eos = eos.iter().copied().filter(|id| state.tokenizer().is_control(*id)).collect();
         }
         let Turn { options, one_call, hide_reasoning, .. } = self;
-        Ok(Prepared { options, prompt, max_tokens, parser, guide, one_call, hide_reasoning, prompt_param })
+        Ok(Prepared {
+            options,
+            prompt,
+            max_tokens,
+            parser,
+            guide,
+            one_call,
+            hide_reasoning,
+            prompt_param,
+            tenant,
+        })
     }
 
     /// The prompt alone.
     ///
     /// # Errors
     /// 400 naming the message that the format cannot express.
-    pub(crate) fn render(&self, state: &ServerState) -> Result<Vec<TokenId>, ApiError> {
-        state.format().render(&self.conversation).map_err(|error| self.unrendered(&error))
+    pub(crate) fn render(&mut self, state: &ServerState, tenant: Tenant) -> Result<Rendered, ApiError> {
+        state.turns().recall(tenant, &mut self.conversation);
+        state.format().render_turns(&self.conversation, true).map_err(|error| self.unrendered(&error))
     }
 
     fn unrendered(&self, error: &RenderError) -> ApiError {
@@ -162,6 +179,7 @@ impl Prepared {
                 reading.clone(),
                 Arc::clone(&options.stop),
             )
+            .written_by(Scribe::new(state.clone(), self.tenant, &self.prompt))
         })
     }
 }

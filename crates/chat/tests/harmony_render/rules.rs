@@ -37,6 +37,7 @@ fn everywhere(fill: &str) -> Conversation {
         template_arguments: serde_json::Map::new(),
         current_date: Some(fill.to_owned()),
         keep_reasoning: true,
+        ..Conversation::default()
     }
 }
 

@@ -13,7 +13,7 @@ use crate::error::ApiError;
 use crate::generate::gathered::Gathered;
 use crate::generate::run::Generation;
 use crate::http::body::{blocking, json, read};
-use crate::http::guard::Caller;
+use crate::http::guard::{Caller, Tenant};
 use crate::http::sse;
 use crate::state::{ServerState, unix_seconds};
 use crate::turn::{Places, Prepared, Turn};
@@ -65,8 +65,8 @@ pub(crate) async fn chat(
     request: Request,
 ) -> Result<Response, ApiError> {
     let body = read(&state, request).await?;
-    let preparing = state.clone();
-    let prepared = blocking(&state, move || prepare(&preparing, &body)).await?;
+    let (preparing, tenant) = (state.clone(), caller.tenant);
+    let prepared = blocking(&state, move || prepare(&preparing, tenant, &body)).await?;
     let options = &prepared.options;
     let head = Head {
         id: state.random_name("chatcmpl-"),
@@ -85,7 +85,7 @@ pub(crate) async fn chat(
     whole(&state, &head, options.n, generation).await
 }
 
-fn prepare(state: &ServerState, body: &[u8]) -> Result<Prepared, ApiError> {
+fn prepare(state: &ServerState, tenant: Tenant, body: &[u8]) -> Result<Prepared, ApiError> {
     let text = text(body)?;
     let shared: GenerationFields = wire::read::json(text)?;
     let fields: ChatFields = wire::read::json(text)?;
@@ -110,7 +110,7 @@ fn prepare(state: &ServerState, body: &[u8]) -> Result<Prepared, ApiError> {
         hide_reasoning: fields.include_reasoning == Some(false),
         places: &Spelling,
     };
-    turn.prepare(state)
+    turn.prepare(state, tenant)
 }
 
 fn is_strict(tool: &WireTool) -> bool {
@@ -137,7 +137,8 @@ async fn whole(
 ) -> Result<Response, ApiError> {
     let gathered = Gathered::all(&mut generation, n).await?;
     let choices = gathered.into_iter().enumerate();
-    let choices = choices.map(|(index, gathered)| chat_message::choice(state, head, index, gathered));
+    let choices =
+        choices.map(|(index, gathered)| chat_message::choice(state, head, &generation, index, gathered));
     json(&ChatResponse {
         id: &head.id,
         object: "chat.completion",

@@ -52,7 +52,7 @@ impl ChatFramer {
         }
     }
 
-    fn delta(&self, delta: Delta) -> Option<ChunkDelta> {
+    fn delta(&self, choice: usize, delta: Delta, generation: &Generation) -> Option<ChunkDelta> {
         let call = |index, id, name, arguments| ChunkDelta {
             tool_calls: Some([CallDelta {
                 index,
@@ -70,7 +70,8 @@ impl ChatFramer {
                 ..ChunkDelta::default()
             },
             Delta::CallStart { index, name } => {
-                call(index, Some(self.state.random_name("call_")), Some(name), String::new())
+                let id = generation.call_id(choice, index).to_owned();
+                call(index, Some(id), Some(name), String::new())
             }
             Delta::CallArguments { index, text } => call(index, None, None, text),
             Delta::CallEnd { .. } => return None,
@@ -116,7 +117,7 @@ impl Framer for ChatFramer {
             frames.push(self.chunk(vec![choice], usage));
         }
         for delta in deltas {
-            if let Some(delta) = self.delta(delta) {
+            if let Some(delta) = self.delta(index, delta, generation) {
                 let choice = self.choice(index, delta, &mut logprobs, &mut ids);
                 frames.push(self.chunk(vec![choice], usage));
             }

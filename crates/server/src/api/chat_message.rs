@@ -3,14 +3,21 @@
 use super::chat::Head;
 use super::logprobs;
 use crate::generate::gathered::Gathered;
+use crate::generate::run::Generation;
 use crate::state::ServerState;
 use crate::wire::chat_response::{ChatChoice, ChatMessage, WireCall, WireCallFunction};
 
 /// The choice as the route answers it.
-pub(crate) fn choice(state: &ServerState, head: &Head, index: usize, gathered: Gathered) -> ChatChoice {
+pub(crate) fn choice(
+    state: &ServerState,
+    head: &Head,
+    generation: &Generation,
+    index: usize,
+    gathered: Gathered,
+) -> ChatChoice {
     let message = gathered.message.into_message();
-    let call = |call: ctxserve_chat::ParsedCall| WireCall {
-        id: state.random_name("call_"),
+    let call = |(number, call): (usize, ctxserve_chat::ParsedCall)| WireCall {
+        id: generation.call_id(index, number).to_owned(),
         kind: "function",
         function: WireCallFunction { name: call.name, arguments: call.arguments },
     };
@@ -26,7 +33,7 @@ pub(crate) fn choice(state: &ServerState, head: &Head, index: usize, gathered: G
             refusal: None,
             reasoning: message.reasoning.clone(),
             reasoning_content: message.reasoning,
-            tool_calls: message.calls.into_iter().map(call).collect(),
+            tool_calls: message.calls.into_iter().enumerate().map(call).collect(),
         },
         logprobs: head.logprobs.then(|| logprobs::chat(state.tokenizer(), &gathered.logprobs)),
         finish_reason,

@@ -1,11 +1,13 @@
 //! `POST /tokenize` and `POST /detokenize`.
 
+use axum::Extension;
 use axum::extract::{Request, State};
 use axum::response::Response;
 use ctxserve_core::TokenId;
 
 use crate::error::ApiError;
 use crate::http::body::{blocking, json, read};
+use crate::http::guard::{Caller, Tenant};
 use crate::state::ServerState;
 use crate::validate::arguments::TemplateArguments;
 use crate::validate::{history, tools};
@@ -17,14 +19,15 @@ use crate::wire::tokenize::{DetokenizeFields, DetokenizeResponse, TokenizeFields
 /// Ids of a text, or of a conversation as it would be rendered.
 pub(crate) async fn tokenize(
     State(state): State<ServerState>,
+    Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Response, ApiError> {
     let body = read(&state, request).await?;
     let working = state.clone();
-    blocking(&state, move || json(&tokenized(&working, &body)?)).await
+    blocking(&state, move || json(&tokenized(&working, caller.tenant, &body)?)).await
 }
 
-fn tokenized(state: &ServerState, body: &[u8]) -> Result<TokenizeResponse, ApiError> {
+fn tokenized(state: &ServerState, tenant: Tenant, body: &[u8]) -> Result<TokenizeResponse, ApiError> {
     let text = wire::read::text(body)?;
     let fields: TokenizeFields = wire::read::json(text)?;
     refused::check(Route::Tokenize, text)?;
@@ -36,7 +39,7 @@ fn tokenized(state: &ServerState, body: &[u8]) -> Result<TokenizeResponse, ApiEr
             if chat.messages.is_none() {
                 return Err(ApiError::invalid("prompt", "either prompt or messages is required"));
             }
-            rendered(state, chat, text, fields.add_generation_prompt.unwrap_or(true))?
+            rendered(state, tenant, chat, text, fields.add_generation_prompt.unwrap_or(true))?
         }
     };
     let tokenizer = state.tokenizer();
@@ -48,6 +51,7 @@ fn tokenized(state: &ServerState, body: &[u8]) -> Result<TokenizeResponse, ApiEr
 
 fn rendered(
     state: &ServerState,
+    tenant: Tenant,
     chat: ChatFields,
     body: &str,
     open_turn: bool,
@@ -56,9 +60,9 @@ fn rendered(
     let effort = chat.reasoning_effort.as_deref();
     let arguments =
         TemplateArguments::new(state.config(), state.format(), chat.chat_template_kwargs.as_ref());
-    let conversation = history::conversation(state.config(), chat.messages, tools, effort, arguments)?;
-    let format = state.format();
-    Ok(if open_turn { format.render(&conversation) } else { format.render_history(&conversation) }?)
+    let mut conversation = history::conversation(state.config(), chat.messages, tools, effort, arguments)?;
+    state.turns().recall(tenant, &mut conversation);
+    Ok(state.format().render_turns(&conversation, open_turn)?.ids)
 }
 
 /// Text of ids, control tokens shown.

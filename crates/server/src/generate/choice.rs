@@ -6,6 +6,7 @@ use ctxserve_chat::{Delta, End, Finish, Outcome, Place, StreamParser};
 use ctxserve_core::{FinishReason, StopCause, StopRules, TokenEvent, TokenId, TokenLogprobs, Usage};
 
 use super::align::Alignment;
+use super::scribe::Scribe;
 use super::stop::StopMatcher;
 use crate::error::ApiError;
 use crate::wire::chat_response::StopReason;
@@ -74,6 +75,8 @@ pub(crate) struct Choice {
     usage: ChoiceUsage,
     /// Every id, kept for the log of a recovery when that is on.
     ids: Option<Vec<TokenId>>,
+    /// Only in a conversation.
+    scribe: Option<Scribe>,
 }
 
 /// Why the rest of an answer is not read.
@@ -90,7 +93,18 @@ impl Choice {
     ) -> Self {
         let align = Alignment::default();
         let ids = tracing::enabled!(tracing::Level::DEBUG).then(Vec::new);
-        Self { parser, options, stop_strings, align, pending: None, usage: ChoiceUsage::default(), ids }
+        let usage = ChoiceUsage::default();
+        Self { parser, options, stop_strings, align, pending: None, usage, ids, scribe: None }
+    }
+
+    /// With a scribe, who names calls and keeps the turn.
+    pub(crate) fn written_by(self, scribe: Scribe) -> Self {
+        Self { scribe: Some(scribe), ..self }
+    }
+
+    /// The id of a call that was delivered.
+    pub(crate) fn call_id(&self, index: usize) -> &str {
+        self.scribe.as_ref().map_or("", |scribe| scribe.call_id(index))
     }
 
     /// Counts so far.
@@ -103,6 +117,9 @@ impl Choice {
         self.usage.generated += 1;
         if let Some(ids) = &mut self.ids {
             ids.push(token.id);
+        }
+        if let Some(scribe) = &mut self.scribe {
+            scribe.token(token.id);
         }
         let mut step = Step { token_ids: vec![token.id], ..Step::default() };
         let stops = self.options.rules.stops_on(token.id);
@@ -148,10 +165,12 @@ impl Choice {
             };
             let mut deltas = Vec::new();
             let outcome = self.parser.finish(end, &mut deltas);
+            self.write(&deltas);
             match self.deliver(deltas, &mut step) {
                 Some(cut) => self.end_by(&cut, outcome, &mut step),
                 None => {
                     self.release_held(&mut step);
+                    self.keep(&outcome);
                     step.end = Some(self.ended(outcome, stop_reason));
                 }
             }
@@ -162,6 +181,7 @@ impl Choice {
     fn read(&mut self, token: TokenEvent, step: &mut Step) {
         let mut deltas = Vec::new();
         let place = self.parser.push(token.id, &mut deltas);
+        self.write(&deltas);
         if place == Place::Reasoning {
             self.usage.reasoning += 1;
         }
@@ -171,6 +191,19 @@ impl Choice {
         if let Some(cut) = self.deliver(deltas, step) {
             let outcome = self.parser.finish(End::Stop, &mut Vec::new());
             self.end_by(&cut, outcome, step);
+        }
+    }
+
+    fn write(&mut self, deltas: &[Delta]) {
+        if let Some(scribe) = &mut self.scribe {
+            scribe.deltas(deltas);
+        }
+    }
+
+    /// The answer is whole.
+    fn keep(&mut self, outcome: &Outcome) {
+        if let Some(scribe) = &mut self.scribe {
+            scribe.ended(outcome);
         }
     }
 
@@ -195,6 +228,12 @@ impl Choice {
                 Delta::CallEnd { index } if self.options.one_call => {
                     step.deltas.push(Delta::CallEnd { index });
                     return Some(Cut::OneCall);
+                }
+                Delta::CallStart { index, name } => {
+                    if let Some(scribe) = &mut self.scribe {
+                        scribe.call();
+                    }
+                    step.deltas.push(Delta::CallStart { index, name });
                 }
                 other => step.deltas.push(other),
             }
@@ -226,6 +265,7 @@ impl Choice {
             }
             Cut::OneCall => {
                 self.release_held(step);
+                self.keep(&outcome);
                 None
             }
         };

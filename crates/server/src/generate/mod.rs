@@ -5,5 +5,6 @@ pub(crate) mod align;
 pub(crate) mod choice;
 pub(crate) mod gathered;
 pub(crate) mod run;
+pub(crate) mod scribe;
 pub(crate) mod stop;
 pub(crate) mod text;

@@ -130,6 +130,11 @@ impl Generation {
         }
     }
 
+    /// The id that call `call` of a choice has in every answer that tells of it.
+    pub(crate) fn call_id(&self, choice: usize, call: usize) -> &str {
+        self.choices.get(choice).map_or("", |choice| choice.call_id(call))
+    }
+
     /// Prompt tokens, each prompt counted once.
     pub(crate) fn prompt_tokens(&self) -> usize {
         self.prompt_tokens

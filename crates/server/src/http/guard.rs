@@ -19,6 +19,10 @@ const ANTHROPIC_REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const MAX_REQUEST_ID: usize = 128;
 
+/// Whose request it is: the number of the key, none where the server has no keys. What is kept for one tenant is used for no
+/// other.
+pub(crate) type Tenant = Option<usize>;
+
 /// A request as the routes see it.
 #[derive(Clone, Debug)]
 pub(crate) struct Caller {
@@ -26,7 +30,7 @@ pub(crate) struct Caller {
     pub(crate) http_id: String,
     pub(crate) arrived: Instant,
     /// Which of the API keys it showed; `None` where the server has none.
-    pub(crate) tenant: Option<usize>,
+    pub(crate) tenant: Tenant,
 }
 
 /// Names the request, checks its key, counts its response.

@@ -53,6 +53,7 @@ pub(crate) fn assemble(
         template_arguments: others,
         current_date: config.prompt_date.date(),
         keep_reasoning: config.keep_reasoning,
+        ..Conversation::default()
     })
 }
 
