@@ -43,7 +43,8 @@ mod tests {
     use crate::{ParsedCall, ToolCall};
 
     fn turn() -> Generated {
-        let calls = vec![ParsedCall { name: "f".to_owned(), arguments: r#"{"a": 1.0, "b": "é"}"#.to_owned() }];
+        let calls =
+            vec![ParsedCall { name: "f".to_owned(), arguments: r#"{"a": 1.0, "b": "é"}"#.to_owned() }];
         let said = ParsedMessage { content: None, reasoning: Some("Hm.".to_owned()), calls };
         Generated { said, ..Generated::default() }
     }

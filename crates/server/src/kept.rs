@@ -46,11 +46,6 @@ impl<K: Hash + Eq, V: Clone> Kept<K, V> {
         self.lock().values.get(key).map(|(value, _)| value.clone())
     }
 
-    /// Takes a value out.
-    pub(crate) fn remove(&self, key: &K) -> Option<V> {
-        self.lock().remove(key)
-    }
-
     /// Every value behind the lock is whole after each statement.
     fn lock(&self) -> MutexGuard<'_, Inner<K, V>> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
@@ -83,7 +78,6 @@ mod tests {
         kept.insert(4, 'e', 101);
         assert_eq!(kept.get(&4), None, "too large, and no longer what it was");
         assert_eq!(kept.lock().bytes, 0);
-        assert_eq!((kept.remove(&4), kept.get(&9)), (None, None));
         let none = Kept::new(0, 100);
         none.insert(1, 'a', 1);
         assert_eq!(none.get(&1), None);
@@ -99,7 +93,7 @@ mod tests {
                     kept.insert(key, bytes, bytes);
                     prop_assert_eq!(kept.get(&key), Some(bytes));
                 } else {
-                    kept.remove(&key);
+                    kept.lock().remove(&key);
                     prop_assert_eq!(kept.get(&key), None);
                 }
                 let inner = kept.lock();

@@ -20,6 +20,13 @@
 //!   end wins, then the longest.
 //! - Log-probabilities cover the tokens of the visible text in chat, every token up to the end of the text in
 //!   completions, whose `tokens` line up with `token_ids`. Text parts of a message are joined without a separator.
+//! - Effort is `reasoning_effort`, else `reasoning.effort`, else `chat_template_kwargs.reasoning_effort`: none, minimal, low, medium,
+//!   high, xhigh or max. Harmony knows three levels: the first three are its low, the last three its high, and it has no
+//!   way not to think. hermes thinks unless it is `none`, and its template gets the level as it was sent.
+//!   `reasoning.exclude` and `include_reasoning: false` leave reasoning out of answers; it is generated and counted.
+//! - Reasoning of earlier turns is read as `reasoning_content`, `reasoning`, `reasoning_details`, `thinking_blocks` or parts of
+//!   the content, the first that is not empty. Inside a tool loop, reasoning that a client left out comes back where the
+//!   ids of the calls are those of a turn that its key was answered with.
 //! - `chat_template_kwargs` takes `reasoning_effort`, `enable_thinking` (false is effort `none`) and variables that the model's
 //!   own template reads, nothing else.
 //! - `/v1/responses` shares all of that. Its own answers are taken back as input in every form that clients give them; items and tools

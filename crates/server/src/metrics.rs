@@ -315,7 +315,10 @@ fn describe(recorder: &PrometheusRecorder) {
         ("vllm:request_success_total", "Sequences that ended, by reason."),
         ("vllm:admission_rejections_total", "Requests refused because the queue was full."),
         ("ctxserve:parser_recoveries_total", "Malformed answers that the parser repaired, by kind."),
-        ("ctxserve:history_turns_total", "Turns of the assistant in prompts: as the model wrote them, or rendered anew."),
+        (
+            "ctxserve:history_turns_total",
+            "Turns of the assistant in prompts: as the model wrote them, or rendered anew.",
+        ),
         ("ctxserve:http_responses_total", "Responses by status class."),
     ];
     for (name, text) in texts {

@@ -80,7 +80,8 @@ impl Turns {
     fn find(&self, tenant: Tenant, message: &Message) -> Option<Arc<Known>> {
         let Message::Assistant { content, tool_calls, .. } = message else { return None };
         // Keys are hashes: what they lead to is looked at whole.
-        let known = |key| self.kept.get(&key).filter(|known| known.tenant == tenant && known.turn.says(message));
+        let known =
+            |key| self.kept.get(&key).filter(|known| known.tenant == tenant && known.turn.says(message));
         tool_calls.first().and_then(|call| known(self.by_id(tenant, &call.id))).or_else(|| {
             let calls = tool_calls.iter().map(|call| (call.name.as_str(), call.arguments.as_str()));
             known(self.by_words(tenant, content.as_deref(), calls))
@@ -156,7 +157,10 @@ mod tests {
         assert_eq!(recalled(&turns, MINE, calls("c", "d")), (true, false));
         assert_eq!(recalled(&turns, MINE, message(Some("Yes."), &[])), (true, false));
         // Other words, with ids that are known.
-        assert_eq!(recalled(&turns, MINE, message(None, &[("a", "{\"x\": 2}"), ("b", "{}")])), (false, false));
+        assert_eq!(
+            recalled(&turns, MINE, message(None, &[("a", "{\"x\": 2}"), ("b", "{}")])),
+            (false, false)
+        );
         assert_eq!(recalled(&turns, MINE, message(Some("No."), &[])), (false, false));
         assert_eq!(recalled(&turns, MINE, message(None, &[("a", "{\"x\": 1}")])), (false, false));
         // Another key: nothing is known, whatever is sent.

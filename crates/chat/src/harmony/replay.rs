@@ -58,7 +58,8 @@ fn part<'a>(
         "final" => Channel::Final,
         _ => return None,
     };
-    let recipient = before.split_whitespace().chain(after.split_whitespace()).find_map(|word| word.strip_prefix("to="));
+    let recipient =
+        before.split_whitespace().chain(after.split_whitespace()).find_map(|word| word.strip_prefix("to="));
     let mut part = Part::new("assistant", "").on(channel);
     if let Some(recipient) = recipient {
         if !recipient.starts_with("functions.") || channel != Channel::Commentary {

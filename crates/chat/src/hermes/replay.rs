@@ -26,8 +26,10 @@ pub(super) fn splice(
     }
     let turns = turns(&ids, tokenizer, tokens);
     let messages = conversation.messages.iter().enumerate();
-    let assistants: Vec<usize> =
-        messages.filter(|(_, message)| matches!(message, Message::Assistant { .. })).map(|(at, _)| at).collect();
+    let assistants: Vec<usize> = messages
+        .filter(|(_, message)| matches!(message, Message::Assistant { .. }))
+        .map(|(at, _)| at)
+        .collect();
     if turns.len() != assistants.len() {
         return Rendered { ids, replayed: 0 };
     }

@@ -19,6 +19,7 @@ use crate::state::{ServerState, unix_seconds};
 use crate::turn::{Places, Prepared, Turn};
 use crate::validate::arguments::TemplateArguments;
 use crate::validate::options::options;
+use crate::validate::reasoning::{Asked, asked};
 use crate::validate::{guide, history, tools};
 use crate::wire;
 use crate::wire::chat_request::{ChatFields, WireTool};
@@ -96,7 +97,7 @@ fn prepare(state: &ServerState, tenant: Tenant, body: &[u8]) -> Result<Prepared,
     let strict: Vec<bool> = fields.tools.iter().flatten().map(is_strict).collect();
     let tools = tools::tools(state.config(), fields.tools, text)?;
     let choice = tools::choice(state, fields.tool_choice.as_ref(), &tools)?;
-    let effort = fields.reasoning_effort.as_deref();
+    let Asked { effort, hide } = asked(&fields)?;
     let arguments =
         TemplateArguments::new(state.config(), state.format(), fields.chat_template_kwargs.as_ref());
     let conversation = history::conversation(state.config(), fields.messages, tools, effort, arguments)?;
@@ -107,7 +108,7 @@ fn prepare(state: &ServerState, tenant: Tenant, body: &[u8]) -> Result<Prepared,
         strict,
         content,
         one_call: fields.parallel_tool_calls == Some(false),
-        hide_reasoning: fields.include_reasoning == Some(false),
+        hide_reasoning: hide,
         places: &Spelling,
     };
     turn.prepare(state, tenant)

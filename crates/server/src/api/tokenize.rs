@@ -10,6 +10,7 @@ use crate::http::body::{blocking, json, read};
 use crate::http::guard::{Caller, Tenant};
 use crate::state::ServerState;
 use crate::validate::arguments::TemplateArguments;
+use crate::validate::reasoning::asked;
 use crate::validate::{history, tools};
 use crate::wire;
 use crate::wire::chat_request::ChatFields;
@@ -57,7 +58,7 @@ fn rendered(
     open_turn: bool,
 ) -> Result<Vec<TokenId>, ApiError> {
     let tools = tools::tools(state.config(), chat.tools, body)?;
-    let effort = chat.reasoning_effort.as_deref();
+    let effort = asked(&chat)?.effort;
     let arguments =
         TemplateArguments::new(state.config(), state.format(), chat.chat_template_kwargs.as_ref());
     let mut conversation = history::conversation(state.config(), chat.messages, tools, effort, arguments)?;

@@ -8,7 +8,7 @@ use super::tools::{MAX_NAME, is_name_byte};
 use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::wire::chat_request::{WireFunctionCall, WireMessage, WireToolCall};
-use crate::wire::content::{Content, Part};
+use crate::wire::content::{Content, Part, Thought};
 
 /// 400 for a template argument, told apart by whether it is known at all.
 fn refused(what: String, known: bool) -> ApiError {
@@ -19,15 +19,15 @@ fn refused(what: String, known: bool) -> ApiError {
 /// The conversation to render.
 ///
 /// # Errors
-/// 400 naming the part of `messages`, `reasoning_effort` or `chat_template_kwargs`.
+/// 400 naming the part of `messages`, the field of the effort or `chat_template_kwargs`.
 pub(crate) fn conversation(
     config: &ServerConfig,
     messages: Option<Vec<WireMessage>>,
     tools: Vec<FunctionTool>,
-    effort: Option<&str>,
+    effort: Option<(String, &'static str)>,
     arguments: TemplateArguments<'_>,
 ) -> Result<Conversation, ApiError> {
-    let effort = effort.map(|text| (text, "reasoning_effort"));
+    let effort = effort.as_ref().map(|(level, param)| (level.as_str(), *param));
     assemble(config, turns(messages)?, tools, effort, arguments)
 }
 
@@ -100,8 +100,19 @@ fn turn(index: usize, message: WireMessage, earlier: &[Message]) -> Result<Messa
             if let Some(call) = message.function_call {
                 tool_calls.push(legacy_call(&at, index, call)?);
             }
-            let reasoning = message.reasoning_content.or(message.reasoning).filter(|text| !text.is_empty());
-            let content = text(&at, content)?.or(message.refusal);
+            let joined = |thoughts: Option<Vec<Thought>>| -> Option<String> {
+                Some(thoughts?.into_iter().map(|Thought(text)| text).collect())
+            };
+            let (content, thoughts) = parts(&at, content)?;
+            let spellings = [
+                message.reasoning_content,
+                message.reasoning,
+                joined(message.reasoning_details),
+                joined(message.thinking_blocks),
+                thoughts,
+            ];
+            let reasoning = spellings.into_iter().flatten().find(|text| !text.is_empty());
+            let content = content.or(message.refusal);
             Message::Assistant { reasoning, content, tool_calls }
         }
         "tool" => {
@@ -122,17 +133,26 @@ fn turn(index: usize, message: WireMessage, earlier: &[Message]) -> Result<Messa
     })
 }
 
-/// Parts are joined without a separator, so that a text and the same text in parts are one prompt.
+/// The text of content that has no reasoning.
 fn text(at: &At, content: Option<Content>) -> Result<Option<String>, ApiError> {
+    match parts(at, content)? {
+        (text, None) => Ok(text),
+        (_, Some(_)) => Err(at.invalid("content", "only assistant messages have parts with reasoning")),
+    }
+}
+
+/// Text and reasoning. Parts are joined without a separator, so that a text and the same text in parts are one prompt.
+fn parts(at: &At, content: Option<Content>) -> Result<(Option<String>, Option<String>), ApiError> {
     let parts = match content {
-        None => return Ok(None),
-        Some(Content::Text(text)) => return Ok(Some(text)),
+        None => return Ok((None, None)),
+        Some(Content::Text(text)) => return Ok((Some(text), None)),
         Some(Content::Parts(parts)) => parts,
     };
-    let mut joined = String::new();
+    let (mut joined, mut thoughts) = (String::new(), None);
     for (index, part) in parts.into_iter().enumerate() {
         match part {
             Part::Text(text) => joined.push_str(&text),
+            Part::Reasoning(text) => thoughts.get_or_insert_with(String::new).push_str(&text),
             Part::Other(kind) => {
                 let kind: String = kind.chars().take(32).collect();
                 let message =
@@ -141,7 +161,7 @@ fn text(at: &At, content: Option<Content>) -> Result<Option<String>, ApiError> {
             }
         }
     }
-    Ok(Some(joined))
+    Ok((Some(joined), thoughts))
 }
 
 fn tool_call(at: &At, number: usize, call: WireToolCall) -> Result<ToolCall, ApiError> {

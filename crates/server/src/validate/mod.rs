@@ -8,6 +8,7 @@ pub(crate) mod messages;
 mod messages_history;
 pub(crate) mod options;
 pub(crate) mod prompts;
+pub(crate) mod reasoning;
 pub(crate) mod tools;
 
 use ctxserve_chat::{ChatFormat, Conversation};
@@ -31,5 +32,6 @@ pub fn conversation_from_json(
     let fields: ChatFields = json(body)?;
     let tools = tools::tools(config, fields.tools, body)?;
     let arguments = TemplateArguments::new(config, format, fields.chat_template_kwargs.as_ref());
-    history::conversation(config, fields.messages, tools, fields.reasoning_effort.as_deref(), arguments)
+    let effort = reasoning::asked(&fields)?.effort;
+    history::conversation(config, fields.messages, tools, effort, arguments)
 }

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-use super::content::Content;
+use super::content::{Content, Thought};
 use super::schema;
 use crate::validate::tools::MAX_NAME;
 
@@ -22,6 +22,7 @@ pub(crate) struct ChatFields {
     pub(crate) parallel_tool_calls: Option<bool>,
     #[schemars(default, schema_with = "schema::effort")]
     pub(crate) reasoning_effort: Option<String>,
+    pub(crate) reasoning: Option<ReasoningField>,
     pub(crate) include_reasoning: Option<bool>,
     #[schemars(default, schema_with = "schema::template_arguments")]
     pub(crate) chat_template_kwargs: Option<Map<String, Value>>,
@@ -34,6 +35,17 @@ pub(crate) struct ChatFields {
     pub(crate) max_completion_tokens: Option<u64>,
 }
 
+/// `reasoning` of a request.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+pub(crate) struct ReasoningField {
+    #[schemars(default, schema_with = "schema::effort")]
+    pub(crate) effort: Option<String>,
+    pub(crate) enabled: Option<bool>,
+    pub(crate) exclude: Option<bool>,
+    #[schemars(with = "()")]
+    pub(crate) max_tokens: Option<Value>,
+}
+
 /// One message of any role; which fields matter depends on it.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[schemars(transform = schema::by_role)]
@@ -44,6 +56,10 @@ pub(crate) struct WireMessage {
     pub(crate) name: Option<String>,
     pub(crate) reasoning: Option<String>,
     pub(crate) reasoning_content: Option<String>,
+    #[schemars(default, schema_with = "schema::thoughts")]
+    pub(crate) reasoning_details: Option<Vec<Thought>>,
+    #[schemars(default, schema_with = "schema::thoughts")]
+    pub(crate) thinking_blocks: Option<Vec<Thought>>,
     pub(crate) refusal: Option<String>,
     pub(crate) tool_calls: Option<Vec<WireToolCall>>,
     pub(crate) tool_call_id: Option<String>,

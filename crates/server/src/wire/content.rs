@@ -6,6 +6,7 @@ use std::marker::PhantomData;
 use serde::Deserialize;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::Value;
 
 /// `content` of a message, in parts of the API that it belongs to.
 #[derive(Debug, PartialEq, Eq)]
@@ -22,6 +23,8 @@ pub(crate) enum Content<P = Part> {
 pub(crate) enum Part {
     /// Text.
     Text(String),
+    /// Reasoning of an earlier turn; without its text if that is encrypted.
+    Reasoning(String),
     /// Something else.
     Other(String),
 }
@@ -32,15 +35,57 @@ struct RawPart {
     kind: Option<String>,
     text: Option<String>,
     refusal: Option<String>,
+    thinking: Option<Content>,
+    reasoning: Option<String>,
+    summary: Option<Value>,
+}
+
+/// A piece of reasoning as clients keep it: `thinking` blocks, or OpenRouter's `reasoning_details`.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Thought(pub(crate) String);
+
+impl<'de> Deserialize<'de> for Thought {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let raw = RawPart::deserialize(deserializer)?;
+        let kind = raw.kind.clone().unwrap_or_default();
+        Ok(Self(raw.into_thought(&kind).unwrap_or_default()))
+    }
 }
 
 impl RawPart {
+    /// The text of a part that holds reasoning; empty for an encrypted one.
+    fn into_thought(self, kind: &str) -> Option<String> {
+        let joined = |content: Content| match content {
+            Content::Text(text) => text,
+            Content::Parts(parts) => {
+                let texts = parts.into_iter().filter_map(|part| match part {
+                    Part::Text(text) | Part::Reasoning(text) => Some(text),
+                    Part::Other(_) => None,
+                });
+                texts.collect()
+            }
+        };
+        match kind {
+            "thinking" => Some(self.thinking.map(joined).unwrap_or_default()),
+            "reasoning" => Some(self.reasoning.or(self.text).unwrap_or_default()),
+            "reasoning.text" => Some(self.text.unwrap_or_default()),
+            "reasoning.summary" => {
+                Some(self.summary.and_then(|text| text.as_str().map(str::to_owned)).unwrap_or_default())
+            }
+            "redacted_thinking" | "reasoning.encrypted" => Some(String::new()),
+            _ => None,
+        }
+    }
+
     fn into_part(self) -> Part {
-        let kind = self.kind.unwrap_or_default();
+        let kind = self.kind.clone().unwrap_or_default();
         let text = match kind.as_str() {
             "text" | "input_text" | "output_text" => self.text,
             "refusal" => self.refusal.or(self.text),
-            _ => None,
+            kind => match self.into_thought(kind) {
+                Some(thought) => return Part::Reasoning(thought),
+                None => None,
+            },
         };
         text.map_or(Part::Other(kind), Part::Text)
     }
@@ -109,7 +154,28 @@ mod tests {
         let parts = read(r#"[{"type":"text","text":"a","x":1},"b",{"type":"image_url","image_url":{}}]"#);
         let expected = vec![Part::Text("a".into()), Part::Text("b".into()), Part::Other("image_url".into())];
         assert_eq!(parts, Content::Parts(expected));
+        let thoughts = r#"[{"type":"thinking","thinking":"a","signature":"x"},{"type":"thinking","thinking":[{"type":"text","text":"b"}]},
+            {"type":"reasoning","reasoning":"c"},{"type":"reasoning","text":"d"},{"type":"redacted_thinking","data":"e"}]"#;
+        let expected = ["a", "b", "c", "d", ""].map(|text| Part::Reasoning(text.into())).into();
+        assert_eq!(read(thoughts), Content::Parts(expected));
         assert_eq!(read("[{}]"), Content::Parts(vec![Part::Other(String::new())]));
+    }
+
+    #[test]
+    fn details_of_reasoning() {
+        let read = |text| serde_json::from_str::<Thought>(text).map(|thought| thought.0);
+        for (text, thought) in [
+            (r#"{"type":"reasoning.text","text":"a","signature":null,"index":0}"#, "a"),
+            (r#"{"type":"reasoning.text","text":null}"#, ""),
+            (r#"{"type":"reasoning.summary","summary":"b"}"#, "b"),
+            (r#"{"type":"reasoning.encrypted","data":"c"}"#, ""),
+            (r#"{"type":"thinking","thinking":"d"}"#, "d"),
+            (r#"{"type":"other","text":"e"}"#, ""),
+            ("{}", ""),
+        ] {
+            assert_eq!(read(text).unwrap(), thought, "{text}");
+        }
+        assert!(read("1").is_err());
     }
 
     #[test]

@@ -100,6 +100,16 @@ pub(crate) fn list(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "array", "items": {"type": "object"}})
 }
 
+/// Reasoning in pieces, as clients keep it.
+pub(crate) fn thoughts(_: &mut SchemaGenerator) -> Schema {
+    let text = json!({"type": ["string", "null"]});
+    let piece = json!({
+        "type": "object",
+        "properties": {"type": text, "text": text, "refusal": text, "thinking": text, "reasoning": text},
+    });
+    json_schema!({"type": ["array", "null"], "items": piece})
+}
+
 /// `input`: a text, or items.
 pub(crate) fn input(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]})
