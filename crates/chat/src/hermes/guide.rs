@@ -26,6 +26,7 @@ const MOST_CALLS: usize = 64;
 const THINKS: usize = 0;
 const CALLS: usize = 1;
 const ENDS: usize = 2;
+const BLANKS: usize = 3;
 
 /// How an answer begins, as its prompt has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,6 +141,10 @@ impl HermesGuide {
             behind.add(&[newline.clone(), open.clone()], CALLS);
             behind.add(&[newline.clone(), newline, open], CALLS);
         }
+        if content.is_some() && !callable {
+            // As templates write it behind the thinking. Where calls may come, that begins one of their words.
+            starts[1].add(&[Part::text("\n\n")], BLANKS);
+        }
         if thinking == Thinking::Possible {
             let think = tokenizer.special_id(THINK).map_or(Part::text(THINK), Part::Token);
             starts[0].add(&[think], THINKS);
@@ -193,6 +198,7 @@ impl HermesGuide {
         match outcome {
             THINKS => self.state = State::Thinking(Watch::default(), false),
             CALLS => return self.call(),
+            BLANKS => {}
             _ => self.state = State::Over,
         }
         Ok(())

@@ -231,6 +231,15 @@ fn hermes_as_models_write_it() {
         assert_eq!(allows("hermes", &formatted, true, &format!("Well.</think>\n\n{text}")), Ok(()));
     }
     assert!(allows("hermes", &formatted, false, "Sure: ").is_err());
+    // The line breaks that templates write behind the thinking, with no calls that could follow them.
+    let alone = Demands { tools: Vec::new(), ..formatted };
+    for breaks in ["", "\n", "\n\n"] {
+        let text = format!("Well.</think>{breaks}{{\"ok\": true}}<|im_end|>");
+        assert_eq!(allows("hermes", &alone, true, &text), Ok(()));
+        assert_eq!(allows("hermes", &alone, false, &format!("<think>{text}")), Ok(()));
+    }
+    assert!(allows("hermes", &alone, false, "\n\n{").is_err());
+    assert!(allows("hermes", &alone, true, "Well.</think>\n\n\n").is_err());
 
     let strict = weather(true, CallRule::Free, None);
     for text in [format!("Let me look.\n{call}<|im_end|>"), "Hello <b>.<|im_end|>".to_owned()] {

@@ -94,10 +94,10 @@ fn prepare(state: &ServerState, tenant: Tenant, body: &[u8]) -> Result<Prepared,
     let max_tokens = fields.max_completion_tokens.map(|most| (most, "max_completion_tokens"));
     let content = guide::content(&shared)?;
     let options = options(state, shared, max_tokens, logprobs(&fields)?)?;
+    let Asked { effort, hide } = asked(&fields)?;
     let strict: Vec<bool> = fields.tools.iter().flatten().map(is_strict).collect();
     let tools = tools::tools(state.config(), fields.tools, text)?;
     let choice = tools::choice(state, fields.tool_choice.as_ref(), &tools)?;
-    let Asked { effort, hide } = asked(&fields)?;
     let arguments =
         TemplateArguments::new(state.config(), state.format(), fields.chat_template_kwargs.as_ref());
     let conversation = history::conversation(state.config(), fields.messages, tools, effort, arguments)?;

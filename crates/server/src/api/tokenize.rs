@@ -57,8 +57,8 @@ fn rendered(
     body: &str,
     open_turn: bool,
 ) -> Result<Vec<TokenId>, ApiError> {
-    let tools = tools::tools(state.config(), chat.tools, body)?;
     let effort = asked(&chat)?.effort;
+    let tools = tools::tools(state.config(), chat.tools, body)?;
     let arguments =
         TemplateArguments::new(state.config(), state.format(), chat.chat_template_kwargs.as_ref());
     let mut conversation = history::conversation(state.config(), chat.messages, tools, effort, arguments)?;

@@ -30,8 +30,8 @@ pub fn conversation_from_json(
 ) -> Result<Conversation, ApiError> {
     let body = text(body)?;
     let fields: ChatFields = json(body)?;
+    let effort = reasoning::asked(&fields)?.effort;
     let tools = tools::tools(config, fields.tools, body)?;
     let arguments = TemplateArguments::new(config, format, fields.chat_template_kwargs.as_ref());
-    let effort = reasoning::asked(&fields)?.effort;
     history::conversation(config, fields.messages, tools, effort, arguments)
 }
