@@ -6,13 +6,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub(crate) use crate::http::guard::Tenant as Owner;
+
 /// Bytes that an entry takes beside its texts.
 const ENTRY_BYTES: usize = 512;
 /// Bytes that an item takes beside its text.
 const ITEM_BYTES: usize = 96;
-
-/// Which API key; `None` where the server has none.
-pub(crate) type Owner = Option<usize>;
 
 /// An item of a conversation as JSON, with its id.
 #[derive(Clone, Debug, Default)]

@@ -8,7 +8,7 @@ use super::tools::{MAX_NAME, is_name_byte};
 use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::wire::chat_request::{WireFunctionCall, WireMessage, WireToolCall};
-use crate::wire::content::{Content, Part, Thought};
+use crate::wire::content::{Content, Thought};
 
 /// 400 for a template argument, told apart by whether it is known at all.
 fn refused(what: String, known: bool) -> ApiError {
@@ -141,27 +141,11 @@ fn text(at: &At, content: Option<Content>) -> Result<Option<String>, ApiError> {
     }
 }
 
-/// Text and reasoning. Parts are joined without a separator, so that a text and the same text in parts are one prompt.
+/// Text and reasoning.
 fn parts(at: &At, content: Option<Content>) -> Result<(Option<String>, Option<String>), ApiError> {
-    let parts = match content {
-        None => return Ok((None, None)),
-        Some(Content::Text(text)) => return Ok((Some(text), None)),
-        Some(Content::Parts(parts)) => parts,
-    };
-    let (mut joined, mut thoughts) = (String::new(), None);
-    for (index, part) in parts.into_iter().enumerate() {
-        match part {
-            Part::Text(text) => joined.push_str(&text),
-            Part::Reasoning(text) => thoughts.get_or_insert_with(String::new).push_str(&text),
-            Part::Other(kind) => {
-                let kind: String = kind.chars().take(32).collect();
-                let message =
-                    format!("content parts of type {kind:?} are not supported; this model reads text only");
-                return Err(at.invalid(&format!("content[{index}]"), &message));
-            }
-        }
-    }
-    Ok((Some(joined), thoughts))
+    let Some(content) = content else { return Ok((None, None)) };
+    let joined = content.joined().map_err(|(index, what)| at.invalid(&format!("content[{index}]"), &what));
+    joined.map(|(text, thoughts)| (Some(text), thoughts))
 }
 
 fn tool_call(at: &At, number: usize, call: WireToolCall) -> Result<ToolCall, ApiError> {

@@ -17,6 +17,32 @@ pub(crate) enum Content<P = Part> {
     Parts(Vec<P>),
 }
 
+impl Content {
+    /// Text and reasoning. Parts are joined without a separator, so that a text and the same text in parts are one prompt.
+    ///
+    /// # Errors
+    /// The index of a part that is neither, and what to say of it.
+    pub(crate) fn joined(self) -> Result<(String, Option<String>), (usize, String)> {
+        let parts = match self {
+            Self::Text(text) => return Ok((text, None)),
+            Self::Parts(parts) => parts,
+        };
+        let (mut joined, mut thoughts) = (String::new(), None);
+        for (index, part) in parts.into_iter().enumerate() {
+            match part {
+                Part::Text(text) => joined.push_str(&text),
+                Part::Reasoning(text) => thoughts.get_or_insert_with(String::new).push_str(&text),
+                Part::Other(kind) => {
+                    let kind: String = kind.chars().take(32).collect();
+                    let what = "are not supported; this model reads text only";
+                    return Err((index, format!("content parts of type {kind:?} {what}")));
+                }
+            }
+        }
+        Ok((joined, thoughts))
+    }
+}
+
 /// One part. Only text is served; the type of any other is kept for the error message and nothing of it is
 /// fetched or decoded.
 #[derive(Debug, PartialEq, Eq)]

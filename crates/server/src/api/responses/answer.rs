@@ -110,7 +110,7 @@ impl Answer {
     }
 
     /// Takes the next step of its one choice.
-    pub(super) fn step(&mut self, step: Step) {
+    pub(super) fn step(&mut self, step: Step, generation: &Generation) {
         let mut entries = match self.plan.logprobs && !step.logprobs.is_empty() {
             true => logprobs::chat(self.state.tokenizer(), &step.logprobs).content,
             false => Vec::new(),
@@ -119,7 +119,9 @@ impl Answer {
             match delta {
                 Delta::Reasoning(text) => self.reasoning(&text),
                 Delta::Content(text) => self.content(&text, std::mem::take(&mut entries)),
-                Delta::CallStart { name, .. } => self.call(name),
+                Delta::CallStart { index, name } => {
+                    self.call(generation.call_id(0, index).to_owned(), name);
+                }
                 Delta::CallArguments { text, .. } => self.arguments(&text),
                 Delta::CallEnd { .. } => self.close(Status::Completed, None),
             }
@@ -209,10 +211,10 @@ impl Answer {
         }
     }
 
-    fn call(&mut self, name: String) {
+    fn call(&mut self, call_id: String, name: String) {
         self.add(OutputItem::FunctionCall {
             id: self.state.random_name("fc_"),
-            call_id: self.state.random_name("call_"),
+            call_id,
             name,
             arguments: String::new(),
             status: Status::InProgress,

@@ -10,7 +10,7 @@ use super::sealed;
 use crate::error::ApiError;
 use crate::validate::history::called;
 use crate::wire::chat_request::WireFunctionCall;
-use crate::wire::content::{Content, Part};
+use crate::wire::content::Content;
 
 /// Types of items that belong to tools which run elsewhere. Nothing of them can be shown to the model.
 const HOSTED: [&str; 22] = [
@@ -83,27 +83,13 @@ impl At<'_> {
         text.filter(|text| !text.is_empty()).ok_or_else(|| self.invalid(name, &format!("{name} is required")))
     }
 
-    /// Parts are joined without a separator, as in the chat route.
     fn text(&self, map: &Map<String, Value>, name: &str) -> Result<Option<String>, ApiError> {
-        let parts = match self.field(map, name)? {
-            None => return Ok(None),
-            Some(Content::Text(text)) => return Ok(Some(text)),
-            Some(Content::Parts(parts)) => parts,
-        };
-        let mut joined = String::new();
-        for (index, part) in parts.into_iter().enumerate() {
-            match part {
-                Part::Text(text) => joined.push_str(&text),
-                Part::Other(kind) => {
-                    let kind: String = kind.chars().take(32).collect();
-                    let message = format!(
-                        "content parts of type {kind:?} are not supported; this model reads text only"
-                    );
-                    return Err(self.invalid(&format!("{name}[{index}]"), &message));
-                }
-            }
+        let Some(content) = self.field::<Content>(map, name)? else { return Ok(None) };
+        let refused = |(index, what): (usize, String)| self.invalid(&format!("{name}[{index}]"), &what);
+        match content.joined().map_err(refused)? {
+            (text, None) => Ok(Some(text)),
+            (_, Some(_)) => Err(self.invalid(name, "reasoning is an item of its own")),
         }
-        Ok(Some(joined))
     }
 }
 

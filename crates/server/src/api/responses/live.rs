@@ -72,7 +72,7 @@ impl Live {
                 next = generation.next() => next,
             };
             match next {
-                Some(Ok((_, step))) => self.change(|answer| answer.step(step)),
+                Some(Ok((_, step))) => self.change(|answer| answer.step(step, &generation)),
                 Some(Err(error)) => {
                     self.change(|answer| answer.fail(&error));
                     break;

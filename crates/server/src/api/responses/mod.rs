@@ -67,7 +67,7 @@ async fn whole(
 ) -> Result<Response, ApiError> {
     while let Some(next) = generation.next().await {
         let (_, step) = next?;
-        answer.step(step);
+        answer.step(step, &generation);
     }
     answer.finish(&generation);
     if let Some(keep) = keep {
@@ -120,8 +120,8 @@ impl Framer for ResponseFramer {
         self.answer.log().take()
     }
 
-    fn step(&mut self, _: usize, step: Step, _: &Generation) -> Vec<Frame> {
-        self.answer.step(step);
+    fn step(&mut self, _: usize, step: Step, generation: &Generation) -> Vec<Frame> {
+        self.answer.step(step, generation);
         self.answer.log().take()
     }
 
