@@ -89,7 +89,7 @@ async fn har_21_other_levels_are_refused() {
             (json!({"reasoning_effort": ""}), "reasoning_effort"),
             (json!({"reasoning_effort": 3}), "reasoning_effort"),
             (json!({"reasoning": {"effort": "ultra"}}), "reasoning.effort"),
-            (json!({"reasoning": {"effort": 3}}), "reasoning"),
+            (json!({"reasoning": {"effort": 3}}), "reasoning.effort"),
             (json!({"reasoning": "high"}), "reasoning"),
             (json!({"reasoning": {"max_tokens": 1000}}), "reasoning.max_tokens"),
             (json!({"chat_template_kwargs": {"reasoning_effort": "ultra"}}), "chat_template_kwargs"),
