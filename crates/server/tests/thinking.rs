@@ -15,17 +15,19 @@ const ALWAYS: Option<&str> = Some(
 );
 
 /// What the model writes in front of its answer, given how its prompt ends, and what of that is reasoning.
-const NOTHING: (&str, Option<&str>) = ("", None);
-const GOES_ON: (&str, Option<&str>) = ("Hm {\"a\" <tool.\n</think>\n\n", Some("Hm {\"a\" <tool."));
-const OPENS: (&str, Option<&str>) = ("<think>\nHm {\"a\" <tool.\n</think>\n\n", Some("Hm {\"a\" <tool."));
-const OPENS_EMPTY: (&str, Option<&str>) = ("<think>\n\n</think>\n\n", None);
+type Head = (&'static str, Option<&'static str>);
+
+const NOTHING: Head = ("", None);
+const GOES_ON: Head = ("Hm {\"a\" <tool.\n</think>\n\n", Some("Hm {\"a\" <tool."));
+const OPENS: Head = ("<think>\nHm {\"a\" <tool.\n</think>\n\n", Some("Hm {\"a\" <tool."));
+const OPENS_EMPTY: Head = ("<think>\n\n</think>\n\n", None);
 
 const CALL: &str = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"q\": \"x\"}}\n</tool_call>";
 const JSON: &str = "{\"ok\": true}";
 const TEXT: &str = "It is there.";
 
 /// Templates, what the request says of thinking, and what the model then does.
-fn beginnings() -> Vec<(&'static str, Option<&'static str>, Value, (&'static str, Option<&'static str>))> {
+fn beginnings() -> Vec<(&'static str, Option<&'static str>, Value, Head)> {
     let on = json!({"chat_template_kwargs": {"enable_thinking": true}});
     let off = json!({"chat_template_kwargs": {"enable_thinking": false}});
     vec![

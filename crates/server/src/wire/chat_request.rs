@@ -42,7 +42,7 @@ pub(crate) struct ReasoningField {
     pub(crate) effort: Option<String>,
     pub(crate) enabled: Option<bool>,
     pub(crate) exclude: Option<bool>,
-    #[schemars(with = "()")]
+    #[schemars(default, with = "()")]
     pub(crate) max_tokens: Option<Value>,
 }
 
