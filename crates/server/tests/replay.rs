@@ -80,6 +80,9 @@ fn asked() -> Value {
     json!([{"role": "user", "content": "Where?"}])
 }
 
+/// What a client does to a message.
+type Edit = fn(&mut Value);
+
 /// What a server that never answered before makes of the history.
 async fn canonical(format: &str, messages: &Value) -> Vec<u64> {
     prompt(&setup(format).start(), None, messages).await
@@ -101,7 +104,7 @@ async fn metric(server: &Server, form: &str) -> u64 {
 #[tokio::test]
 async fn har_07_a_loop_goes_on_token_for_token() {
     for format in ["harmony", "hermes"] {
-        let edits: [(&str, fn(&mut Value)); 4] = [
+        let edits: [(&str, Edit); 4] = [
             ("as it is", |_| {}),
             ("without reasoning", |message| {
                 let fields = message.as_object_mut().unwrap();
@@ -152,7 +155,7 @@ async fn har_07_streamed_turns_are_kept() {
 #[tokio::test]
 async fn har_07_changed_turns_take_the_canonical_form() {
     for format in ["harmony", "hermes"] {
-        let edits: [fn(&mut Value); 5] = [
+        let edits: [Edit; 5] = [
             |message| message["tool_calls"][0]["function"]["arguments"] = json!("{\"q\": \"tea\", \"n\": 1}"),
             |message| message["tool_calls"][0]["function"]["name"] = json!("g"),
             |message| message["content"] = json!("Aha."),
@@ -199,7 +202,8 @@ async fn har_07_turns_of_one_key_are_unknown_to_another() {
 #[tokio::test]
 async fn har_07_only_well_formed_turns_are_kept() {
     let calls = "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{\"q\": 1}";
-    let cases: [(String, fn(&mut Setup), Value); 5] = [
+    type Change = fn(&mut Setup);
+    let cases: [(String, Change, Value); 5] = [
         // A doubled channel, a stray end, JSON with something behind it.
         (format!("<|channel|>analysis{calls}<|call|>"), |_| {}, json!({})),
         (format!("<|end|><|start|>assistant{calls}<|call|>"), |_| {}, json!({})),
