@@ -59,8 +59,13 @@ async fn going_on_equals_sending_everything_again() {
     input.push(result.clone());
     let again = created(&server, json!({"input": input, "tools": tools(), "store": false})).await;
     assert_eq!(second["usage"]["input_tokens"], again["usage"]["input_tokens"]);
-    // Without the reasoning or the call it would be another prompt.
-    let bare = json!({"input": [input[0], input[2], result], "tools": tools(), "store": false});
+    // The call's id brings back the reasoning that was left out; without either it would be another prompt.
+    let known = json!({"input": [input[0], input[2], result], "tools": tools(), "store": false});
+    assert_eq!(created(&server, known).await["usage"]["input_tokens"], again["usage"]["input_tokens"]);
+    let (mut made, mut its) = (input[2].clone(), result.clone());
+    made["call_id"] = json!("another");
+    its["call_id"] = json!("another");
+    let bare = json!({"input": [input[0], made, its], "tools": tools(), "store": false});
     assert_ne!(created(&server, bare).await["usage"]["input_tokens"], again["usage"]["input_tokens"]);
     let third = json!({"previous_response_id": second["id"], "input": "and?", "tools": tools()});
     assert!(
