@@ -110,7 +110,7 @@ def test_nothing_of_a_turn_leaks_to_another_key(name):
         same, other = history(call["function"]["arguments"]), history('{"query": "b"}')
         assert counted("one", same)[: len(prompt + ids)] == prompt + ids
         foreign = counted("two", same)
-        assert foreign[: len(prompt)] == prompt and foreign[: len(prompt + ids)] != prompt + ids
+        assert foreign[: len(prompt + ids)] != prompt + ids
         for key, messages in [("two", same), ("two", other), ("one", other)]:
             tokens = {"tokens": counted(key, messages)}
             text = server.post("/detokenize", tokens, headers={"Authorization": "Bearer one"})[2]["prompt"]
