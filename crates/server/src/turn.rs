@@ -30,6 +30,11 @@ pub(crate) trait Places {
     /// Where the schema of function `index` of the conversation came from.
     fn schema(&self, index: usize) -> String;
 
+    /// How ids of calls begin.
+    fn call_prefix(&self) -> &'static str {
+        "call_"
+    }
+
     /// `error` says that a prompt of `prompt` tokens leaves no room for an answer; a route may say it in its own words.
     fn too_long(&self, state: &ServerState, prompt: usize, error: ApiError) -> ApiError {
         let _ = (state, prompt);
@@ -65,6 +70,7 @@ pub(crate) struct Prepared {
     one_call: bool,
     hide_reasoning: bool,
     prompt_param: &'static str,
+    call_prefix: &'static str,
     tenant: Tenant,
 }
 
@@ -97,6 +103,7 @@ impl Turn<'_> {
             let eos = &mut self.options.rules.eos;
             *eos = eos.iter().copied().filter(|id| state.tokenizer().is_control(*id)).collect();
         }
+        let call_prefix = self.places.call_prefix();
         let Turn { options, one_call, hide_reasoning, .. } = self;
         Ok(Prepared {
             options,
@@ -107,11 +114,12 @@ impl Turn<'_> {
             one_call,
             hide_reasoning,
             prompt_param,
+            call_prefix,
             tenant,
         })
     }
 
-    /// The prompt alone.
+    /// The prompt alone. Turns that this tenant was answered with are repeated as they were.
     ///
     /// # Errors
     /// 400 naming the message that the format cannot express.
@@ -179,7 +187,7 @@ impl Prepared {
                 reading.clone(),
                 Arc::clone(&options.stop),
             )
-            .written_by(Scribe::new(state.clone(), self.tenant, &self.prompt))
+            .written_by(Scribe::new(state.clone(), self.tenant, self.call_prefix, &self.prompt))
         })
     }
 }

@@ -10,7 +10,7 @@ use crate::error::ApiError;
 use crate::generate::choice::ChoiceEnd;
 use crate::generate::run::Generation;
 use crate::http::body::{blocking, json, read};
-use crate::http::guard::Caller;
+use crate::http::guard::{Caller, Tenant};
 use crate::http::sse;
 use crate::state::ServerState;
 use crate::turn::Prepared;
@@ -39,8 +39,8 @@ pub(crate) async fn messages(
     request: Request,
 ) -> Result<Response, ApiError> {
     let body = read(&state, request).await?;
-    let preparing = state.clone();
-    let (prepared, blocks) = blocking(&state, move || prepare(&preparing, &body)).await?;
+    let (preparing, tenant) = (state.clone(), caller.tenant);
+    let (prepared, blocks) = blocking(&state, move || prepare(&preparing, tenant, &body)).await?;
     let head = Head {
         id: state.random_name("msg_"),
         model: prepared.options.model.clone(),
@@ -49,22 +49,26 @@ pub(crate) async fn messages(
     let generation = prepared.start(&state, &head.id, ROUTE, caller)?;
     if prepared.options.stream {
         let keep_alive = state.config().keep_alive;
-        let framer = MessageFramer::new(state, head, blocks);
+        let framer = MessageFramer::new(head, blocks);
         return Ok(sse::respond(generation, framer, keep_alive));
     }
-    whole(&state, &head, blocks, generation).await
+    whole(&head, blocks, generation).await
 }
 
 /// Counts the tokens of the prompt that [`messages`] would make of the same body.
 pub(crate) async fn count_tokens(
     State(state): State<ServerState>,
+    Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Response, ApiError> {
     let body = read(&state, request).await?;
     let counting = state.clone();
     let input_tokens = blocking(&state, move || {
         let mut sources = Sources::default();
-        Ok(messages::turn(&counting, fields(&body)?, &mut sources)?.render(&counting)?.len())
+        Ok(messages::turn(&counting, fields(&body)?, &mut sources)?
+            .render(&counting, caller.tenant)?
+            .ids
+            .len())
     });
     json(&TokenCount { input_tokens: input_tokens.await? })
 }
@@ -76,7 +80,7 @@ fn fields(body: &[u8]) -> Result<MessagesFields, ApiError> {
     Ok(fields)
 }
 
-fn prepare(state: &ServerState, body: &[u8]) -> Result<(Prepared, BlockOptions), ApiError> {
+fn prepare(state: &ServerState, tenant: Tenant, body: &[u8]) -> Result<(Prepared, BlockOptions), ApiError> {
     let fields = fields(body)?;
     if fields.max_tokens.is_none() {
         return Err(ApiError::invalid("max_tokens", "max_tokens is required"));
@@ -93,21 +97,16 @@ fn prepare(state: &ServerState, body: &[u8]) -> Result<(Prepared, BlockOptions),
         omit_thinking: fields.thinking.as_ref().is_some_and(|t| t.display.as_deref() == Some("omitted")),
     };
     let mut sources = Sources::default();
-    Ok((messages::turn(state, fields, &mut sources)?.prepare(state)?, blocks))
+    Ok((messages::turn(state, fields, &mut sources)?.prepare(state, tenant)?, blocks))
 }
 
-async fn whole(
-    state: &ServerState,
-    head: &Head,
-    blocks: BlockOptions,
-    mut generation: Generation,
-) -> Result<Response, ApiError> {
+async fn whole(head: &Head, blocks: BlockOptions, mut generation: Generation) -> Result<Response, ApiError> {
     let mut blocks = Blocks::new(blocks);
     let (mut pieces, mut end) = (Vec::new(), None);
     while let Some(next) = generation.next().await {
-        let (_, step) = next?;
+        let (choice, step) = next?;
         for delta in step.deltas {
-            blocks.push(delta, || call_id(state), &mut pieces);
+            blocks.push(delta, |call| generation.call_id(choice, call).to_owned(), &mut pieces);
         }
         end = step.end.or(end);
     }
@@ -117,10 +116,6 @@ async fn whole(
         end: ended(end.as_ref()),
         ..empty(head, usage(&generation))
     })
-}
-
-pub(crate) fn call_id(state: &ServerState) -> String {
-    state.random_name("toolu_")
 }
 
 /// An answer that nothing is known of yet.

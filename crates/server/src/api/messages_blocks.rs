@@ -52,14 +52,14 @@ impl Blocks {
     }
 
     /// Takes a delta; `id` names the call that it starts.
-    pub(crate) fn push(&mut self, delta: Delta, id: impl FnOnce() -> String, out: &mut Vec<Piece>) {
+    pub(crate) fn push(&mut self, delta: Delta, id: impl FnOnce(usize) -> String, out: &mut Vec<Piece>) {
         match delta {
             Delta::Reasoning(text) => self.thinking(text, out),
             Delta::Content(text) => self.text(text, out),
             Delta::CallStart { index, name } => {
                 self.close(out);
                 let arguments = (!self.options.eager.contains(&name)).then(String::new);
-                let block = ContentBlock::ToolUse { id: id(), name, input: empty() };
+                let block = ContentBlock::ToolUse { id: id(index), name, input: empty() };
                 self.start(Open::Call { call: index, arguments }, block, out);
             }
             Delta::CallArguments { index, text } => match &mut self.open {

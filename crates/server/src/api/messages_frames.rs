@@ -1,25 +1,23 @@
 //! Answers of `/v1/messages` as events of a stream.
 
-use super::messages::{Head, call_id, empty, ended, usage};
+use super::messages::{Head, empty, ended, usage};
 use super::messages_blocks::{BlockOptions, Blocks, Piece};
 use crate::error::ApiError;
 use crate::generate::choice::Step;
 use crate::generate::run::Generation;
 use crate::http::sse::{Frame, Framer, frame};
-use crate::state::ServerState;
 use crate::wire::messages_response::{EndFields, PING, StreamEvent};
 
 /// Makes events: the start of the message, its blocks one after another, how it ended with the counts, the stop.
 pub(crate) struct MessageFramer {
-    state: ServerState,
     head: Head,
     blocks: Blocks,
     end: EndFields,
 }
 
 impl MessageFramer {
-    pub(crate) fn new(state: ServerState, head: Head, blocks: BlockOptions) -> Self {
-        Self { state, head, blocks: Blocks::new(blocks), end: EndFields::default() }
+    pub(crate) fn new(head: Head, blocks: BlockOptions) -> Self {
+        Self { head, blocks: Blocks::new(blocks), end: EndFields::default() }
     }
 }
 
@@ -41,10 +39,10 @@ impl Framer for MessageFramer {
         vec![event(&StreamEvent::MessageStart { message: empty(&self.head, usage(generation)) })]
     }
 
-    fn step(&mut self, _: usize, step: Step, _: &Generation) -> Vec<Frame> {
+    fn step(&mut self, choice: usize, step: Step, generation: &Generation) -> Vec<Frame> {
         let mut made = Vec::new();
         for delta in step.deltas {
-            self.blocks.push(delta, || call_id(&self.state), &mut made);
+            self.blocks.push(delta, |call| generation.call_id(choice, call).to_owned(), &mut made);
         }
         if let Some(end) = step.end {
             self.blocks.close(&mut made);

@@ -12,6 +12,8 @@ use crate::state::ServerState;
 pub(crate) struct Scribe {
     state: ServerState,
     tenant: Tenant,
+    /// How ids of calls begin.
+    call_prefix: &'static str,
     /// End of the prompt, as the format's turns begin.
     head: Box<[TokenId]>,
     ids: Vec<TokenId>,
@@ -21,9 +23,22 @@ pub(crate) struct Scribe {
 
 impl Scribe {
     /// Of an answer to `prompt`.
-    pub(crate) fn new(state: ServerState, tenant: Tenant, prompt: &Arc<[TokenId]>) -> Self {
+    pub(crate) fn new(
+        state: ServerState,
+        tenant: Tenant,
+        call_prefix: &'static str,
+        prompt: &Arc<[TokenId]>,
+    ) -> Self {
         let head = state.format().turn_head(prompt).into();
-        Self { state, tenant, head, ids: Vec::new(), said: Collector::default(), call_ids: Vec::new() }
+        Self {
+            state,
+            tenant,
+            call_prefix,
+            head,
+            ids: Vec::new(),
+            said: Collector::default(),
+            call_ids: Vec::new(),
+        }
     }
 
     /// Takes a sampled id.
@@ -38,7 +53,7 @@ impl Scribe {
 
     /// The client is told of another call.
     pub(crate) fn call(&mut self) {
-        self.call_ids.push(self.state.random_name("call_"));
+        self.call_ids.push(self.state.random_name(self.call_prefix));
     }
 
     /// The id of a call that the client was told of.

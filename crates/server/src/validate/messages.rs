@@ -38,6 +38,10 @@ impl Places for Sources {
         }
     }
 
+    fn call_prefix(&self) -> &'static str {
+        "toolu_"
+    }
+
     fn schema(&self, index: usize) -> String {
         let index = self.tools.get(index).copied().unwrap_or(index);
         format!("tools[{index}].input_schema")

@@ -84,7 +84,9 @@ impl Places for Spelling {
 /// # Errors
 /// 400 naming the field, 404 for a response or an item that is not there.
 pub(super) fn prepare(state: &ServerState, owner: Owner, body: &[u8]) -> Result<Ready, ApiError> {
-    checked(state, owner, body, |turn, plan, keep| Ok(Ready { prepared: turn.prepare(state, owner)?, plan, keep }))
+    checked(state, owner, body, |turn, plan, keep| {
+        Ok(Ready { prepared: turn.prepare(state, owner)?, plan, keep })
+    })
 }
 
 /// How many tokens the prompt of a body has, whether or not they leave room for an answer.
