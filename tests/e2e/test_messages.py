@@ -144,7 +144,6 @@ def test_arguments_that_are_no_json_are_not_lost():
         ]
         assert create(client, back, tools=[SEARCH]).content[0].text == "ok"
         cut = create(client, tools=[SEARCH])
-        assert cut.stop_reason == "end_turn" or cut.stop_reason == "max_tokens", cut
         assert cut.content[0].input == {"INVALID_JSON": '{"query": "ha'}
 
 
@@ -160,11 +159,9 @@ def test_stop_sequences_and_limits():
             assert message.stop_reason == "max_tokens" and message.usage.output_tokens == 4
 
 
-@pytest.mark.parametrize("form", ["harmony", "hermes"])
-def test_forced_tools_and_structured_outputs_hold_on_random_weights(form, request):
-    """HAR-11, HAR-12 and HAR-13 for this API: what is asked for is all that the model can say."""
-    server = request.getfixturevalue("golden" if form == "harmony" else "qwen")
-    client = connect(server)
+def test_forced_tools_and_structured_outputs_hold_on_random_weights(qwen):
+    """What is asked for is all that the model can say."""
+    client = connect(qwen)
     schema = {
         "type": "object",
         "properties": {"query": {"enum": ["a", "b"]}, "deep": {"type": "boolean"}},
@@ -173,19 +170,23 @@ def test_forced_tools_and_structured_outputs_hold_on_random_weights(form, reques
     }
     tool = {"name": "find", "description": "d", "input_schema": schema, "strict": True}
     more = {"model": "golden", "max_tokens": 400, "thinking": {"type": "disabled"}}
+
+    def finished(**asked):
+        """An answer that is not cut: thinking is free, and random weights may think to the limit."""
+        for _ in range(8):
+            message = create(client, **more, **asked)
+            if message.stop_reason != "max_tokens":
+                return message
+        pytest.skip("the random weights thought to the limit eight times")
+
     for choice in ({"type": "any"}, {"type": "tool", "name": "find"}):
-        message = create(client, tools=[tool, SEARCH], tool_choice={**choice, "disable_parallel_tool_use": True}, **more)
+        message = finished(tools=[tool], tool_choice={**choice, "disable_parallel_tool_use": True})
         uses = [block for block in message.content if block.type == "tool_use"]
-        if message.stop_reason == "max_tokens":
-            pytest.skip("the random model thought to its limit")
-        assert len(uses) == 1 and message.stop_reason == "tool_use"
-        if uses[0].name == "find":
-            assert uses[0].input["query"] in ("a", "b") and isinstance(uses[0].input["deep"], bool)
-    output = {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
-    message = create(client, **more, **output)
-    if message.stop_reason != "max_tokens":
-        found = json.loads("".join(block.text for block in message.content if block.type == "text"))
-        assert found["query"] in ("a", "b")
+        assert len(uses) == 1 and uses[0].name == "find" and message.stop_reason == "tool_use"
+        assert uses[0].input["query"] in ("a", "b") and isinstance(uses[0].input["deep"], bool)
+    message = finished(output_config={"format": {"type": "json_schema", "schema": schema}})
+    found = json.loads("".join(block.text for block in message.content if block.type == "text"))
+    assert found["query"] in ("a", "b") and isinstance(found["deep"], bool)
 
 
 def test_errors_are_the_sdks():

@@ -212,6 +212,59 @@ async fn strict_calls_and_schemas_together() {
     }
 }
 
+/// HAR-11, HAR-12 and HAR-13, for the Messages API.
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_are_held_to_what_they_ask_for() {
+    let tool = |tool: &Value| {
+        let function = &tool["function"];
+        json!({"name": function["name"], "input_schema": function["parameters"], "strict": true})
+    };
+    let declared: Vec<Value> = tools(true).as_array().unwrap().iter().map(tool).collect();
+    let verdict = json!({
+        "type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": false,
+    });
+    let format = json!({"format": {"type": "json_schema", "schema": verdict}});
+    let asked = [
+        json!({"tools": declared, "tool_choice": {"type": "any", "disable_parallel_tool_use": true}}),
+        json!({"tools": declared, "tool_choice": {"type": "tool", "name": "sum.of-all"}}),
+        json!({"output_config": format}),
+        json!({"output_format": format["format"]}),
+    ];
+    for name in FORMATS {
+        let server = server(name);
+        for (index, more) in asked.iter().enumerate() {
+            let mut whole = 0;
+            for _ in 0..30 {
+                let body =
+                    common::messages::request(common::merged(json!({"temperature": 1.0}), more.clone()));
+                let message = server.post(common::messages::PATH, &body).await.json();
+                let blocks = message["content"].as_array().unwrap_or_else(|| panic!("{message}"));
+                let of = |kind: &str| blocks.iter().filter(|block| block["type"] == kind).collect::<Vec<_>>();
+                match message["stop_reason"].as_str().unwrap() {
+                    "max_tokens" => continue,
+                    "tool_use" if index < 2 => {
+                        let [block] = of("tool_use")[..] else { panic!("{message}") };
+                        let function =
+                            json!({"name": block["name"], "arguments": block["input"].to_string()});
+                        check_call(&json!({"function": function}));
+                        assert!(index == 0 || block["name"] == "sum.of-all", "{message}");
+                    }
+                    "end_turn" if index >= 2 => {
+                        let text: String =
+                            of("text").iter().filter_map(|block| block["text"].as_str()).collect();
+                        let value: Value =
+                            serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+                        assert!(value["ok"].is_boolean() && value.as_object().unwrap().len() == 1, "{text}");
+                    }
+                    _ => panic!("{message}"),
+                }
+                whole += 1;
+            }
+            assert!(whole > 15, "{name}: {whole} of 30 were whole");
+        }
+    }
+}
+
 /// HAR-13: every spelling of a constraint holds for the text for the user, whole and streamed.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_spelling_of_a_constraint() {
