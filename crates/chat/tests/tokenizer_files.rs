@@ -93,6 +93,30 @@ fn nesting_is_bounded() {
     refused(&serde_json::to_vec(&document).unwrap(), "nested deeper");
 }
 
+/// security: model files. Added tokens that contain one another, by the thousand: the longest that fits is cut out, nothing is
+/// expanded, and none comes from a client's text.
+#[test]
+fn added_tokens_within_added_tokens_are_not_expanded() {
+    let nested = |depth: usize| format!("{}x{}", "<".repeat(depth), ">".repeat(depth));
+    let added: Vec<Value> = (1..=2000)
+        .map(|depth| json!({ "id": 9 + depth, "content": nested(depth), "special": depth % 2 == 0 }))
+        .collect();
+    let tokenizer = load(&small(json!(added))).unwrap();
+    for depth in [1, 2, 3, 1000, 1999] {
+        let ids = tokenizer.encode(&nested(depth));
+        assert!(ids.iter().all(|&id| !tokenizer.is_control(id)), "{depth}");
+        assert!(ids.len() <= 2 * depth + 1);
+    }
+    let twice = json!([{ "id": 9, "content": "<a>" }, { "id": 10, "content": "<a>" }]);
+    let circular = json!([{ "id": 9, "content": "<a><b>" }, { "id": 10, "content": "<b><a>" }, { "id": 11, "content": "" }]);
+    for odd in [twice, circular] {
+        if let Ok(tokenizer) = load(&small(odd)) {
+            let text = "<a><b>".repeat(1000);
+            assert!(tokenizer.encode(&text).len() <= text.len());
+        }
+    }
+}
+
 #[test]
 fn from_file_names_the_path() {
     let dir = std::env::temp_dir().join(format!("ctxserve-tokenizer-{}", std::process::id()));

@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use ctxserve_engine::EngineState;
 use ctxserve_server::ServerState;
 
-use crate::cli::options::HttpOptions;
+use crate::cli::http::HttpOptions;
 use crate::cli::values::Values;
 use crate::signals;
 use crate::start::{Asked, StartTimes};

@@ -335,6 +335,9 @@ fn server_config(
         default_template_arguments: options.model.template_arguments.clone(),
         enable_auto_tool_choice: options.http.auto_tools,
         drain_timeout: options.http.drain,
+        limits: options.http.limits.clone(),
+        metrics_without_key: options.http.metrics_without_key,
+        browsers: options.http.browsers.clone(),
         ..ServerConfig::default()
     })
 }

@@ -173,3 +173,27 @@ fn the_architecture_page_draws_the_same_graph() {
         assert_eq!(drawn, allowed.iter().copied().collect(), "{name}");
     }
 }
+
+/// security: `bytes` overflow, RUSTSEC-2026-0007 = CVE-2026-25541. No version that has it, and overflows stop a release build too.
+#[test]
+fn overflows_are_caught() {
+    let toml = |name: &str| fs::read_to_string(root().join(name)).unwrap().parse::<toml::Table>().unwrap();
+    let lock = toml("Cargo.lock");
+    let packages = lock["package"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|package| package["name"].as_str() == Some("bytes"));
+    let versions: Vec<Vec<u32>> = packages
+        .map(|package| {
+            package["version"].as_str().unwrap().split('.').map(|part| part.parse().unwrap()).collect()
+        })
+        .collect();
+    assert!(
+        !versions.is_empty() && versions.iter().all(|version| *version >= vec![1, 11, 1]),
+        "{versions:?}"
+    );
+    let release = toml("Cargo.toml")["profile"]["release"].clone();
+    assert_eq!(release["overflow-checks"].as_bool(), Some(true));
+    assert_eq!(toml("Cargo.toml")["profile"]["dist"]["inherits"].as_str(), Some("release"));
+}

@@ -6,6 +6,9 @@ use ctxserve_chat::ChatFormat;
 use ctxserve_core::{SamplingParams, TokenId};
 use serde_json::{Map, Value};
 
+use crate::http::keys::ApiKeys;
+use crate::http::origin::Browsers;
+use crate::limits::Limits;
 use crate::state::{ServerError, unix_seconds};
 use crate::validate::arguments::TemplateArguments;
 
@@ -39,8 +42,8 @@ pub struct ServerConfig {
     pub served_model_names: Vec<String>,
     /// `root` of `/v1/models`: where the weights came from.
     pub model_root: String,
-    /// When not empty, every route but the health probes needs `Authorization: Bearer` with one of them.
-    pub api_keys: Vec<String>,
+    /// When not empty, every route but the health probes needs one of them.
+    pub api_keys: ApiKeys,
     /// Leave `/metrics` open although keys are set.
     pub metrics_without_key: bool,
     /// Sampling where a request is silent (the checkpoint's generation config or a profile).
@@ -59,14 +62,10 @@ pub struct ServerConfig {
     pub turn_cache_bytes: usize,
     /// Date in prompts.
     pub prompt_date: PromptDate,
-    /// Largest request body, bytes.
-    pub max_body_bytes: usize,
-    /// How long a body may take to arrive.
-    pub body_timeout: Duration,
-    /// How long the headers of a request may take to arrive.
-    pub header_timeout: Duration,
-    /// Most tools in one request.
-    pub max_tools: usize,
+    /// Ceilings on what clients may send.
+    pub limits: Limits,
+    /// What web pages may do, and which names the server goes by.
+    pub browsers: Browsers,
     /// Longest silence of a stream before a comment is sent.
     pub keep_alive: Duration,
     /// `/health` turns 503 when work is pending and the engine has not finished a step for this long.
@@ -84,11 +83,12 @@ pub struct ServerConfig {
 }
 
 impl ServerConfig {
-    /// Whether the settings go with a chat format.
+    /// Whether the settings make sense, and go with a chat format.
     ///
     /// # Errors
-    /// [`ServerError::TemplateArguments`].
+    /// [`ServerError::TemplateArguments`] and [`ServerError::Browsers`].
     pub fn check(&self, format: &dyn ChatFormat) -> Result<(), ServerError> {
+        self.browsers.check()?;
         let defaults = TemplateArguments::new(self, format, None).read();
         defaults.map(drop).map_err(|(what, _)| ServerError::TemplateArguments(what))
     }
@@ -99,7 +99,7 @@ impl Default for ServerConfig {
         Self {
             served_model_names: vec!["default".to_owned()],
             model_root: String::new(),
-            api_keys: Vec::new(),
+            api_keys: ApiKeys::default(),
             metrics_without_key: false,
             default_sampling: SamplingParams::default(),
             default_max_tokens: None,
@@ -109,10 +109,8 @@ impl Default for ServerConfig {
             keep_reasoning: false,
             turn_cache_bytes: 64 << 20,
             prompt_date: PromptDate::Today,
-            max_body_bytes: 32 << 20,
-            body_timeout: Duration::from_secs(60),
-            header_timeout: Duration::from_secs(30),
-            max_tools: 1024,
+            limits: Limits::default(),
+            browsers: Browsers::default(),
             keep_alive: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(120),
             drain_timeout: Duration::from_secs(30),

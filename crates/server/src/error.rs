@@ -122,6 +122,11 @@ impl ApiError {
         Self::new(StatusCode::UNAUTHORIZED, INVALID, Some("invalid_api_key"), message)
     }
 
+    /// 403 for where a request comes from.
+    pub fn forbidden(code: &'static str, message: &str) -> Self {
+        Self::new(StatusCode::FORBIDDEN, INVALID, Some(code), message)
+    }
+
     /// 404 for a model name that is not served. The name is cut, it comes from the client.
     pub fn unknown_model(name: &str) -> Self {
         let shown: String = name.chars().take(128).collect();
@@ -162,6 +167,17 @@ impl ApiError {
     pub fn body_too_large(limit: usize) -> Self {
         let message = format!("The request body is larger than {limit} bytes.");
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, INVALID, Some("request_too_large"), message)
+    }
+
+    /// 400 for a body whose nesting no reader should follow.
+    pub fn too_deep(limit: usize) -> Self {
+        Self::malformed(format!("The request body is nested more than {limit} levels deep."))
+    }
+
+    /// 503 for an answer that takes too long. Trying again would take as long.
+    pub fn answer_timeout(limit: Duration) -> Self {
+        let message = format!("The answer was not complete within {} seconds.", limit.as_secs_f64());
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, Some("request_timeout"), message)
     }
 
     /// 415.
@@ -257,8 +273,9 @@ impl From<RenderError> for ApiError {
     }
 }
 
-/// What a refused submission means to the client. `param` names the field that holds the prompt.
-pub(crate) fn from_submit(error: SubmitError, param: &str) -> ApiError {
+/// What a refused submission means to the client. `param` names the field that holds the prompt, `many` the one that made
+/// so many sequences.
+pub(crate) fn from_submit(error: SubmitError, param: &str, many: &str) -> ApiError {
     match error {
         SubmitError::QueueFull { retry_after, .. } => {
             let message = error.to_string();
@@ -267,7 +284,7 @@ pub(crate) fn from_submit(error: SubmitError, param: &str) -> ApiError {
                 ApiError::new(StatusCode::TOO_MANY_REQUESTS, kind, Some("rate_limit_exceeded"), message);
             ApiError { retry_after: Some(retry_after), ..base }
         }
-        SubmitError::TooMany { .. } => ApiError::invalid("n", error.to_string()),
+        SubmitError::TooMany { .. } => ApiError::invalid(many, error.to_string()),
         SubmitError::TooLong { prompt, max } => ApiError::context_length(prompt, max, param),
         SubmitError::Draining => ApiError::unavailable("The server is shutting down."),
         SubmitError::Faulted(message) => ApiError::fault(message),

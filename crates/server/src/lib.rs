@@ -56,6 +56,7 @@ mod error;
 mod generate;
 mod http;
 mod kept;
+pub mod limits;
 mod metrics;
 mod openapi;
 mod record;
@@ -69,6 +70,8 @@ mod wire;
 
 pub use config::{PromptDate, ServerConfig};
 pub use error::ApiError;
+pub use http::keys::ApiKeys;
+pub use http::origin::{Browsers, BrowsersError};
 pub use http::serve::serve;
 pub use router::router;
 pub use state::{ServerError, ServerState};

@@ -88,7 +88,7 @@ impl Schemas {
         self.define("TokenIds", ids(0, info.max_model_len));
         self.define("PromptIds", ids(1, info.max_model_len.saturating_sub(1)));
         let tool = self.requests.subschema_for::<WireTool>();
-        self.define("Tools", json!({"type": "array", "items": tool, "maxItems": config.max_tools}));
+        self.define("Tools", json!({"type": "array", "items": tool, "maxItems": config.limits.max_tools}));
         let mut arguments = Map::from_iter([
             ("reasoning_effort".to_owned(), json!({"enum": efforts()})),
             ("enable_thinking".to_owned(), json!({"type": ["boolean", "null"]})),

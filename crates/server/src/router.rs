@@ -45,6 +45,16 @@ pub(crate) fn routes() -> Vec<Route> {
 
 /// The service. Anything but its routes is 404, a wrong method 405, a panic 500 for that request alone.
 pub fn router(state: ServerState) -> Router {
+    // Settings that make no layer were refused when the state was made.
+    let cors = state.config().browsers.layer().ok().flatten();
+    let service = service(state);
+    match cors {
+        Some(cors) => service.layer(cors),
+        None => service,
+    }
+}
+
+fn service(state: ServerState) -> Router {
     let routes = routes().into_iter();
     routes
         .fold(Router::new(), |router, (path, methods, _)| router.route(path, methods))

@@ -16,6 +16,7 @@ use tokio::sync::Semaphore;
 use crate::api::responses::live::Live;
 use crate::config::ServerConfig;
 use crate::error::ApiError;
+use crate::http::origin::BrowsersError;
 use crate::metrics::Metrics;
 use crate::store::Store;
 use crate::turns::Turns;
@@ -32,6 +33,9 @@ pub enum ServerError {
     /// An argument of the chat template that it does not take, or not so.
     #[error("default_template_arguments: {0}")]
     TemplateArguments(String),
+    /// Settings for web pages that nobody should have.
+    #[error(transparent)]
+    Browsers(#[from] BrowsersError),
     /// The metrics recorder refused its tables.
     #[error("metrics: {0}")]
     Metrics(#[from] metrics_exporter_prometheus::BuildError),
@@ -78,7 +82,7 @@ impl ServerState {
         let metrics = Metrics::new(model, &engine)?;
         let mut eos = config.eos.clone();
         eos.extend(format.stop_ids().iter().filter(|id| !config.eos.contains(id)));
-        let guides = Arc::new(Guides::new(Arc::clone(&tokenizer)));
+        let guides = Arc::new(Guides::with_limits(Arc::clone(&tokenizer), config.limits.guides()));
         let warming = Arc::clone(&guides);
         // The first constrained request would wait for it; if there is no thread, it does.
         let _ = std::thread::Builder::new().name("vocabulary".to_owned()).spawn(move || warming.warm_up());

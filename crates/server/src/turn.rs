@@ -16,6 +16,7 @@ use crate::http::guard::{Caller, Tenant};
 use crate::record::Accepted;
 use crate::state::ServerState;
 use crate::validate::guide;
+use crate::validate::history::few;
 use crate::validate::options::{Options, room};
 use crate::validate::tools::ToolChoice;
 
@@ -122,8 +123,9 @@ impl Turn<'_> {
     /// The prompt alone. Turns that this tenant was answered with are repeated as they were.
     ///
     /// # Errors
-    /// 400 naming the message that the format cannot express.
+    /// 400 for too many messages, or naming the one that the format cannot express.
     pub(crate) fn render(&mut self, state: &ServerState, tenant: Tenant) -> Result<Rendered, ApiError> {
+        few(state.config(), self.conversation.messages.len(), self.places.prompt())?;
         state.turns().recall(tenant, &mut self.conversation);
         state.format().render_turns(&self.conversation, true).map_err(|error| self.unrendered(&error))
     }

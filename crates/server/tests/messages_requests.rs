@@ -313,8 +313,8 @@ async fn fields_of_anthropics_service_are_accepted_and_unknown_ones_ignored() {
 async fn every_error_has_anthropics_envelope() {
     let mut setup = Setup::new(&[FINAL]);
     setup.server = ServerConfig {
-        api_keys: vec!["first".to_owned(), "second".to_owned()],
-        max_body_bytes: 4096,
+        api_keys: ctxserve_server::ApiKeys::new(["first", "second"]),
+        limits: ctxserve_server::limits::Limits { max_body_bytes: 4096, ..Default::default() },
         ..setup.server
     };
     let server = setup.start();

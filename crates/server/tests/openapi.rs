@@ -67,7 +67,7 @@ async fn every_reference_leads_somewhere_and_nothing_is_left_over() {
 #[tokio::test]
 async fn bounds_are_those_of_the_server() {
     let mut setup = Setup::new(&["<|return|>"]);
-    setup.server.api_keys = vec!["k".to_owned()];
+    setup.server.api_keys = ctxserve_server::ApiKeys::new(["k"]);
     let server = setup.start();
     let request = Request::get("/openapi.json").header("authorization", "Bearer k").body(Body::empty());
     let document = server.send(request.unwrap()).await.json();

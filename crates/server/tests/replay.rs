@@ -183,7 +183,7 @@ async fn har_07_changed_turns_take_the_canonical_form() {
 async fn har_07_turns_of_one_key_are_unknown_to_another() {
     for format in ["harmony", "hermes"] {
         let mut setup = setup(format);
-        setup.server.api_keys = vec!["one".to_owned(), "two".to_owned()];
+        setup.server.api_keys = ctxserve_server::ApiKeys::new(["one", "two"]);
         setup.server.metrics_without_key = true;
         let server = setup.start();
         let (prompt_ids, answer_ids, mut message) = first(&server, Some("one"), &asked()).await;

@@ -273,7 +273,7 @@ async fn a_background_response_can_be_cancelled_and_deleted() {
 #[tokio::test]
 async fn a_response_belongs_to_its_key() {
     let mut setup = Setup::new(&[&says("one")]);
-    setup.server.api_keys = vec!["a".to_owned(), "b".to_owned()];
+    setup.server.api_keys = ctxserve_server::ApiKeys::new(["a".to_owned(), "b".to_owned()]);
     let server = setup.start();
     let with = |key: &str, method: Method, path: &str, body: Value| {
         let request =

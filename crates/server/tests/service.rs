@@ -10,6 +10,7 @@ use axum::body::Body;
 use axum::http::Request;
 use common::{CONTEXT, Setup, eventually, request};
 use ctxserve_engine::EngineConfig;
+use ctxserve_server::ApiKeys;
 use serde_json::{Value, json};
 
 const FINAL: &str = "<|channel|>final<|message|>ok<|return|>";
@@ -38,7 +39,7 @@ async fn every_refusal_is_in_the_envelope() {
         (post(chat, "application/json", b"null".to_vec()), 400, "invalid_json"),
         (post(chat, "application/json", b"{\"messages\":\"\xff\"}".to_vec()), 400, "invalid_json"),
         (post(chat, "application/json", b"{\"a\":1} {}".to_vec()), 400, "invalid_json"),
-        (post(chat, "application/json", deep.into_bytes()), 400, "invalid_value"),
+        (post(chat, "application/json", deep.into_bytes()), 400, "invalid_json"),
         (post(chat, "text/plain", b"{}".to_vec()), 415, "unsupported_media_type"),
         (post(chat, "application/json", vec![b' '; (32 << 20) + 1]), 413, "request_too_large"),
         (post("/tokenize", "application/json", b"{}".to_vec()), 400, "invalid_value"),
@@ -55,7 +56,7 @@ async fn every_refusal_is_in_the_envelope() {
 #[tokio::test]
 async fn keys_guard_everything_but_the_probes() {
     let mut setup = Setup::new(&[FINAL]);
-    setup.server.api_keys = vec!["first".to_owned(), "second".to_owned()];
+    setup.server.api_keys = ApiKeys::new(["first", "second"]);
     let server = setup.start();
     let ask = |path: &str, header: Option<&str>| {
         let mut request = Request::get(path);

@@ -41,7 +41,7 @@ async fn ask(address: SocketAddr, extra: serde_json::Value) -> TcpStream {
     let body = request(extra).to_string();
     let mut stream = TcpStream::connect(address).await.unwrap();
     let head = format!(
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
          connection: close\r\ncontent-length: {}\r\n\r\n",
         body.len()
     );
@@ -104,8 +104,9 @@ async fn a_body_over_the_limit_gets_its_answer() {
     let running = run(Duration::ZERO).await;
     let size = (32 << 20) + 10;
     let mut stream = TcpStream::connect(running.address).await.unwrap();
-    let head =
-        format!("POST /tokenize HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {size}\r\n\r\n");
+    let head = format!(
+        "POST /tokenize HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {size}\r\n\r\n"
+    );
     stream.write_all(head.as_bytes()).await.unwrap();
     stream.write_all(&vec![b' '; size]).await.unwrap();
     let text = read(stream).await;

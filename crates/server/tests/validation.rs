@@ -125,7 +125,8 @@ fn shared() -> Vec<(&'static str, Value, u16, Option<&'static str>)> {
         ("bad_words", json!(["x"]), 400, Some("bad_words")),
         ("allowed_token_ids", json!([1]), 400, Some("allowed_token_ids")),
         ("prompt_embeds", json!("AAAA"), 400, Some("prompt_embeds")),
-        ("cache_salt", json!("x"), 400, Some("cache_salt")),
+        ("cache_salt", json!("x"), 200, None),
+        ("cache_salt", json!("a b"), 400, Some("cache_salt")),
         ("priority", json!(0), 200, None),
         ("priority", json!(3), 400, Some("priority")),
     ]

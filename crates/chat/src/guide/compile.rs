@@ -9,7 +9,7 @@ use std::time::Instant;
 use crate::Tokenizer;
 
 use super::grammar::{Follower, Grammar};
-use super::limits::{COMPILE_STACK, COMPILE_TIME, COMPILING, KEPT, KEPT_BYTES};
+use super::limits::{COMPILE_STACK, COMPILING, GuideLimits, KEPT, KEPT_BYTES};
 use super::vocabulary::Vocabulary;
 
 /// A grammar that cannot be used.
@@ -36,6 +36,7 @@ impl Template {
 #[derive(Debug)]
 pub struct Guides {
     tokenizer: Arc<Tokenizer>,
+    limits: GuideLimits,
     vocabulary: OnceLock<Result<Arc<Vocabulary>, String>>,
     kept: Mutex<Kept>,
     places: Arc<Places>,
@@ -103,7 +104,13 @@ impl Kept {
 impl Guides {
     /// One that builds what it needs when it is first used.
     pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
-        Self { tokenizer, vocabulary: OnceLock::new(), kept: Mutex::default(), places: Arc::default() }
+        Self::with_limits(tokenizer, GuideLimits::DEFAULT)
+    }
+
+    /// As [`Guides::new`], within bounds of one's own.
+    pub fn with_limits(tokenizer: Arc<Tokenizer>, limits: GuideLimits) -> Self {
+        let (vocabulary, kept, places) = (OnceLock::new(), Mutex::default(), Arc::default());
+        Self { tokenizer, limits, vocabulary, kept, places }
     }
 
     /// The vocabulary, built at the first call.
@@ -139,9 +146,9 @@ impl Guides {
         if let Some(template) = lock(&self.kept).find(&key) {
             return Ok(template);
         }
-        grammar.check().map_err(CompileError::Invalid)?;
+        grammar.check(&self.limits).map_err(CompileError::Invalid)?;
         let vocabulary = self.vocabulary()?;
-        let until = Instant::now() + COMPILE_TIME;
+        let until = Instant::now() + self.limits.compile_time;
         let place = Places::take(&self.places, until).ok_or(CompileError::Busy)?;
         let (grammar, (done, outcome)) = (grammar.clone(), mpsc::sync_channel(1));
         let compile = move || {
@@ -162,7 +169,7 @@ impl Guides {
         thread.spawn(compile).map_err(|_| CompileError::Busy)?;
         let left = until.saturating_duration_since(Instant::now());
         let compiled = outcome.recv_timeout(left).unwrap_or_else(|_| {
-            Err(format!("it does not compile within {} seconds", COMPILE_TIME.as_secs()))
+            Err(format!("it does not compile within {} seconds", self.limits.compile_time.as_secs()))
         });
         let template = Arc::new(Template(Mutex::new(compiled.map_err(CompileError::Invalid)?)));
         lock(&self.kept).keep(key, Arc::clone(&template));

@@ -7,7 +7,7 @@ use llguidance::Matcher;
 use llguidance::api::TopLevelGrammar;
 use serde_json::{Value, json};
 
-use super::limits::{self, CHOICES, check_schema, check_text};
+use super::limits::{CHOICES, GuideLimits};
 use super::vocabulary::Vocabulary;
 
 /// White space between two tokens of JSON: at most eight characters, or a model at a loss writes blanks to the end.
@@ -54,7 +54,7 @@ impl Grammar {
     ///
     /// # Errors
     /// What is wrong, for the client.
-    pub(super) fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self, limits: &GuideLimits) -> Result<(), String> {
         match self {
             Self::Json { schema, .. } => {
                 if !(schema.is_object() || schema.is_boolean()) {
@@ -63,15 +63,21 @@ impl Grammar {
                 if schema == false {
                     return Err("the schema false allows nothing".to_owned());
                 }
-                check_schema(schema)
+                limits.check_schema(schema)
             }
-            Self::Regex(text) => check_text("the regular expression", text),
-            Self::Lark(text) => check_text("the grammar", text),
+            Self::Regex(text) => {
+                // The library drops a last backslash that escapes nothing, and with it what was meant.
+                if text.bytes().rev().take_while(|&byte| byte == b'\\').count() % 2 == 1 {
+                    return Err("the regular expression ends within an escape".to_owned());
+                }
+                limits.check_text("the regular expression", text)
+            }
+            Self::Lark(text) => limits.check_text("the grammar", text),
             Self::Composed(_) => Ok(()),
             Self::Choice(list) => {
                 let bytes: usize = list.iter().map(String::len).sum();
-                if list.is_empty() || list.len() > CHOICES || bytes > limits::TEXT_BYTES {
-                    let most = limits::TEXT_BYTES;
+                let most = limits.text_bytes;
+                if list.is_empty() || list.len() > CHOICES || bytes > most {
                     return Err(format!(
                         "a choice is 1 to {CHOICES} strings of at most {most} bytes together"
                     ));

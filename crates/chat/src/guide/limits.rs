@@ -8,8 +8,28 @@ use std::time::Duration;
 use llguidance::api::ParserLimits;
 use serde_json::Value;
 
-/// Longest time a grammar may take to compile; what takes longer is refused.
-pub(crate) const COMPILE_TIME: Duration = Duration::from_secs(5);
+/// Bounds that a server may set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuideLimits {
+    /// Largest JSON Schema, bytes.
+    pub schema_bytes: usize,
+    /// Deepest JSON Schema.
+    pub schema_depth: usize,
+    /// Longest regular expression or grammar, and strings to choose from together, bytes.
+    pub text_bytes: usize,
+    /// Longest time a grammar may take to compile; what takes longer is refused.
+    pub compile_time: Duration,
+}
+
+impl GuideLimits {
+    /// Where nobody sets them.
+    pub const DEFAULT: Self = Self {
+        schema_bytes: 256 << 10,
+        schema_depth: 64,
+        text_bytes: 32 << 10,
+        compile_time: Duration::from_secs(5),
+    };
+}
 
 /// Grammars compiled at once. One that was given up keeps its place until it ends.
 pub(crate) const COMPILING: usize = 4;
@@ -17,19 +37,10 @@ pub(crate) const COMPILING: usize = 4;
 /// Stack of a compiling thread, of which only what is used is taken: grammar libraries descend recursively.
 pub(crate) const COMPILE_STACK: usize = 256 << 20;
 
-/// Largest JSON Schema, bytes.
-pub(crate) const SCHEMA_BYTES: usize = 256 << 10;
-
-/// Deepest JSON Schema.
-pub(crate) const SCHEMA_DEPTH: usize = 64;
-
-/// Longest regular expression or grammar, bytes.
-pub(crate) const TEXT_BYTES: usize = 32 << 10;
-
 /// Deepest nesting of brackets in a regular expression or grammar, and longest run of operators in front of a term.
 pub(crate) const TEXT_DEPTH: usize = 64;
 
-/// Most strings to choose from, and their bytes together.
+/// Most strings to choose from.
 pub(crate) const CHOICES: usize = 4096;
 
 /// Compiled grammars kept for requests to come, and the bytes of their sources.
@@ -52,28 +63,45 @@ pub(crate) fn parser_limits() -> ParserLimits {
     }
 }
 
-/// Checks a schema's size and depth.
-///
-/// # Errors
-/// Which bound, with the numbers.
-pub(crate) fn check_schema(schema: &Value) -> Result<(), String> {
-    // The reader of JSON has bounded the depth already, so this recursion is.
-    fn depth(value: &Value) -> usize {
-        match value {
-            Value::Array(list) => 1 + list.iter().map(depth).max().unwrap_or(0),
-            Value::Object(map) => 1 + map.values().map(depth).max().unwrap_or(0),
-            _ => 0,
+impl GuideLimits {
+    /// Checks a schema's size and depth.
+    ///
+    /// # Errors
+    /// Which bound, with the numbers.
+    pub(crate) fn check_schema(&self, schema: &Value) -> Result<(), String> {
+        // The reader of JSON has bounded the depth already, so this recursion is.
+        fn depth(value: &Value) -> usize {
+            match value {
+                Value::Array(list) => 1 + list.iter().map(depth).max().unwrap_or(0),
+                Value::Object(map) => 1 + map.values().map(depth).max().unwrap_or(0),
+                _ => 0,
+            }
         }
+        let (bytes, most) = (schema.to_string().len(), self.schema_bytes);
+        if bytes > most {
+            return Err(format!("the schema has {bytes} bytes, at most {most} are allowed"));
+        }
+        let (depth, most) = (depth(schema), self.schema_depth);
+        if depth > most {
+            return Err(format!("the schema is {depth} levels deep, at most {most} are allowed"));
+        }
+        strings(schema).try_for_each(|text| check_depth("a string of the schema", text))
     }
-    let bytes = schema.to_string().len();
-    if bytes > SCHEMA_BYTES {
-        return Err(format!("the schema has {bytes} bytes, at most {SCHEMA_BYTES} are allowed"));
+
+    /// Checks the size and nesting of a regular expression or grammar.
+    ///
+    /// # Errors
+    /// Which bound, with the numbers.
+    pub(crate) fn check_text(&self, what: &str, text: &str) -> Result<(), String> {
+        if text.trim().is_empty() {
+            return Err(format!("{what} is empty"));
+        }
+        let most = self.text_bytes;
+        if text.len() > most {
+            return Err(format!("{what} has {} bytes, at most {most} are allowed", text.len()));
+        }
+        check_depth(what, text)
     }
-    let depth = depth(schema);
-    if depth > SCHEMA_DEPTH {
-        return Err(format!("the schema is {depth} levels deep, at most {SCHEMA_DEPTH} are allowed"));
-    }
-    strings(schema).try_for_each(|text| check_depth("a string of the schema", text))
 }
 
 /// All strings in a schema: patterns are among them.
@@ -84,20 +112,6 @@ fn strings(value: &Value) -> Box<dyn Iterator<Item = &str> + '_> {
         Value::Object(map) => Box::new(map.values().flat_map(strings)),
         _ => Box::new(std::iter::empty()),
     }
-}
-
-/// Checks the size and nesting of a regular expression or grammar.
-///
-/// # Errors
-/// Which bound, with the numbers.
-pub(crate) fn check_text(what: &str, text: &str) -> Result<(), String> {
-    if text.trim().is_empty() {
-        return Err(format!("{what} is empty"));
-    }
-    if text.len() > TEXT_BYTES {
-        return Err(format!("{what} has {} bytes, at most {TEXT_BYTES} are allowed", text.len()));
-    }
-    check_depth(what, text)
 }
 
 /// Brackets are counted wherever they stand, also in quotes: what is refused by that was hardly meant.
@@ -126,32 +140,34 @@ mod tests {
 
     use super::*;
 
+    const LIMITS: GuideLimits = GuideLimits::DEFAULT;
+
     #[test]
     fn sizes_and_depths_are_bounded() {
-        assert_eq!(check_schema(&json!({"type": "object"})), Ok(()));
+        assert_eq!(LIMITS.check_schema(&json!({"type": "object"})), Ok(()));
         let mut deep = json!({});
-        for _ in 0..SCHEMA_DEPTH {
+        for _ in 0..LIMITS.schema_depth {
             deep = json!({"not": deep});
         }
-        assert!(check_schema(&deep).unwrap_err().contains("deep"));
-        let wide = json!({"enum": vec!["x"; SCHEMA_BYTES / 4 + 1]});
-        assert!(check_schema(&wide).unwrap_err().contains("bytes"));
+        assert!(LIMITS.check_schema(&deep).unwrap_err().contains("deep"));
+        let wide = json!({"enum": vec!["x"; LIMITS.schema_bytes / 4 + 1]});
+        assert!(LIMITS.check_schema(&wide).unwrap_err().contains("bytes"));
         let pattern = json!({"pattern": "(".repeat(TEXT_DEPTH + 1)});
-        assert!(check_schema(&pattern).unwrap_err().contains("nests"));
+        assert!(LIMITS.check_schema(&pattern).unwrap_err().contains("nests"));
     }
 
     #[test]
     fn texts_are_bounded() {
-        assert_eq!(check_text("regex", "(a|b)*[cd]{2}"), Ok(()));
+        assert_eq!(LIMITS.check_text("regex", "(a|b)*[cd]{2}"), Ok(()));
         for text in [
             String::new(),
             " \n".to_owned(),
-            "x".repeat(TEXT_BYTES + 1),
+            "x".repeat(LIMITS.text_bytes + 1),
             "(".repeat(100),
             format!("start: {}x", "~".repeat(100)),
             format!("a{}", "?".repeat(100)),
         ] {
-            assert!(check_text("regex", &text).is_err());
+            assert!(LIMITS.check_text("regex", &text).is_err());
         }
     }
 }

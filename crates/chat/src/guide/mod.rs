@@ -24,6 +24,7 @@ use thiserror::Error;
 
 pub use compile::Guides;
 pub use grammar::Grammar;
+pub use limits::GuideLimits;
 
 pub(crate) use compile::{CompileError, Template};
 pub(crate) use grammar::with_options;

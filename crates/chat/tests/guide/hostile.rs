@@ -146,6 +146,7 @@ fn emptiness() {
         Grammar::Regex(String::new()),
         Grammar::Regex("(".to_owned()),
         Grammar::Regex("a(?=b)".to_owned()),
+        Grammar::Regex("a\\\\\\".to_owned()),
         Grammar::Lark(" \n".to_owned()),
         Grammar::Lark("root ::= x".to_owned()),
         Grammar::Lark("start: undefined_rule".to_owned()),

@@ -17,6 +17,8 @@ mod reference;
 #[cfg(test)]
 mod round_trip;
 #[cfg(test)]
+mod security;
+#[cfg(test)]
 mod support;
 #[cfg(test)]
 mod tools;

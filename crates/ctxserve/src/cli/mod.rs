@@ -3,6 +3,8 @@
 pub mod bench;
 pub mod checkpoints;
 pub mod health;
+pub mod http;
+mod limits;
 mod numbers;
 pub mod options;
 mod spelling;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Map, Value};
 
+use super::http::HttpOptions;
 use super::numbers::{bytes, count, tokens};
 use super::values::{OptionError, Origin, Values};
 
@@ -116,21 +117,6 @@ pub struct EngineOptions {
     pub max_queued_tokens: usize,
 }
 
-/// The socket and who may use it.
-#[derive(Clone, Debug)]
-pub struct HttpOptions {
-    /// Address or name.
-    pub host: String,
-    /// Port; 0 is any.
-    pub port: u16,
-    /// Keys; empty is open.
-    pub api_keys: Vec<String>,
-    /// How long a shutdown waits.
-    pub drain: Duration,
-    /// Whether tools may be offered with `tool_choice: "auto"`.
-    pub auto_tools: bool,
-}
-
 /// How to log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogOptions {
@@ -193,11 +179,6 @@ impl ServeOptions {
             _ => tokens(text).map(Some),
         })?;
         let profile = |name| values.get(name).is_some_and(|g| matches!(g.origin, Origin::Profile(_)));
-        let mut keys = values.list("api-key");
-        if keys.is_empty() {
-            let named = ["CTXSERVE_API_KEY", "VLLM_API_KEY"].into_iter().find_map(env);
-            keys.extend(named.filter(|key| !key.is_empty()));
-        }
         Ok(Self {
             model: model(values)?,
             device: device(values)?,
@@ -209,13 +190,7 @@ impl ServeOptions {
                 max_queued_requests: values.read("max-num-queued-reqs", count)?.unwrap_or(256),
                 max_queued_tokens: values.read("max-num-queued-tokens", tokens)?.unwrap_or(1_000_000),
             },
-            http: HttpOptions {
-                host: values.text("host").unwrap_or("0.0.0.0").to_owned(),
-                port: values.read("port", port)?.unwrap_or(8000),
-                api_keys: keys,
-                drain: values.read("shutdown-timeout", seconds)?.unwrap_or(Duration::from_secs(30)),
-                auto_tools: values.switch("enable-auto-tool-choice")?.unwrap_or(true),
-            },
+            http: HttpOptions::new(values, env)?,
             notes,
         })
     }
@@ -309,16 +284,12 @@ fn share(text: &str) -> Result<f64, String> {
         .ok_or_else(|| format!("expected more than 0 and at most 1, got {text}"))
 }
 
-fn port(text: &str) -> Result<u16, String> {
-    text.parse().map_err(|_| format!("expected a port from 0 to 65535, got {text:?}"))
-}
-
-fn seconds(text: &str) -> Result<Duration, String> {
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
     let number: f64 = text.parse().map_err(|_| format!("expected seconds, got {text:?}"))?;
     Duration::try_from_secs_f64(number)
         .ok()
-        .filter(|time| time.as_secs() <= 86_400)
-        .ok_or_else(|| format!("expected 0 to 86400 seconds, got {text}"))
+        .filter(|time| time.as_secs() <= 604_800)
+        .ok_or_else(|| format!("expected 0 to 604800 seconds, got {text}"))
 }
 
 #[cfg(test)]
@@ -379,14 +350,6 @@ mod tests {
             let error = options(line).unwrap_err();
             assert!(error.contains(flag), "{error}");
         }
-    }
-
-    #[test]
-    fn keys_come_from_flags_or_else_from_the_environment() {
-        let env = |name: &str| (name == "VLLM_API_KEY").then(|| "from-env".to_owned());
-        let keys = |line| ServeOptions::new(&values(line), env).unwrap().http.api_keys;
-        assert_eq!(keys(""), ["from-env"]);
-        assert_eq!(keys("--api-key a b --api-key c"), ["a", "b", "c"]);
     }
 
     /// The command lines of the model cards, with `serve` after another program's name.

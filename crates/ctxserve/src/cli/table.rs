@@ -40,6 +40,7 @@ pub struct Flag {
     pub help: &'static str,
 }
 
+use super::limits;
 use Takes::{List, Switch, Value};
 use Treatment::{Honoured, NoOp, Only, Refused};
 
@@ -69,7 +70,6 @@ const NO_GPU: &str = "it tunes a GPU, and this build runs on the CPU";
 const NO_PYTHON: &str = "it names Python code, and no code but the server's own is ever run";
 const NO_LORA: &str = "adapters are not supported";
 const NO_TLS: &str = "the server speaks plain HTTP; put a TLS proxy in front of it";
-const NO_CORS: &str = "cross-origin requests from browsers are not allowed";
 const NO_EVENTS: &str = "only the HTTP port is opened";
 
 /// How a model is loaded and run: flags of every subcommand that does.
@@ -279,12 +279,6 @@ pub const SERVING: &[Flag] = &[
     refused("reasoning-effort-map", Value("JSON"), "every reasoning_effort has one documented meaning"),
     only("response-role", Value("ROLE"), &["assistant"], "answers are written by the assistant"),
     only(
-        "max-logprobs",
-        Value("N"),
-        &["20"],
-        "at most 20 log-probabilities are given, which is OpenAI's limit",
-    ),
-    only(
         "logprobs-mode",
         Value("MODE"),
         &["raw_logprobs"],
@@ -305,13 +299,19 @@ pub const SERVING: &[Flag] = &[
         "usage in a stream is sent when the request asks for it",
     ),
     // Server.
-    honoured("host", Value("HOST"), "Address to listen on [default: 127.0.0.1]"),
+    honoured("host", Value("HOST"), "Address to listen on [default: 0.0.0.0, all interfaces]"),
     honoured("port", Value("PORT"), "Port to listen on; 0 picks a free one [default: 8000]"),
     honoured(
         "api-key",
         List("KEY"),
         "Keys that clients must present [default: VLLM_API_KEY or CTXSERVE_API_KEY]",
     ),
+    honoured(
+        "api-key-file",
+        Value("FILE"),
+        "More of them, one a line; other users cannot see them in the list of processes",
+    ),
+    honoured("metrics-without-key", Switch, "Leave /metrics open although there are keys [default: off]"),
     honoured(
         "shutdown-timeout",
         Value("SECONDS"),
@@ -324,10 +324,27 @@ pub const SERVING: &[Flag] = &[
     refused("ssl-ca-certs", Value("FILE"), NO_TLS),
     refused("ssl-cert-reqs", Value("N"), NO_TLS),
     refused("enable-ssl-refresh", Switch, NO_TLS),
-    only("allowed-origins", Value("JSON"), &["[]"], NO_CORS),
-    only("allowed-methods", Value("JSON"), &["[]"], NO_CORS),
-    only("allowed-headers", Value("JSON"), &["[]"], NO_CORS),
-    refused("allow-credentials", Switch, NO_CORS),
+    honoured(
+        "allowed-origins",
+        Value("JSON"),
+        "Origins whose web pages may read answers, e.g. [\"https://app.example.com\"] or [\"*\"] [default: none]",
+    ),
+    honoured(
+        "allowed-methods",
+        Value("JSON"),
+        "Methods that those pages may use [default: what the routes take]",
+    ),
+    honoured(
+        "allowed-headers",
+        Value("JSON"),
+        "Headers that those pages may send [default: what they ask for]",
+    ),
+    honoured("allow-credentials", Switch, "Let those pages send cookies; not with * [default: off]"),
+    honoured(
+        "allowed-hosts",
+        List("NAME"),
+        "Names that the server is called by: others get 403 [default: any, on a loopback address localhost and HOST]",
+    ),
     no_op("enable-request-id-headers", Switch, "every response has an X-Request-Id"),
     no_op("disable-log-stats", Switch, "statistics are at /metrics, not in the log"),
     no_op("enable-log-requests", Switch, "every request is one line of the log, without its text"),
@@ -375,6 +392,8 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("-asc", "--api-server-count"),
     ("--device-memory-utilization", "--gpu-memory-utilization"),
     ("--scheduler-policy", "--scheduling-policy"),
+    ("--h11-max-header-count", "--max-headers"),
+    ("--h11-max-incomplete-event-size", "--max-header-bytes"),
 ];
 
 /// Flags of other servers, and what they are called here.
@@ -399,7 +418,7 @@ pub const FOREIGN: &[(&str, &str, &str)] = &[
 
 /// Every flag of `serve`.
 pub fn flags() -> impl Iterator<Item = &'static Flag> {
-    RUNNING.iter().chain(SERVING)
+    RUNNING.iter().chain(SERVING).chain(&limits::FLAGS)
 }
 
 /// The row of `name`, which is without dashes in front and joined by `-`.

@@ -110,7 +110,15 @@ fn yarn_extends_the_context() {
 fn bad_values_are_refused_by_name() {
     let cases = [
         ("num_hidden_layers", json!(0)),
+        ("num_hidden_layers", json!(-1)),
+        ("num_hidden_layers", json!(1_000_000_000)),
         ("num_hidden_layers", json!(1_u64 << 40)),
+        ("num_attention_heads", json!(0)),
+        ("num_key_value_heads", json!(0)),
+        ("hidden_size", json!(-2560)),
+        ("vocab_size", json!(0)),
+        ("vocab_size", json!(-1)),
+        ("head_dim", json!(0)),
         ("hidden_size", json!(u64::MAX)),
         ("hidden_size", json!("2560")),
         ("intermediate_size", json!(0)),

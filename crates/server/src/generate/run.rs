@@ -1,11 +1,13 @@
 //! All choices of a request, from submission to their ends.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ctxserve_core::{
     Event, FinishReason, GenerateRequest, Guide, RequestId, SamplingParams, StopRules, TokenId,
 };
 use ctxserve_engine::{EventStream, SubmitError};
+use tokio::time::{Instant, timeout_at};
 use tokio_stream::{StreamExt, StreamMap};
 
 use super::choice::{Choice, ChoiceUsage, Step};
@@ -59,6 +61,9 @@ pub(crate) struct Generation {
     record: Record,
     n: usize,
     prompt_tokens: usize,
+    /// When it has to be over, and what that leaves it.
+    deadline: Instant,
+    limit: Duration,
 }
 
 impl Generation {
@@ -76,13 +81,17 @@ impl Generation {
             if let SubmitError::QueueFull { unit, .. } = &error {
                 state.metrics().rejected(unit);
             }
-            from_submit(error, job.prompt_param)
+            // Of one choice a prompt there are too many prompts.
+            let many = if job.n == 1 { job.prompt_param } else { "n" };
+            from_submit(error, job.prompt_param, many)
         })?;
         let choices = streams.iter().map(|_| choice()).collect();
         let prompt_tokens = accepted.prompt_tokens;
         let record = Record::new(state.clone(), accepted);
         let streams = streams.into_iter().enumerate().collect();
-        Ok(Self { streams, choices, record, n: job.n, prompt_tokens })
+        let limit = state.config().limits.request_timeout;
+        let deadline = Instant::now() + limit;
+        Ok(Self { streams, choices, record, n: job.n, prompt_tokens, deadline, limit })
     }
 
     /// The next step of any choice, or `None` when all have ended.
@@ -91,7 +100,13 @@ impl Generation {
     /// One choice failed, and with it the request; nothing comes after.
     pub(crate) async fn next(&mut self) -> Option<Result<(usize, Step), ApiError>> {
         loop {
-            let (index, event) = self.streams.next().await?;
+            let Ok(next) = timeout_at(self.deadline, self.streams.next()).await else {
+                let error = ApiError::answer_timeout(self.limit);
+                self.streams.clear();
+                self.record.failed(&error.message);
+                return Some(Err(error));
+            };
+            let (index, event) = next?;
             match self.take(index, event) {
                 Ok(None) => {}
                 Ok(Some(step)) => {

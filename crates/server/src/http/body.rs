@@ -10,7 +10,9 @@ use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use tokio::time::timeout;
 
+use super::depth::Gauge;
 use crate::error::ApiError;
+use crate::limits::Limits;
 use crate::state::ServerState;
 
 /// Of a body that is too large, this much is read and thrown away, so that a client that writes before it reads
@@ -21,15 +23,15 @@ const DISCARD_TIME: Duration = Duration::from_secs(10);
 /// Reads a JSON body.
 ///
 /// # Errors
-/// 415 for another content type, 413 over the limit, 408 when it does not arrive, 400 when it is cut.
+/// 415 for another content type, 413 over the limit, 408 when it does not arrive, 400 when it is cut or nested too deep.
 pub(crate) async fn read(state: &ServerState, request: Request) -> Result<Bytes, ApiError> {
-    let config = state.config();
+    let limits = &state.config().limits;
     if !is_json(request.headers()) {
         return Err(ApiError::media_type());
     }
     let declared = declared_length(request.headers());
-    let reading = collect(request, declared, config.max_body_bytes);
-    timeout(config.body_timeout, reading).await.map_err(|_| ApiError::body_timeout())?
+    let reading = collect(request, declared, limits);
+    timeout(limits.body_timeout, reading).await.map_err(|_| ApiError::body_timeout())?
 }
 
 /// A missing content type is accepted; a foreign one is not, so that no web page can post a form here.
@@ -45,17 +47,20 @@ fn declared_length(headers: &HeaderMap) -> usize {
     value.and_then(|text| text.parse().ok()).unwrap_or(0)
 }
 
-async fn collect(request: Request, declared: usize, limit: usize) -> Result<Bytes, ApiError> {
+async fn collect(request: Request, declared: usize, limits: &Limits) -> Result<Bytes, ApiError> {
     let mut chunks = request.into_body().into_data_stream();
     // The declared length is the client's word: nothing is reserved by it.
     let mut body = BytesMut::new();
-    let mut too_large = declared > limit;
-    while !too_large {
+    let limit = limits.max_body_bytes;
+    let mut gauge = Gauge::default();
+    let (mut too_large, mut too_deep) = (declared > limit, false);
+    while !too_large && !too_deep {
         match chunks.next().await {
             None => return Ok(body.freeze()),
             Some(Err(_)) => return Err(ApiError::malformed("The request body ended early.")),
             Some(Ok(chunk)) => {
                 too_large = body.len() + chunk.len() > limit;
+                too_deep = gauge.read(&chunk) > limits.max_json_depth;
                 if !too_large {
                     body.extend_from_slice(&chunk);
                 }
@@ -74,7 +79,7 @@ async fn collect(request: Request, declared: usize, limit: usize) -> Result<Byte
     };
     // Whether all of it came or time ran out, the answer is the same.
     let _ = timeout(DISCARD_TIME, discard).await;
-    Err(ApiError::body_too_large(limit))
+    Err(if too_large { ApiError::body_too_large(limit) } else { ApiError::too_deep(limits.max_json_depth) })
 }
 
 /// Runs work that may take long (parsing, rendering and encoding a large prompt) off the async threads.

@@ -1,22 +1,22 @@
-//! What happens around every route: a name for the request, the key check, a count of the response.
+//! What happens around every route: a name for the request, the check of origin and key, a count of the response.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::header::AUTHORIZATION;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
+use super::keys::Presented;
+use super::origin::Loopback;
 use crate::error::{ApiError, ErrorCode};
 use crate::state::ServerState;
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Anthropic's name for the same, sent on its routes.
 const ANTHROPIC_REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
-const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const MAX_REQUEST_ID: usize = 128;
 
 /// Whose request it is: the number of the key, none where the server has no keys. What is kept for one tenant is used for no
@@ -33,13 +33,13 @@ pub(crate) struct Caller {
     pub(crate) tenant: Tenant,
 }
 
-/// Names the request, checks its key, counts its response.
+/// Names the request, checks where it is from and its key, counts its response.
 pub(crate) async fn guard(State(state): State<ServerState>, mut request: Request, next: Next) -> Response {
     let http_id = client_id(request.headers()).unwrap_or_else(|| state.random_name("req-"));
     // The pattern that matched, never the client's path.
     let route = request.extensions().get::<MatchedPath>().cloned();
     let is_anthropic = is_anthropic(request.uri().path());
-    let mut response = match check_key(&state, &request) {
+    let mut response = match admit(&state, &request) {
         Ok(tenant) => {
             let caller = Caller { http_id: http_id.clone(), arrived: Instant::now(), tenant };
             request.extensions_mut().insert(caller);
@@ -78,40 +78,24 @@ fn client_id(headers: &HeaderMap) -> Option<String> {
     (!id.is_empty()).then_some(id)
 }
 
-/// The index of the key that the request shows.
-fn check_key(state: &ServerState, request: &Request) -> Result<Option<usize>, ApiError> {
+/// Whether a request may come in: where it is from, then whose it is, by the index of the key that it shows. Probes may always.
+fn admit(state: &ServerState, request: &Request) -> Result<Option<usize>, ApiError> {
     let config = state.config();
-    if config.api_keys.is_empty()
-        || is_open(request.uri().path(), request.method(), config.metrics_without_key)
-    {
+    if is_open(request.uri().path(), request.method(), config.metrics_without_key) {
         return Ok(None);
     }
-    let keys = presented(request.headers());
-    if keys.iter().all(Option::is_none) {
-        return Err(ApiError::unauthorized(
-            "This server needs an API key: send 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
-        ));
+    let loopback = request.extensions().get::<Loopback>().is_some();
+    config.browsers.admit(request.headers(), loopback)?;
+    if config.api_keys.is_empty() {
+        return Ok(None);
     }
-    // Every key is compared, so that the time does not tell which one is close.
-    let tenant = |key: &[u8]| {
-        config.api_keys.iter().enumerate().fold(None, |found: Option<usize>, (index, known)| {
-            let is_same = !key.is_empty() & same(known.as_bytes(), key);
-            found.or(is_same.then_some(index))
-        })
-    };
-    let found =
-        keys.into_iter().flatten().map(tenant).fold(None, |found: Option<usize>, tenant| found.or(tenant));
-    found.map(Some).ok_or_else(|| ApiError::unauthorized("The API key is not valid."))
-}
-
-/// The keys that a request shows, where OpenAI's clients put them and where Anthropic's do. A scheme other than Bearer
-/// shows an empty key, which is none of ours.
-fn presented(headers: &HeaderMap) -> [Option<&[u8]>; 2] {
-    let authorization = headers.get(AUTHORIZATION).map(HeaderValue::as_bytes).map(|header| {
-        let (scheme, key) = header.split_at(header.len().min(7));
-        if scheme.eq_ignore_ascii_case(b"bearer ") { key.trim_ascii() } else { b"" }
-    });
-    [authorization, headers.get(API_KEY).map(|value| value.as_bytes().trim_ascii())]
+    match config.api_keys.of(request.headers()) {
+        Presented::Known(tenant) => Ok(Some(tenant)),
+        Presented::Unknown => Err(ApiError::unauthorized("The API key is not valid.")),
+        Presented::Absent => Err(ApiError::unauthorized(
+            "This server needs an API key: send 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'.",
+        )),
+    }
 }
 
 fn is_open(path: &str, method: &Method, metrics: bool) -> bool {
@@ -119,23 +103,9 @@ fn is_open(path: &str, method: &Method, metrics: bool) -> bool {
     probe && (method == Method::GET || method == Method::HEAD)
 }
 
-/// Equality in time that depends on the lengths alone.
-fn same(a: &[u8], b: &[u8]) -> bool {
-    let difference = a.iter().zip(b).fold(0, |sum, (x, y)| std::hint::black_box(sum | (x ^ y)));
-    a.len() == b.len() && difference == 0
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn keys_compare_whole() {
-        assert!(same(b"secret", b"secret"));
-        for other in [&b"secreu"[..], b"secre", b"secret1", b""] {
-            assert!(!same(b"secret", other));
-        }
-    }
 
     #[test]
     fn request_ids_are_sanitised() {

@@ -2,22 +2,23 @@
 
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Extension, Router};
 use ctxserve_engine::EngineState;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::origin::Loopback;
 use crate::router::router;
 use crate::state::ServerState;
 
-/// Most headers of one request, and bytes of all of them.
-const MAX_HEADERS: usize = 256;
-const MAX_HEAD_BYTES: usize = 1 << 20;
 /// Answers that are complete need only this long to be written.
 const FLUSH_TIME: Duration = Duration::from_secs(5);
 /// Pause after an accept error (file descriptors run out).
@@ -37,7 +38,9 @@ pub async fn serve(
     let address = listener.local_addr()?;
     tracing::info!(%address, "listening");
     let connections = GracefulShutdown::new();
+    let places = Arc::new(Semaphore::new(state.config().limits.max_connections));
     let app = router(state.clone());
+    let app = if address.ip().to_canonical().is_loopback() { app.layer(Extension(Loopback)) } else { app };
     let engine = state.engine().clone();
     let mut shutdown = pin!(shutdown);
     let mut stopped = pin!(engine.stopped());
@@ -46,8 +49,8 @@ pub async fn serve(
     let mut draining = false;
     let end = loop {
         tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => spawn(stream, app.clone(), &state, &connections),
+            (place, accepted) = accept(&listener, &places) => match accepted {
+                Ok((stream, _)) => spawn(stream, place, app.clone(), &state, &connections),
                 Err(error) => {
                     tracing::warn!(%error, "accepting a connection failed");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -76,25 +79,43 @@ pub async fn serve(
     Ok(end)
 }
 
+/// The next connection, once there is a place for it.
+async fn accept(
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+) -> (Option<OwnedSemaphorePermit>, io::Result<(TcpStream, SocketAddr)>) {
+    // The semaphore is never closed.
+    let place = Arc::clone(places).acquire_owned().await.ok();
+    (place, listener.accept().await)
+}
+
 async fn elapsed(mut sleep: Pin<&mut Option<tokio::time::Sleep>>) {
     if let Some(sleep) = sleep.as_mut().as_pin_mut() {
         sleep.await;
     }
 }
 
-fn spawn(stream: TcpStream, app: Router, state: &ServerState, connections: &GracefulShutdown) {
+fn spawn(
+    stream: TcpStream,
+    place: Option<OwnedSemaphorePermit>,
+    app: Router,
+    state: &ServerState,
+    connections: &GracefulShutdown,
+) {
     // Frames are small and must not wait for one another.
     let _ = stream.set_nodelay(true);
     let mut http = hyper::server::conn::http1::Builder::new();
+    let limits = &state.config().limits;
     http.timer(TokioTimer::new())
-        .header_read_timeout(state.config().header_timeout)
-        .max_headers(MAX_HEADERS)
-        .max_buf_size(MAX_HEAD_BYTES);
+        .header_read_timeout(limits.header_timeout)
+        .max_headers(limits.max_headers)
+        .max_buf_size(limits.max_header_bytes);
     let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
     let connection = connections.watch(connection);
     tokio::spawn(async move {
         if let Err(error) = connection.await {
             tracing::debug!(%error, "connection ended");
         }
+        drop(place);
     });
 }

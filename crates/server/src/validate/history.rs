@@ -28,7 +28,7 @@ pub(crate) fn conversation(
     arguments: TemplateArguments<'_>,
 ) -> Result<Conversation, ApiError> {
     let effort = effort.as_ref().map(|(level, param)| (level.as_str(), *param));
-    assemble(config, turns(messages)?, tools, effort, arguments)
+    assemble(config, turns(config, messages)?, tools, effort, arguments)
 }
 
 /// Turns, tools and settings of a request of any route; `effort` comes with the field that errors name.
@@ -57,11 +57,25 @@ pub(crate) fn assemble(
     })
 }
 
-fn turns(messages: Option<Vec<WireMessage>>) -> Result<Vec<Message>, ApiError> {
+/// Whether a conversation has as many messages as are allowed; `param` is what they were read from.
+///
+/// # Errors
+/// 400 on `param`.
+pub(crate) fn few(config: &ServerConfig, count: usize, param: &str) -> Result<(), ApiError> {
+    let most = config.limits.max_messages;
+    if count > most {
+        let message = format!("{count} messages in one request, at most {most} are allowed");
+        return Err(ApiError::invalid(param, message));
+    }
+    Ok(())
+}
+
+fn turns(config: &ServerConfig, messages: Option<Vec<WireMessage>>) -> Result<Vec<Message>, ApiError> {
     let messages = messages.unwrap_or_default();
     if messages.is_empty() {
         return Err(ApiError::invalid("messages", "messages is required and must not be empty"));
     }
+    few(config, messages.len(), "messages")?;
     let mut turns: Vec<Message> = Vec::with_capacity(messages.len());
     for (index, message) in messages.into_iter().enumerate() {
         let turn = turn(index, message, &turns)?;

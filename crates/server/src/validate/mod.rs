@@ -1,5 +1,5 @@
-//! From wire types to what the engine and the chat format take. Every bound on a client's number is here or in
-//! [`ctxserve_core::limits`], once for all routes.
+//! From wire types to what the engine and the chat format take. Every bound on a client's number is in
+//! [`crate::limits`] or [`ctxserve_core::limits`], once for all routes.
 
 pub(crate) mod arguments;
 pub(crate) mod guide;

@@ -1,10 +1,12 @@
 //! Sampling, stopping and output options.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ctxserve_core::{SamplingParams, StopRules, TokenId, limits};
+use ctxserve_core::{SamplingParams, StopRules, TokenId};
 
 use crate::error::ApiError;
+use crate::limits::Limits;
 use crate::state::ServerState;
 use crate::wire::fields::GenerationFields;
 
@@ -51,7 +53,8 @@ pub(crate) fn options(
 ) -> Result<Options, ApiError> {
     let model = state.model(fields.model.as_deref())?;
     let vocab = state.engine().info().vocab_size;
-    let n = choices(fields.n, fields.best_of)?;
+    let limits = &state.config().limits;
+    let n = choices(fields.n, fields.best_of, limits.max_n)?;
     let stream = fields.stream.unwrap_or(false);
     let usage = stream_usage(&fields, stream)?;
     let max_tokens = max_tokens.or(fields.max_tokens.map(|most| (most, "max_tokens")));
@@ -63,10 +66,15 @@ pub(crate) fn options(
     }
     let rules = StopRules {
         eos: state.eos(),
-        token_ids: stop_ids(fields.stop_token_ids.clone().unwrap_or_default(), vocab)?,
+        token_ids: stop_ids(
+            fields.stop_token_ids.clone().unwrap_or_default(),
+            vocab,
+            limits.max_stop_token_ids,
+        )?,
         ignore_eos: fields.ignore_eos.unwrap_or(false),
     };
-    let stop = stop_strings(fields.stop.as_ref().map_or(&[], |stop| &stop.0))?;
+    let stop = stop_strings(fields.stop.as_ref().map_or(&[], |stop| &stop.0), limits)?;
+    cache_salt(fields.cache_salt.as_deref())?;
     let sampling = sampling(state, &fields, min_tokens, logprobs, vocab)?;
     Ok(Options {
         model,
@@ -109,11 +117,10 @@ pub(crate) fn room(
     Ok(most.max(least))
 }
 
-fn choices(n: Option<u64>, best_of: Option<u64>) -> Result<usize, ApiError> {
+fn choices(n: Option<u64>, best_of: Option<u64>, most: usize) -> Result<usize, ApiError> {
     let asked = n.unwrap_or(1);
     let n = positive("n", asked)?;
-    if n > limits::MAX_N {
-        let most = limits::MAX_N;
+    if n > most {
         return Err(ApiError::invalid("n", format!("n must be at most {most}, got {n}")));
     }
     if best_of.is_some_and(|best_of| best_of != asked) {
@@ -149,10 +156,9 @@ fn positive(param: &'static str, value: u64) -> Result<usize, ApiError> {
     Ok(to_usize(value))
 }
 
-fn stop_ids(ids: Vec<TokenId>, vocab: usize) -> Result<Vec<TokenId>, ApiError> {
+fn stop_ids(ids: Vec<TokenId>, vocab: usize, most: usize) -> Result<Vec<TokenId>, ApiError> {
     let param = "stop_token_ids";
-    if ids.len() > limits::MAX_STOP_TOKEN_IDS {
-        let most = limits::MAX_STOP_TOKEN_IDS;
+    if ids.len() > most {
         return Err(ApiError::invalid(
             param,
             format!("{} stop token ids, at most {most} are allowed", ids.len()),
@@ -166,22 +172,34 @@ fn stop_ids(ids: Vec<TokenId>, vocab: usize) -> Result<Vec<TokenId>, ApiError> {
     }
 }
 
-fn stop_strings(strings: &[String]) -> Result<Arc<[String]>, ApiError> {
+fn stop_strings(strings: &[String], limits: &Limits) -> Result<Arc<[String]>, ApiError> {
     let fail = |message| Err(ApiError::invalid("stop", message));
-    if strings.len() > limits::MAX_STOP_STRINGS {
-        return fail(format!(
-            "{} stop strings, at most {} are allowed",
-            strings.len(),
-            limits::MAX_STOP_STRINGS
-        ));
+    let most = limits.max_stop_strings;
+    if strings.len() > most {
+        return fail(format!("{} stop strings, at most {most} are allowed", strings.len()));
     }
     if strings.iter().any(String::is_empty) {
         return fail("a stop string must not be empty".to_owned());
     }
-    if strings.iter().any(|s| s.len() > limits::MAX_STOP_STRING_BYTES) {
-        return fail(format!("a stop string must be at most {} bytes", limits::MAX_STOP_STRING_BYTES));
+    let most = limits.max_stop_bytes;
+    if strings.iter().any(|s| s.len() > most) {
+        return fail(format!("a stop string must be at most {most} bytes"));
     }
     Ok(strings.into())
+}
+
+/// Longest `cache_salt`, bytes.
+const MAX_SALT: usize = 128;
+
+/// One alphabet and length, checked here and nowhere below: it ends up in keys of caches.
+fn cache_salt(salt: Option<&str>) -> Result<(), ApiError> {
+    let Some(salt) = salt else { return Ok(()) };
+    let known = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.:".contains(&byte);
+    if !(1..=MAX_SALT).contains(&salt.len()) || !salt.bytes().all(known) {
+        let message = format!("cache_salt is 1 to {MAX_SALT} letters, digits, '_', '-', '.' or ':'");
+        return Err(ApiError::invalid("cache_salt", message));
+    }
+    Ok(())
 }
 
 fn sampling(
@@ -191,7 +209,14 @@ fn sampling(
     logprobs: Logprobs,
     vocab: usize,
 ) -> Result<SamplingParams, ApiError> {
-    let default = &state.config().default_sampling;
+    let config = state.config();
+    let (default, limits) = (&config.default_sampling, &config.limits);
+    if let Some((count, param)) = logprobs
+        && count > limits.max_logprobs
+    {
+        let most = limits.max_logprobs;
+        return Err(ApiError::invalid(param, format!("{param} must be at most {most}")));
+    }
     let top_k = match fields.top_k {
         None => default.top_k,
         Some(-1 | 0) => 0,
@@ -206,21 +231,22 @@ fn sampling(
         presence_penalty: fields.presence_penalty.unwrap_or(default.presence_penalty),
         frequency_penalty: fields.frequency_penalty.unwrap_or(default.frequency_penalty),
         repetition_penalty: fields.repetition_penalty.unwrap_or(default.repetition_penalty),
-        logit_bias: logit_bias(fields)?,
+        logit_bias: logit_bias(fields, limits.max_logit_bias)?,
         // Any 64 bits make a seed; negative ones are as good as others.
         seed: fields.seed.map(i64::cast_unsigned),
         logprobs: logprobs.map(|(count, _)| count),
         min_tokens,
     };
-    sampling.validate(vocab).map_err(|error| {
-        let named = logprobs.filter(|_| error.param == "top_logprobs");
-        let param = named.map_or(error.param, |(_, param)| param);
-        ApiError::invalid(param, error.message)
-    })?;
+    sampling.validate(vocab)?;
     Ok(sampling)
 }
 
-fn logit_bias(fields: &GenerationFields) -> Result<Vec<(TokenId, f32)>, ApiError> {
+fn logit_bias(fields: &GenerationFields, most: usize) -> Result<Vec<(TokenId, f32)>, ApiError> {
+    let count = fields.logit_bias.as_ref().map_or(0, BTreeMap::len);
+    if count > most {
+        let message = format!("logit_bias has {count} entries, at most {most} are allowed");
+        return Err(ApiError::invalid("logit_bias", message));
+    }
     let entries = fields.logit_bias.iter().flatten().map(|(key, &bias)| match key.parse() {
         Ok(id) => Ok((id, bias)),
         Err(_) => {

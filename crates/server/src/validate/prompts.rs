@@ -2,14 +2,11 @@
 
 use std::sync::Arc;
 
-use ctxserve_core::{TokenId, limits};
+use ctxserve_core::TokenId;
 
 use crate::error::ApiError;
 use crate::state::ServerState;
 use crate::wire::prompt::Prompt;
-
-/// Most sequences of one request, over all its prompts.
-const MAX_SEQUENCES: usize = limits::MAX_PROMPTS;
 
 /// Token ids of every prompt; text is encoded as text, so control tokens that it spells stay text.
 ///
@@ -26,11 +23,14 @@ pub(crate) fn prompts(
         Prompt::Texts(texts) => texts.len(),
         Prompt::Ids(lists) => lists.len(),
     };
-    if count > limits::MAX_PROMPTS {
-        return fail(format!("{count} prompts in one request, at most {} are allowed", limits::MAX_PROMPTS));
+    let limits = &state.config().limits;
+    let most = limits.max_prompts;
+    if count > most {
+        return fail(format!("{count} prompts in one request, at most {most} are allowed"));
     }
-    if count.saturating_mul(n) > MAX_SEQUENCES {
-        let message = format!("{count} prompts with n = {n} make more than {MAX_SEQUENCES} choices");
+    let most = limits.max_sequences;
+    if count.saturating_mul(n) > most {
+        let message = format!("{count} prompts with n = {n} make more than {most} choices");
         return Err(ApiError::invalid("n", message));
     }
     let lists: Vec<Arc<[TokenId]>> = match prompt {

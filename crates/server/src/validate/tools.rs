@@ -55,7 +55,7 @@ pub(crate) fn tools(
 /// # Errors
 /// 400 on `tools`.
 pub(crate) fn few(config: &ServerConfig, count: usize) -> Result<(), ApiError> {
-    let most = config.max_tools;
+    let most = config.limits.max_tools;
     if count > most {
         let message = format!("{count} tools in one request, at most {most} are allowed");
         return Err(ApiError::invalid("tools", message));

@@ -56,6 +56,9 @@ pub(crate) struct GenerationFields {
     pub(crate) min_tokens: Option<u64>,
     pub(crate) skip_special_tokens: Option<bool>,
     pub(crate) return_token_ids: Option<bool>,
+    /// Prompts of different salts share nothing that was computed.
+    #[schemars(extend("pattern" = "^[A-Za-z0-9_.:-]{1,128}$"))]
+    pub(crate) cache_salt: Option<String>,
     #[schemars(default, schema_with = "schema::response_format")]
     pub(crate) response_format: Option<Value>,
     #[schemars(default, schema_with = "schema::structured_outputs")]

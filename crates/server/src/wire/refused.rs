@@ -4,6 +4,7 @@
 use std::fmt;
 
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
@@ -76,7 +77,10 @@ const BOTH: &[(&str, Default)] = &[
     ("logits_processors", Default::Empty),
     ("truncate_prompt_tokens", Default::Never),
     ("prompt_embeds", Default::Never),
-    ("cache_salt", Default::Never),
+    ("mm_hashes", Default::Never),
+    ("mm_placeholders", Default::Never),
+    ("multi_modal_data", Default::Never),
+    ("logprob_token_ids", Default::Never),
     ("kv_transfer_params", Default::Empty),
     ("vllm_xargs", Default::Empty),
     ("priority", Default::Number(0.0)),
@@ -98,7 +102,12 @@ const CHAT: &[(&str, Default)] = &[
     ("documents", Default::Empty),
 ];
 
-const COMPLETIONS: &[(&str, Default)] = &[("suffix", Default::Word(""))];
+/// No template is rendered there; whoever sends one expects otherwise.
+const COMPLETIONS: &[(&str, Default)] = &[
+    ("suffix", Default::Word("")),
+    ("chat_template", Default::Never),
+    ("chat_template_kwargs", Default::Empty),
+];
 
 /// What belongs to the other routes would be missed here without a word.
 const RESPONSES: &[(&str, Default)] = &[
@@ -118,8 +127,12 @@ const RESPONSES: &[(&str, Default)] = &[
 ];
 
 /// Anthropic's services that are not ours.
-const MESSAGES: &[(&str, Default)] =
-    &[("container", Default::Never), ("mcp_servers", Default::Empty), ("thread", Default::Never)];
+const MESSAGES: &[(&str, Default)] = &[
+    ("container", Default::Never),
+    ("mcp_servers", Default::Empty),
+    ("thread", Default::Never),
+    ("cache_salt", Default::Never),
+];
 
 /// What would change the rendered prompt; also refused by `/tokenize`.
 const TEMPLATE: &[(&str, Default)] = &[
@@ -180,8 +193,11 @@ impl<'de> Visitor<'de> for Scan {
         while let Some(key) = map.next_key::<String>()? {
             match self.route.rows().find(|(name, _)| *name == key) {
                 Some((name, default)) => {
-                    let value: Value = map.next_value()?;
-                    if found.is_none() && !default.is(&value) {
+                    // Numbers that no type holds are no defaults either.
+                    let text: &RawValue = map.next_value()?;
+                    let passes =
+                        serde_json::from_str::<Value>(text.get()).is_ok_and(|value| default.is(&value));
+                    if found.is_none() && !passes {
                         found = Some(*name);
                     }
                 }
@@ -217,7 +233,8 @@ mod tests {
             ("modalities", r#"["audio"]"#),
             ("chat_template", r#""""#),
             ("priority", "1"),
-            ("cache_salt", r#""a""#),
+            ("priority", "-1e999"),
+            ("mm_hashes", r#"["a"]"#),
             ("function_call", r#""auto""#),
             ("echo", "true"),
             ("skip_special_tokens", "false"),
