@@ -101,6 +101,7 @@ fn measure(args: &Args, sequences: usize, context: usize) -> Result<Vec<Duration
         kv_bytes: Some(usize::MAX),
         max_queued_requests: sequences,
         max_queued_tokens: usize::MAX,
+        prefix_caching: true,
     };
     let engine = Engine::start(Box::new(runner), config)?;
     let prompt: Arc<[u32]> = (0..context).map(|at| (at % VOCAB) as u32).collect();
@@ -111,6 +112,7 @@ fn measure(args: &Args, sequences: usize, context: usize) -> Result<Vec<Duration
         stop: StopRules::default(),
         max_tokens: args.steps + 1,
         guide: None,
+        salt: None,
     };
     let streams = engine.submit_all((0..sequences as u64).map(request).collect())?;
     for mut stream in streams {

@@ -42,14 +42,16 @@ pub struct SequenceSlice {
     pub key: u64,
     /// Its rows in [`Batch::tokens`].
     pub rows: Range<usize>,
-    /// Position of its first row; positions `0..start` are in the KV cache already.
+    /// Position of its first row; positions `0..start` are in the KV cache already, from its own rows or those of
+    /// another sequence with the same tokens.
     pub start: usize,
     /// `Some(i)` when the input id is the one that sampling row `i` (in the order of [`Batch::sample_rows`]) of the
     /// step sampled last has picked, or will pick: it is on the device and the host may not know it yet. The slice
     /// has one row then, whose entry in [`Batch::tokens`] is a placeholder, 0.
     pub feed: Option<usize>,
-    /// One table per KV group, covering every position that the rows see or write. From step to step a sequence's
-    /// tables change at their ends only, until `start` is 0 again: then it has lost its pages and starts over.
+    /// One table per KV group, covering every position that the rows see or write. Several sequences may have a page
+    /// that all of them only read; those that a slice writes to are its own. From step to step any page may be
+    /// replaced by another of the same content, and a sequence may lose its pages and start over.
     pub tables: Arc<Vec<PageTable>>,
     /// Present when the last row's logits are wanted; absent inside a prompt.
     pub sample: Option<SampleRow>,

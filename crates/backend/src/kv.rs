@@ -3,6 +3,10 @@
 /// A page of one group's pool.
 pub type PageId = u32;
 
+/// Pages that have slid out of a window and are held all the same: with them another sequence can go on from the last page
+/// boundaries of this one, and not only from its very end.
+pub(crate) const SLACK: usize = 2;
+
 /// How keys and values are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvDtype {
@@ -66,11 +70,11 @@ impl KvSpec {
     }
 
     /// Pages of `group` that one sequence can hold at once when `context` positions are stored and a step
-    /// appends at most `chunk` more.
+    /// appends at most `chunk` more. Of a windowed group up to two pages are held longer than they are seen.
     pub fn pages_for(&self, group: usize, context: usize, chunk: usize) -> usize {
         let live = match self.groups[group].window {
             // A chunk's first query still sees window - 1 positions before it; one page more for alignment.
-            Some(window) => context.min(window.saturating_sub(1) + chunk) + self.page_size - 1,
+            Some(window) => context.min(window.saturating_sub(1) + chunk) + (1 + SLACK) * self.page_size - 1,
             None => context,
         };
         live.div_ceil(self.page_size).min(context.div_ceil(self.page_size))
@@ -144,7 +148,7 @@ mod tests {
     #[test]
     fn windowed_groups_hold_a_bounded_number_of_pages() {
         let spec = spec(Some(128));
-        assert_eq!(spec.pages_for(0, 100_000, 1), (128 + 15_usize).div_ceil(16));
+        assert_eq!(spec.pages_for(0, 100_000, 1), (128 + 15_usize + 32).div_ceil(16));
         assert_eq!(spec.pages_for(0, 20, 512), 2);
         assert_eq!(spec.pages_for(1, 100, 1), 7);
     }

@@ -46,4 +46,6 @@ pub struct GenerateRequest {
     pub max_tokens: usize,
     /// What the answer may be; `None` is anything.
     pub guide: Option<Guide>,
+    /// Requests share what was computed for the beginnings of their prompts where their salts are equal, and only there.
+    pub salt: Option<Arc<str>>,
 }

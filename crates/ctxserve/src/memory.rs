@@ -114,6 +114,7 @@ mod tests {
             max_batched_tokens: None,
             max_queued_requests: 1,
             max_queued_tokens: 1,
+            prefix_caching: true,
         }
     }
 

@@ -304,6 +304,7 @@ fn engine_config(options: &ServeOptions, info: Option<&ModelInfo>, plan: &Plan) 
         kv_bytes,
         max_queued_requests: engine.max_queued_requests,
         max_queued_tokens: engine.max_queued_tokens,
+        prefix_caching: engine.prefix_caching,
     };
     Ok(Sized { engine: config, room: left })
 }
@@ -356,6 +357,7 @@ fn warm_up(engine: &EngineHandle, format: &dyn ChatFormat) -> anyhow::Result<()>
         stop: StopRules::default(),
         max_tokens: 1,
         guide: None,
+        salt: None,
     })?;
     let mut tokens = 0;
     while let Some(event) = events.blocking_next() {

@@ -79,6 +79,8 @@ pub struct Capacity {
     pub rows: usize,
     /// Sequences of a step.
     pub sequences: usize,
+    /// Longest sequence, tokens.
+    pub context: usize,
     /// Lines of the scratch for gathered keys, a head; a multiple of 128.
     pub scratch_lines: usize,
 }
@@ -88,7 +90,7 @@ impl Capacity {
     /// longest context, or a step of short ones that are padded each.
     pub fn new(rows: usize, sequences: usize, max_context: usize) -> Self {
         let scratch_lines = (max_context + LINES).max(2 * rows).next_multiple_of(LINES);
-        Self { rows, sequences, scratch_lines }
+        Self { rows, sequences, context: max_context, scratch_lines }
     }
 }
 
@@ -173,9 +175,12 @@ impl Layout {
             end += words.max(1).next_multiple_of(64);
             at
         };
-        let Capacity { rows, sequences, .. } = capacity;
-        // Room for every page of the pool, and for a page more in every sequence.
-        let pages: Vec<usize> = plan.pages.iter().map(|count| count + sequences).collect();
+        let Capacity { rows, sequences, context, .. } = capacity;
+        // Sequences may share pages, so there is room for what each of them has at most: all have one row more than they
+        // hold, and all of a step's rows together span so many pages.
+        let tables = |group| plan.spec.pages_for(group, context + rows, 1) * sequences;
+        let spans = rows.div_ceil(plan.spec.page_size) + sequences;
+        let pages: Vec<usize> = (0..plan.pages.len()).map(|group| tables(group) + spans).collect();
         let mut group = |&count: &usize| [take(rows), take(sequences), take(sequences), take(count)];
         let groups = pages.iter().map(&mut group).collect();
         let [tokens, feed, position] = [take(rows), take(rows), take(rows)];
@@ -289,7 +294,7 @@ impl Description {
         prefill: &AttentionPrefill,
     ) -> Result<Shape, DeviceError> {
         let shape = Shape::of(batch);
-        let Capacity { rows, sequences, scratch_lines } = self.capacity;
+        let Capacity { rows, sequences, scratch_lines, .. } = self.capacity;
         if shape.rows > rows || batch.sequences.len() > sequences {
             return Err(DeviceError::new(
                 OP,

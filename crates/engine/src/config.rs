@@ -20,6 +20,8 @@ pub struct EngineConfig {
     pub max_queued_requests: usize,
     /// Prompt tokens that may wait. A request is never refused for its own length alone: an empty queue takes it.
     pub max_queued_tokens: usize,
+    /// Keep what was computed for prompts and answers, as far as there is room, for prompts that begin alike.
+    pub prefix_caching: bool,
 }
 
 impl Default for EngineConfig {
@@ -31,6 +33,7 @@ impl Default for EngineConfig {
             kv_bytes: None,
             max_queued_requests: 256,
             max_queued_tokens: 1 << 20,
+            prefix_caching: true,
         }
     }
 }

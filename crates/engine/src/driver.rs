@@ -14,7 +14,7 @@ use crate::Runner;
 use crate::guides::Guides;
 use crate::scheduler::{Launched, Scheduler, Step};
 use crate::sequence::{Ending, Sequence};
-use crate::shared::{Published, Shared, Submission};
+use crate::shared::{Inbox, Published, Shared, Submission};
 
 /// How long a step may wait for constraints that are about to answer: a mask takes less as a rule, and a row that misses
 /// the step is a whole step late. With two steps in flight the device is busy meanwhile.
@@ -159,10 +159,15 @@ impl Driver {
             if idle {
                 self.rest();
             }
-            let (arrivals, abort, draining) = self.shared.take(idle);
+            let Inbox { arrivals, abort, draining, resets, .. } = self.shared.take(idle);
             arrivals.into_iter().for_each(|submission| self.enqueue(submission));
             let endings = if abort { self.scheduler.end_all(&FinishReason::Abort) } else { Vec::new() };
             self.scheduler.drop_cancelled();
+            if !resets.is_empty() {
+                self.scheduler.pools().reset();
+                self.tell(Vec::new());
+                resets.into_iter().for_each(|done| _ = done.send(()));
+            }
             let busy = !self.is_idle();
             if busy {
                 self.beat.get_or_insert_with(Instant::now);
@@ -195,6 +200,7 @@ impl Driver {
         *self.shared.published() = Published {
             running: self.scheduler.running(),
             used_pages: self.scheduler.pools().used(),
+            kept_pages: self.scheduler.pools().kept(),
             counters: self.scheduler.counters(),
             beat: self.beat,
             finish_interval: self.pace.interval,

@@ -5,6 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use ctxserve_core::{Event, FinishReason, GenerateRequest, Usage};
+use tokio::sync::oneshot;
 
 use crate::driver::Driver;
 use crate::pages::KvPools;
@@ -60,7 +61,7 @@ impl Engine {
         };
         let limits =
             Limits { max_num_seqs, max_batched_tokens: config.max_batched_tokens, vocab: model.vocab_size };
-        let scheduler = Scheduler::new(limits, KvPools::new(&sizing.plan));
+        let scheduler = Scheduler::new(limits, KvPools::new(&sizing.plan, config.prefix_caching));
         let shared = Arc::new(Shared::new(info));
         let driver = Driver::new(runner, scheduler, Arc::clone(&shared));
         thread::Builder::new()
@@ -153,6 +154,18 @@ impl EngineHandle {
     /// Ends every sequence in flight with [`FinishReason::Abort`] before the next step.
     pub fn abort_all(&self) {
         self.shared().post(|inbox| inbox.abort = true);
+    }
+
+    /// Forgets every prefix that is kept for later prompts, before the next step. Returns whether that was done: not if
+    /// the engine has ended.
+    pub async fn reset_prefixes(&self) -> bool {
+        let (done, told) = oneshot::channel();
+        let sent = self.shared().post(|inbox| {
+            let runs = inbox.ended.is_none();
+            inbox.resets.extend(Some(done).filter(|_| runs));
+            runs
+        });
+        sent && told.await.is_ok()
     }
 
     /// Waits for the engine thread's end, by draining or by a fault, and tells which.

@@ -1,140 +1,101 @@
-//! Pages and the leases that hold them.
+//! The KV pages of all groups: who holds them, and which are kept for prompts that begin as earlier ones did.
 
+mod check;
+mod ghosts;
+mod pool;
+mod tree;
+
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ctxserve_backend::{KvPlan, KvSpec, PageId, PageTable};
-use thiserror::Error;
+use ctxserve_backend::{KvPlan, KvSpec, PageTable};
+use ctxserve_core::TokenId;
 
-/// A broken page invariant: a bug of this module, never a request's doing.
-#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-pub(crate) enum PageError {
-    /// A page is on the free list although a lease owns it, or twice.
-    #[error("page {0} is on the free list and owned")]
-    FreeAndOwned(PageId),
-    /// A page is neither free nor owned.
-    #[error("page {0} is lost")]
-    Lost(usize),
-    /// A page is in the table of a lease that does not own it.
-    #[error("page {0} is in a table that does not own it")]
-    Stolen(PageId),
+pub(crate) use check::PageError;
+pub(crate) use ghosts::Lost;
+use pool::{Holder, Pool};
+pub(crate) use tree::{Match, Salt};
+use tree::{NONE, NodeId, Tree, first_page};
+
+/// Tokens between the points of a long prompt or answer at which windowed groups keep what a query there sees: the most
+/// that is computed again where a later prompt parts from it anywhere.
+const CHECKPOINT: usize = 2048;
+
+/// A sequence's tokens as far as they are known.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct History<'a> {
+    /// What was asked.
+    pub(crate) prompt: &'a [TokenId],
+    /// What was answered so far.
+    pub(crate) generated: &'a [TokenId],
 }
 
-/// Who holds which page of one pool.
+impl<'a> History<'a> {
+    /// Tokens.
+    pub(crate) fn len(&self) -> usize {
+        self.prompt.len() + self.generated.len()
+    }
+
+    /// The tokens of one whole page.
+    fn page(&self, page: usize, size: usize) -> Cow<'a, [TokenId]> {
+        let (start, end, turn) = (page * size, (page + 1) * size, self.prompt.len());
+        if end <= turn {
+            Cow::Borrowed(&self.prompt[start..end])
+        } else if start >= turn {
+            Cow::Borrowed(&self.generated[start - turn..end - turn])
+        } else {
+            Cow::Owned([&self.prompt[start..], &self.generated[..end - turn]].concat())
+        }
+    }
+
+    /// Tokens that two sequences begin with alike.
+    pub(crate) fn common(&self, other: &Self) -> usize {
+        let tokens = |history: &Self| history.prompt.iter().chain(history.generated).copied();
+        let shorter = self.prompt.len().min(other.prompt.len());
+        if self.prompt[..shorter] == other.prompt[..shorter] {
+            let (a, b) = (tokens(self).skip(shorter), tokens(other).skip(shorter));
+            return shorter + a.zip(b).take_while(|(a, b)| a == b).count();
+        }
+        self.prompt.iter().zip(other.prompt).take_while(|(a, b)| a == b).count()
+    }
+}
+
+/// Pages and the prefix tree.
 #[derive(Debug)]
-struct Ledger {
-    /// Free pages; the one freed last is taken first, so that memory never used stays untouched.
-    free: Vec<PageId>,
-    /// Owning lease of each page, 0 where free.
-    owner: Vec<u64>,
+struct State {
+    spec: Arc<KvSpec>,
+    pools: Vec<Pool>,
+    tree: Tree,
     /// The next lease's name.
     next: u64,
 }
 
-/// The pages of one KV group.
-#[derive(Clone, Debug)]
-pub(crate) struct PagePool {
-    ledger: Arc<Mutex<Ledger>>,
-    capacity: usize,
-}
-
-impl PagePool {
-    /// A pool of `capacity` free pages.
-    pub(crate) fn new(capacity: usize) -> Self {
-        let free = (0..capacity).rev().filter_map(|page| PageId::try_from(page).ok()).collect();
-        let ledger = Ledger { free, owner: vec![0; capacity], next: 1 };
-        Self { ledger: Arc::new(Mutex::new(ledger)), capacity }
+impl State {
+    /// Pages of a group that nobody uses: free ones, and those kept for later prompts.
+    fn available(&self, group: usize) -> usize {
+        self.pools[group].free().len() + self.tree.evictable(group)
     }
 
-    /// Every update leaves the ledger whole before it could unwind, so a poisoned lock is still good.
-    fn ledger(&self) -> MutexGuard<'_, Ledger> {
-        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Pages of the pool.
-    pub(crate) fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    /// Pages free now.
-    pub(crate) fn free(&self) -> usize {
-        self.ledger().free.len()
-    }
-
-    /// A lease that holds nothing yet.
-    pub(crate) fn lease(&self) -> Lease {
-        let mut ledger = self.ledger();
-        let id = ledger.next;
-        ledger.next += 1;
-        Lease { pool: self.clone(), id }
-    }
-
-    /// Checks that every page is owned by one lease or free once.
-    ///
-    /// # Errors
-    /// The first page of which that is not so.
-    pub(crate) fn check(&self) -> Result<(), PageError> {
-        let ledger = self.ledger();
-        let mut is_free = vec![false; self.capacity];
-        for &page in &ledger.free {
-            let slot = is_free.get_mut(page as usize).ok_or(PageError::Lost(page as usize))?;
-            if std::mem::replace(slot, true) || ledger.owner[page as usize] != 0 {
-                return Err(PageError::FreeAndOwned(page));
+    /// Takes a page, from the tree where none is free.
+    fn take(&mut self, group: usize, holder: Holder) -> Option<u32> {
+        while self.pools[group].free().is_empty() {
+            if self.tree.is_full(group) {
+                let pages = self.tree.evict_leaf(Lost::Evicted)?;
+                pages.into_iter().for_each(|(group, page)| self.pools[group].give(page));
+            } else {
+                let page = self.tree.evict_window(group)?;
+                self.pools[group].give(page);
             }
         }
-        match is_free.iter().zip(&ledger.owner).position(|(&free, &owner)| !free && owner == 0) {
-            Some(page) => Err(PageError::Lost(page)),
-            None => Ok(()),
-        }
-    }
-}
-
-/// A sequence's name in the ledger of one pool. Its pages are in the table that goes with it.
-#[derive(Debug)]
-pub(crate) struct Lease {
-    pool: PagePool,
-    id: u64,
-}
-
-/// The first logical page after those of the table.
-fn end(table: &PageTable) -> usize {
-    table.first + table.pages.len()
-}
-
-/// How many pages of the table come before the logical page `logical`.
-fn before(table: &PageTable, logical: usize) -> usize {
-    logical.saturating_sub(table.first).min(table.pages.len())
-}
-
-impl Lease {
-    /// Takes `count` more pages at the table's end: all of them, or none and `false`.
-    fn extend(&self, table: &mut PageTable, count: usize) -> bool {
-        let mut ledger = self.pool.ledger();
-        let Ledger { free, owner, .. } = &mut *ledger;
-        let Some(rest) = free.len().checked_sub(count) else { return false };
-        for page in free.drain(rest..).rev() {
-            owner[page as usize] = self.id;
-            table.pages.push(page);
-        }
-        true
+        self.pools[group].take(holder)
     }
 
-    /// Gives back the pages before the logical page `logical`; later pages keep their places.
-    fn release_before(&self, table: &mut PageTable, logical: usize) {
-        let count = before(table, logical);
-        table.first += count;
-        let mut ledger = self.pool.ledger();
-        for page in table.pages.drain(..count) {
-            ledger.owner[page as usize] = 0;
-            ledger.free.push(page);
-        }
-    }
-
-    /// Checks that it owns what its table names.
-    fn check(&self, table: &PageTable) -> Result<(), PageError> {
-        let ledger = self.pool.ledger();
-        match table.pages.iter().find(|&&page| ledger.owner.get(page as usize) != Some(&self.id)) {
-            Some(&page) => Err(PageError::Stolen(page)),
-            None => Ok(()),
+    /// Takes a page of a windowed group out of a lease's table.
+    fn drop_window(&mut self, group: usize, page: u32) {
+        match self.pools[group].holder(page) {
+            Holder::Lease(_) => self.pools[group].give(page),
+            Holder::Node(node) => self.tree.release(node, group),
+            Holder::Free => {}
         }
     }
 }
@@ -143,14 +104,24 @@ impl Lease {
 #[derive(Clone, Debug)]
 pub(crate) struct KvPools {
     spec: Arc<KvSpec>,
-    pools: Vec<PagePool>,
+    state: Arc<Mutex<State>>,
+    caching: bool,
+}
+
+/// Every update leaves the state whole before it could unwind, so a poisoned lock is still good.
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl KvPools {
-    /// Pools of the plan's sizes.
-    pub(crate) fn new(plan: &KvPlan) -> Self {
-        let pools = plan.pages.iter().map(|&pages| PagePool::new(pages)).collect();
-        Self { spec: Arc::new(plan.spec.clone()), pools }
+    /// Pools of the plan's sizes. With `caching` prompts reuse what was computed for earlier ones; it takes a group
+    /// with full attention, whose pages name the tokens.
+    pub(crate) fn new(plan: &KvPlan, caching: bool) -> Self {
+        let spec = Arc::new(plan.spec.clone());
+        let pools = plan.pages.iter().map(|&pages| Pool::new(pages)).collect();
+        let state = State { pools, tree: Tree::new(Arc::clone(&spec)), next: 1, spec: Arc::clone(&spec) };
+        let caching = caching && spec.groups.iter().any(|group| group.window.is_none());
+        Self { spec, state: Arc::new(Mutex::new(state)), caching }
     }
 
     /// The model's layout.
@@ -158,50 +129,93 @@ impl KvPools {
         &self.spec
     }
 
+    /// Whether prompts reuse what was computed for earlier ones.
+    pub(crate) fn caching(&self) -> bool {
+        self.caching
+    }
+
     /// A lease over all groups, holding nothing.
     pub(crate) fn lease(&self) -> KvLease {
-        let tables = Arc::new(vec![PageTable::default(); self.pools.len()]);
+        let mut state = lock(&self.state);
+        let id = state.next;
+        state.next += 1;
         KvLease {
             spec: Arc::clone(&self.spec),
-            leases: self.pools.iter().map(PagePool::lease).collect(),
-            tables,
+            state: Arc::clone(&self.state),
+            id,
+            tables: Arc::new(vec![PageTable::default(); self.spec.groups.len()]),
+            at: None,
+            published: 0,
+            known: Match::default(),
+            keeps: Vec::new(),
         }
     }
 
-    /// Free pages of each group.
+    /// Pages of each group that no sequence uses.
     pub(crate) fn free(&self) -> Vec<usize> {
-        self.pools.iter().map(PagePool::free).collect()
+        let state = lock(&self.state);
+        (0..state.pools.len()).map(|group| state.available(group)).collect()
     }
 
-    /// Used pages of each group.
+    /// Pages of each group that sequences use.
     pub(crate) fn used(&self) -> Vec<usize> {
-        self.pools.iter().map(|pool| pool.capacity() - pool.free()).collect()
+        let state = lock(&self.state);
+        (0..state.pools.len()).map(|g| state.pools[g].capacity() - state.available(g)).collect()
     }
 
-    /// Checks every pool and the leases given.
+    /// Pages of each group that are kept for later prompts and that no sequence uses.
+    pub(crate) fn kept(&self) -> Vec<usize> {
+        let state = lock(&self.state);
+        (0..state.pools.len()).map(|group| state.tree.evictable(group)).collect()
+    }
+
+    /// Forgets every prefix. What sequences use stays theirs, and is found by nobody else.
+    pub(crate) fn reset(&self) {
+        let mut state = lock(&self.state);
+        state.tree.cut_off();
+        while let Some(pages) = state.tree.evict_leaf(Lost::Reset) {
+            pages.into_iter().for_each(|(group, page)| state.pools[group].give(page));
+        }
+    }
+
+    /// Checks that every page is where the books say it is; `leases` are all there are.
     ///
     /// # Errors
-    /// The first broken page.
+    /// The first of which that is not so.
     pub(crate) fn check<'a>(&self, leases: impl Iterator<Item = &'a KvLease>) -> Result<(), PageError> {
-        self.pools.iter().try_for_each(PagePool::check)?;
-        leases.flat_map(|lease| lease.leases.iter().zip(&*lease.tables)).try_for_each(|(l, t)| l.check(t))
+        let leases: Vec<_> = leases.collect();
+        check::check(&lock(&self.state), &leases)
     }
 }
 
-/// All pages of one sequence; they go back to their pools on drop.
+/// All pages of one sequence; they go back to their pools, or stay in the tree, on drop.
 #[derive(Debug)]
 pub(crate) struct KvLease {
     spec: Arc<KvSpec>,
-    leases: Vec<Lease>,
+    state: Arc<Mutex<State>>,
+    id: u64,
     /// One per group, pages in logical order. A step's batch shares them until it is launched; nothing changes them
-    /// meanwhile, so [`Arc::make_mut`] copies nothing.
+    /// meanwhile, so [`Arc::make_mut`] copies nothing. The first `published` pages of full groups are the tree's.
     tables: Arc<Vec<PageTable>>,
+    /// The node of the last published page, or the root; pinned. `None` where nothing is shared.
+    at: Option<NodeId>,
+    /// Pages that are in the tree.
+    published: usize,
+    /// What the tree knew of this sequence when it was asked last.
+    known: Match,
+    /// Depths, in pages, at which someone is likely to part from this sequence.
+    keeps: Vec<usize>,
 }
 
 impl Drop for KvLease {
     fn drop(&mut self) {
         self.clear();
     }
+}
+
+/// The first logical page after those of the table.
+fn end(table: &PageTable) -> usize {
+    table.first + table.pages.len()
 }
 
 impl KvLease {
@@ -212,30 +226,200 @@ impl KvLease {
         if self.tables.iter().all(|table| missing(table) == 0) {
             return true;
         }
-        let mut pairs = self.leases.iter().zip(&*self.tables);
-        if !pairs.all(|(lease, table)| lease.pool.free() >= missing(table)) {
+        let mut state = lock(&self.state);
+        let mut groups = self.tables.iter().enumerate();
+        if !groups.all(|(group, table)| state.available(group) >= missing(table)) {
             return false;
         }
-        let mut pairs = self.leases.iter().zip(Arc::make_mut(&mut self.tables));
-        pairs.all(|(lease, table)| lease.extend(table, missing(table)))
+        for (group, table) in Arc::make_mut(&mut self.tables).iter_mut().enumerate() {
+            let taken = (0..missing(table)).map_while(|_| state.take(group, Holder::Lease(self.id)));
+            table.pages.extend(taken);
+        }
+        self.tables.iter().all(|table| missing(table) == 0)
     }
 
-    /// Gives back what a query at `next` or later cannot see.
+    /// Gives back what a query at `next` or later cannot see. The window of the last two page boundaries stays, so that
+    /// another sequence can go on from there.
     pub(crate) fn slide(&mut self, next: usize) {
-        for (group, lease) in self.leases.iter().enumerate() {
-            let first = self.spec.first_visible(group, next) / self.spec.page_size;
-            if self.tables.get(group).is_some_and(|table| before(table, first) > 0) {
-                lease.release_before(&mut Arc::make_mut(&mut self.tables)[group], first);
+        let boundary = (next / self.spec.page_size).saturating_sub(1);
+        for group in 0..self.tables.len() {
+            let first = first_page(&self.spec, group, boundary);
+            if self.tables[group].first < first {
+                self.drop_before(group, first);
             }
         }
     }
 
-    /// Gives everything back.
+    fn drop_before(&mut self, group: usize, logical: usize) {
+        let mut state = lock(&self.state);
+        let table = &mut Arc::make_mut(&mut self.tables)[group];
+        let count = logical.saturating_sub(table.first).min(table.pages.len());
+        table.first += count;
+        table.pages.drain(..count).for_each(|page| state.drop_window(group, page));
+    }
+
+    /// Gives everything back. What is published stays in the tree.
     pub(crate) fn clear(&mut self) {
-        for (lease, table) in self.leases.iter().zip(Arc::make_mut(&mut self.tables)) {
-            lease.release_before(table, usize::MAX);
-            table.first = 0;
+        for group in 0..self.tables.len() {
+            if self.spec.groups[group].window.is_some() {
+                self.drop_before(group, usize::MAX);
+            } else if !self.tables[group].pages.is_empty() {
+                let mut state = lock(&self.state);
+                let pages = &mut Arc::make_mut(&mut self.tables)[group].pages;
+                pages.drain(..).skip(self.published).for_each(|page| state.pools[group].give(page));
+            }
+            if self.tables[group].first > 0 {
+                Arc::make_mut(&mut self.tables)[group].first = 0;
+            }
         }
+        if let Some(node) = self.at.take() {
+            lock(&self.state).tree.unpin(node);
+        }
+        self.published = 0;
+        self.keeps.clear();
+    }
+
+    /// Looks up how much of a sequence's beginning is known, at most `most` pages. Changes nothing.
+    pub(crate) fn seek(&mut self, salt: &Salt, history: &History<'_>, most: usize) -> Match {
+        let size = self.spec.page_size;
+        self.known = lock(&self.state).tree.find(salt, most, self.known, |page| history.page(page, size));
+        self.known
+    }
+
+    /// How many pages after the deepest known one were known once, and what became of them. `None`: never seen.
+    pub(crate) fn lost(&self, salt: &Salt, history: &History<'_>, most: usize) -> Option<(Lost, usize)> {
+        let size = self.spec.page_size;
+        lock(&self.state).tree.lost(salt, &self.known, most, |page| history.page(page, size))
+    }
+
+    /// Whether others begin like this, whatever their salt.
+    pub(crate) fn is_opening(&self, history: &History<'_>) -> bool {
+        let size = self.spec.page_size;
+        history.len() >= size && lock(&self.state).tree.is_opening(&history.page(0, size))
+    }
+
+    /// Takes what the last [`KvLease::seek`] found, which nothing has changed since. Returns the positions it holds.
+    pub(crate) fn attach(&mut self, salt: &Salt) -> usize {
+        self.clear();
+        let mut state = lock(&self.state);
+        let tree = &mut state.tree;
+        let (from, pages) = match self.known.from {
+            Some(node) => (node, self.known.pages),
+            None => (tree.root(salt), 0),
+        };
+        tree.pin(from);
+        let (mut node, tables) = (from, Arc::make_mut(&mut self.tables));
+        for (group, table) in tables.iter_mut().enumerate() {
+            table.first = first_page(&self.spec, group, pages);
+            table.pages.resize(pages - table.first, NONE);
+        }
+        for depth in (0..pages).rev() {
+            for (group, table) in tables.iter_mut().enumerate() {
+                let Some(slot) = depth.checked_sub(table.first) else { continue };
+                let full = tree.is_full(group);
+                table.pages[slot] = if full { tree.cell(node, group).page } else { tree.enlist(node, group) };
+            }
+            node = tree.node(node).parent;
+        }
+        (self.at, self.published) = (Some(from), pages);
+        // Someone has parted from this sequence before, deeper than its window was kept.
+        if self.known.deepest > pages {
+            self.keeps.push(self.known.deepest);
+        }
+        pages * self.spec.page_size
+    }
+
+    /// Someone is likely to part from this sequence after `pages` pages.
+    pub(crate) fn keep(&mut self, pages: usize) {
+        self.keeps.push(pages);
+    }
+
+    /// Pages that are in the tree.
+    pub(crate) fn published(&self) -> usize {
+        self.published
+    }
+
+    /// Lets others use the whole pages of the first `positions` positions, all of which are computed by a step that has
+    /// been launched. Where someone was faster, that one's pages take the place of these.
+    pub(crate) fn publish(&mut self, history: &History<'_>, positions: usize) {
+        let (size, before) = (self.spec.page_size, self.published);
+        let upto = positions.min(history.len()) / size;
+        let Some(mut at) = self.at.filter(|_| upto > before) else { return };
+        let mut state = lock(&self.state);
+        let State { pools, tree, .. } = &mut *state;
+        let tables = Arc::make_mut(&mut self.tables);
+        for depth in before..upto {
+            let (node, new) = tree.enter(at, &history.page(depth, size));
+            for (group, table) in tables.iter_mut().enumerate() {
+                let Some(page) = table.pages.get_mut(depth).filter(|_| tree.is_full(group)) else { continue };
+                if new {
+                    pools[group].hand(*page, Holder::Node(node));
+                    tree.fill(node, group, *page);
+                } else {
+                    pools[group].give(std::mem::replace(page, tree.cell(node, group).page));
+                }
+            }
+            tree.pin(node);
+            tree.unpin(at);
+            at = node;
+        }
+        (self.at, self.published) = (Some(at), upto);
+        drop(state);
+        let every = (CHECKPOINT / size).max(1);
+        let firm = |depth: usize| self.keeps.contains(&depth);
+        let points = (before + 1..=upto).filter(|&depth| firm(depth) || depth.is_multiple_of(every));
+        let points: Vec<_> = points.map(|depth| (depth, firm(depth))).collect();
+        self.keep_windows(&points);
+    }
+
+    /// Lets the tree keep what queries after each of these depths see in windowed groups, and after the page before:
+    /// a prompt of whole pages is taken up before its last one, as its last token has to be computed.
+    fn keep_windows(&mut self, points: &[(usize, bool)]) {
+        let Some(mut node) = self.at.filter(|_| !points.is_empty()) else { return };
+        let mut state = lock(&self.state);
+        let State { pools, tree, spec, .. } = &mut *state;
+        let windowed: Vec<usize> = (0..spec.groups.len()).filter(|&g| !tree.is_full(g)).collect();
+        let needs = |group: usize, (point, _): &(usize, bool)| first_page(spec, group, point - 1)..*point;
+        let all = windowed.iter().flat_map(|&g| points.iter().map(move |point| needs(g, point).start));
+        let Some(first) = all.min() else { return };
+        for depth in (first..self.published).rev() {
+            for &group in &windowed {
+                let wanted = points.iter().filter(|point| needs(group, point).contains(&depth));
+                let Some(firm) = wanted.map(|&(_, firm)| firm).reduce(|a, b| a || b) else { continue };
+                let table = &self.tables[group];
+                let page = depth.checked_sub(table.first).and_then(|slot| table.pages.get(slot));
+                let mine = page.filter(|&&page| pools[group].holder(page) == Holder::Lease(self.id));
+                match mine {
+                    Some(&page) if tree.cell(node, group).page == NONE => {
+                        pools[group].hand(page, Holder::Node(node));
+                        tree.adopt(node, group, page, firm);
+                    }
+                    _ if firm && tree.cell(node, group).page != NONE => tree.confirm(node, group),
+                    _ => {}
+                }
+            }
+            node = tree.node(node).parent;
+        }
+    }
+
+    /// Gives everything back, and keeps what the next turn may begin with: [`KvLease::publish`], and the windows at the
+    /// end.
+    pub(crate) fn retire(&mut self, history: &History<'_>, positions: usize) {
+        self.publish(history, positions);
+        if self.published > 0 {
+            self.keep_windows(&[(self.published, true)]);
+        }
+        self.clear();
+    }
+
+    /// What the last [`KvLease::seek`] found.
+    pub(crate) fn known(&self) -> Match {
+        self.known
+    }
+
+    /// Positions per page.
+    pub(crate) fn page_size(&self) -> usize {
+        self.spec.page_size
     }
 
     /// Pages held of one group.
@@ -250,90 +434,4 @@ impl KvLease {
 }
 
 #[cfg(test)]
-mod tests {
-    use ctxserve_backend::{KvDtype, KvGroup};
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn plan(window: usize, pages: [usize; 2]) -> KvPlan {
-        let groups = vec![
-            KvGroup { window: Some(window), layers: vec![0], dtype: KvDtype::F32 },
-            KvGroup { window: None, layers: vec![1], dtype: KvDtype::F32 },
-        ];
-        let spec = KvSpec { page_size: 4, kv_heads: 1, head_dim: 1, groups };
-        KvPlan { spec, pages: pages.to_vec() }
-    }
-
-    #[test]
-    fn growth_is_all_groups_or_none() {
-        let pools = KvPools::new(&plan(4, [8, 2]));
-        let mut lease = pools.lease();
-        assert!(!lease.grow(9));
-        assert_eq!(pools.used(), [0, 0]);
-        assert!(lease.grow(8));
-        assert_eq!(pools.used(), [2, 2]);
-        drop(lease);
-        assert_eq!(pools.used(), [0, 0]);
-    }
-
-    /// OPS-07.
-    #[test]
-    fn a_windowed_group_holds_the_window_and_no_more() {
-        let plan = plan(6, [10, 100]);
-        let pools = KvPools::new(&plan);
-        let mut lease = pools.lease();
-        for position in 0..200 {
-            assert!(lease.grow(position + 1), "no page for {position}");
-            let first = plan.spec.first_visible(0, position);
-            for seen in first..=position {
-                assert!(lease.tables()[0].locate(seen, 4).is_some(), "{seen} unseen at {position}");
-            }
-            assert!(lease.held(0) <= plan.spec.pages_for(0, position + 1, 1));
-            lease.slide(position + 1);
-        }
-        assert_eq!(lease.held(1), 50);
-    }
-
-    proptest! {
-        /// Random leases that grow, slide, start over and end: no page is lost, shared or stolen, and nothing is
-        /// held once all are gone.
-        #[test]
-        fn every_page_has_one_owner(
-            pages in prop::array::uniform2(1_usize..12),
-            window in 1_usize..20,
-            actions in prop::collection::vec((0_usize..5, 0_usize..4, 0_usize..40), 1..120),
-        ) {
-            let pools = KvPools::new(&plan(window, pages));
-            let mut leases: Vec<Option<(KvLease, usize)>> = vec![None, None, None, None, None];
-            for (which, action, amount) in actions {
-                let slot = &mut leases[which];
-                match (action, slot.as_mut()) {
-                    (_, None) => *slot = Some((pools.lease(), 0)),
-                    (0, Some((lease, end))) => {
-                        let before = pools.used();
-                        if lease.grow(*end + amount) {
-                            *end += amount;
-                        } else {
-                            prop_assert_eq!(pools.used(), before);
-                        }
-                    }
-                    (1, Some((lease, end))) => lease.slide(*end),
-                    (2, Some((lease, end))) => {
-                        lease.clear();
-                        *end = 0;
-                    }
-                    (_, Some(_)) => *slot = None,
-                }
-                prop_assert_eq!(pools.check(leases.iter().flatten().map(|(lease, _)| lease)), Ok(()));
-                for group in 0..2 {
-                    let held: usize = leases.iter().flatten().map(|(lease, _)| lease.held(group)).sum();
-                    prop_assert_eq!(held, pools.used()[group]);
-                }
-            }
-            drop(leases);
-            prop_assert_eq!(pools.used(), vec![0, 0]);
-            prop_assert_eq!(pools.check(std::iter::empty()), Ok(()));
-        }
-    }
-}
+mod tests;

@@ -61,6 +61,9 @@ impl Step {
     }
 }
 
+/// How often something has ended or given way, and how many sequences run.
+type Moment = (u64, usize);
+
 /// All sequences of an engine.
 #[derive(Debug)]
 pub(crate) struct Scheduler {
@@ -76,6 +79,8 @@ pub(crate) struct Scheduler {
     launched: u64,
     /// What constraints have yet to be asked.
     questions: Vec<Question>,
+    /// The waiting sequence that had no room, and when that was.
+    stuck: Option<(u64, Moment)>,
     counters: Counters,
 }
 
@@ -85,7 +90,7 @@ impl Scheduler {
         limits.max_num_seqs = limits.max_num_seqs.min(limits.max_batched_tokens);
         let (waiting, running, ending) = (VecDeque::new(), Vec::new(), Vec::new());
         let (questions, counters) = (Vec::new(), Counters::default());
-        Self { limits, pools, waiting, running, ending, launched: 0, questions, counters }
+        Self { limits, pools, waiting, running, ending, launched: 0, questions, stuck: None, counters }
     }
 
     /// The pools.
@@ -120,11 +125,13 @@ impl Scheduler {
     /// Drops the sequences whose owners are gone. Their pages are free at once, although a step in flight may still
     /// write to them: steps run in the order they are launched, and who takes the pages is launched later.
     pub(crate) fn drop_cancelled(&mut self) {
-        let before = self.running() + self.waiting.len();
-        self.running.retain(|sequence| !sequence.is_cancelled());
-        self.ending.retain(|sequence| !sequence.is_cancelled());
+        let running = self.running.extract_if(.., |sequence| sequence.is_cancelled());
+        let mut gone: Vec<_> = running.chain(self.ending.extract_if(.., |s| s.is_cancelled())).collect();
+        // What is computed of them may be of use to others.
+        gone.iter_mut().for_each(Sequence::give_up_pages);
+        let before = self.waiting.len();
         self.waiting.retain(|sequence| !sequence.is_cancelled());
-        self.counters.aborted += (before - self.running() - self.waiting.len()) as u64;
+        self.counters.aborted += (gone.len() + before - self.waiting.len()) as u64;
     }
 
     /// Ends every sequence. What steps in flight sample for them is not waited for.
@@ -191,24 +198,66 @@ impl Scheduler {
     /// Starts waiting sequences, first come first served, while rows, places and pages last.
     fn admit(&mut self, step: &mut Step, budget: &mut usize) {
         while *budget > 0 && self.running.len() < self.limits.max_num_seqs {
-            let Some(sequence) = self.waiting.front() else { return };
             // Preempted with its last token still to arrive: its rows cannot be told from here.
-            if sequence.in_flight() > 0 || sequence.is_held() {
+            let ready = |sequence: &Sequence| sequence.in_flight() == 0 && !sequence.is_held();
+            if !self.waiting.front().is_some_and(ready) || self.is_stuck() || !self.share(step) {
                 return;
             }
+            let Some(sequence) = self.waiting.front() else { return };
             let rows = sequence.remaining().min(*budget);
             if !self.has_room(sequence, rows) {
+                self.stuck = Some((sequence.key(), self.moment()));
+                self.waiting.iter_mut().take(1).for_each(Sequence::detach);
                 return;
             }
             let Some(mut sequence) = self.waiting.pop_front() else { return };
             if !sequence.grow(rows) {
+                sequence.detach();
                 return self.waiting.push_front(sequence);
             }
-            self.counters.prompt_tokens += sequence.begin() as u64;
+            if sequence.begin() {
+                self.counters.prompt_tokens += sequence.history().prompt.len() as u64;
+                self.counters.prefixes.count(&sequence, self.pools.caching());
+            }
             step.slices.push(Slice { index: self.running.len(), rows });
             self.running.push(sequence);
             *budget -= rows;
         }
+    }
+
+    /// Gives the first waiting sequence what others have computed of it. False where the step is about to compute more
+    /// of it for another: then it waits for the next one, and need not compute it a second time.
+    fn share(&mut self, step: &Step) -> bool {
+        let Some(sequence) = self.waiting.front_mut().filter(|_| self.pools.caching()) else { return true };
+        let found = sequence.seek();
+        let (size, most) = (self.pools.spec().page_size, sequence.most_shared());
+        for slice in &step.slices {
+            let Some(other) = self.running.get_mut(slice.index).filter(|_| slice.rows > 1) else { continue };
+            if other.salt() != sequence.salt() {
+                continue;
+            }
+            let done = other.computed() + slice.rows;
+            let pages = (other.history().common(&sequence.history()).min(done) / size).min(most);
+            // What is in the tree already will not get better by waiting.
+            if pages > found.pages.max(other.kv().published()) {
+                other.keep(pages);
+                return false;
+            }
+        }
+        sequence.attach();
+        true
+    }
+
+    /// Since when nothing has given way to a waiting sequence.
+    fn moment(&self) -> Moment {
+        let Counters { finished, aborted, preemptions, .. } = self.counters;
+        (finished + aborted + preemptions, self.running.len())
+    }
+
+    /// Whether the first waiting sequence had no room, and there is no more since.
+    fn is_stuck(&self) -> bool {
+        let first = self.waiting.front().map(|sequence| (sequence.key(), self.moment()));
+        self.stuck.is_some() && self.stuck == first
     }
 
     /// Whether the whole of a waiting sequence fits beside what the running ones still need: the rest of their
@@ -222,7 +271,9 @@ impl Scheduler {
             self.running.iter().map(missing).sum()
         };
         let fits = |(group, free): (usize, usize)| {
-            free >= owed(group).saturating_add(spec.pages_for(group, sequence.len(), rows))
+            let needed =
+                spec.pages_for(group, sequence.len(), rows).saturating_sub(sequence.kv().held(group));
+            free >= owed(group).saturating_add(needed)
         };
         self.pools.free().into_iter().enumerate().all(fits)
     }
@@ -271,6 +322,10 @@ impl Scheduler {
     ) -> Vec<Ending> {
         let vocab = self.limits.vocab;
         for (key, outcome) in step.keys.into_iter().zip(outcomes) {
+            if matches!(outcome, Err(SampleError::NonFinite)) {
+                // Whatever went wrong may be in the pages, and would fail everyone who begins alike.
+                self.pools.reset();
+            }
             // Who is gone was cancelled, or ended by an earlier step: the row was computed in vain.
             let Some(sequence) = self.find(key) else { continue };
             let (sampled, question) = sequence.accept(outcome, vocab);

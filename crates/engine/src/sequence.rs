@@ -10,7 +10,7 @@ use ctxserve_core::{
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::guides::{Guided, Question};
-use crate::pages::KvLease;
+use crate::pages::{History, KvLease, Match, Salt};
 use crate::queue::Ticket;
 use crate::shared::Submission;
 
@@ -28,6 +28,9 @@ pub(crate) struct Sequence {
     /// Positions whose keys and values are in the cache once every launched step has run: `0..computed`.
     computed: usize,
     kv: KvLease,
+    salt: Salt,
+    /// Prompt tokens that were computed for others before it began.
+    cached: usize,
     sampling: Arc<SamplingParams>,
     seed: u64,
     stop: StopRules,
@@ -64,6 +67,8 @@ impl Sequence {
             sampled_by: (0, 0),
             computed: 0,
             kv,
+            salt: request.salt,
+            cached: 0,
             seed: request.sampling.seed.unwrap_or(seed),
             sampling: Arc::new(request.sampling),
             stop,
@@ -139,20 +144,67 @@ impl Sequence {
         self.events.is_closed()
     }
 
-    /// Leaves the queue. Returns the prompt's length the first time, 0 after a preemption.
-    pub(crate) fn begin(&mut self) -> usize {
+    /// Leaves the queue. Returns whether that is the first time, which it is not after a preemption.
+    pub(crate) fn begin(&mut self) -> bool {
         if std::mem::replace(&mut self.begun, true) {
-            return 0;
+            return false;
         }
+        self.cached = self.computed;
         self.ticket.leave_queue();
         self.send(Event::Admitted);
-        self.prompt.len()
+        true
     }
 
-    /// Gives all pages back; the tokens stay, to be computed again. One that is in flight stays too: the step that
-    /// samples it runs before any that could write to these pages, so what arrives is sound.
-    pub(crate) fn give_up_pages(&mut self) {
+    /// Its tokens as far as they are known.
+    pub(crate) fn history(&self) -> History<'_> {
+        History { prompt: &self.prompt, generated: &self.generated }
+    }
+
+    /// What keeps its prefix apart from others'.
+    pub(crate) fn salt(&self) -> &Salt {
+        &self.salt
+    }
+
+    /// Positions that are computed.
+    pub(crate) fn computed(&self) -> usize {
+        self.computed
+    }
+
+    /// Looks up how much of a waiting sequence is computed already. Its last token never counts: there has to be a row
+    /// to sample from.
+    pub(crate) fn seek(&mut self) -> Match {
+        let history = History { prompt: &self.prompt, generated: &self.generated };
+        let most = self.most_shared();
+        self.kv.seek(&self.salt, &history, most)
+    }
+
+    /// Pages that it may have from others at most.
+    pub(crate) fn most_shared(&self) -> usize {
+        self.len().saturating_sub(1) / self.kv.page_size()
+    }
+
+    /// Takes what the last [`Sequence::seek`] found, which nothing has changed since.
+    pub(crate) fn attach(&mut self) {
+        self.computed = self.kv.attach(&self.salt);
+        self.kv.keep(self.prompt.len() / self.kv.page_size());
+    }
+
+    /// Someone else begins with its first `pages` pages and goes on differently.
+    pub(crate) fn keep(&mut self, pages: usize) {
+        self.kv.keep(pages);
+    }
+
+    /// Undoes [`Sequence::attach`].
+    pub(crate) fn detach(&mut self) {
         self.kv.clear();
+        self.computed = 0;
+    }
+
+    /// Gives all pages back; the tokens stay, to be computed again where nobody has kept them. One that is in flight
+    /// stays too: the step that samples it runs before any that could write to these pages, so what arrives is sound.
+    pub(crate) fn give_up_pages(&mut self) {
+        let history = History { prompt: &self.prompt, generated: &self.generated };
+        self.kv.retire(&history, self.computed);
         self.computed = 0;
     }
 
@@ -221,6 +273,8 @@ impl Sequence {
             self.in_flight += 1;
             self.sampled_by = (step, sampling);
         }
+        let history = History { prompt: &self.prompt, generated: &self.generated };
+        self.kv.publish(&history, self.computed);
         self.kv.slide(self.computed);
         samples
     }
@@ -292,8 +346,9 @@ impl Sequence {
     }
 
     /// Frees everything; its own reason to end wins over `otherwise`. The owner is told by [`Ending::send`].
-    pub(crate) fn finish(self, otherwise: &FinishReason) -> Ending {
-        let usage = Usage { prompt: self.prompt.len(), cached: 0, generated: self.generated.len() };
+    pub(crate) fn finish(mut self, otherwise: &FinishReason) -> Ending {
+        self.give_up_pages();
+        let usage = Usage { prompt: self.prompt.len(), cached: self.cached, generated: self.generated.len() };
         let reason = self.end.unwrap_or_else(|| otherwise.clone());
         Ending { events: self.events, event: Event::Finished { reason, usage } }
     }

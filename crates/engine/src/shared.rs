@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use ctxserve_core::{Event, GenerateRequest};
 use tokio::sync::mpsc::UnboundedSender;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
-use crate::EngineInfo;
 use crate::queue::{Occupancy, Ticket};
+use crate::{EngineInfo, PrefixCounts};
 
 /// Where the engine is in its life.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +50,10 @@ pub struct Snapshot {
     pub preemptions: u64,
     /// Steps since start.
     pub steps: u64,
+    /// Pages of each KV group that are kept for later prompts and that no sequence uses. They count as free.
+    pub kept_pages: Vec<usize>,
+    /// What the prefix cache knew of prompts.
+    pub prefixes: PrefixCounts,
     /// While there is work, time since the last step ended or the work arrived; zero when idle. A device that hangs
     /// shows here, and neither a long queue nor a long prompt does.
     pub step_age: Duration,
@@ -74,6 +78,8 @@ pub(crate) struct Inbox {
     pub(crate) draining: bool,
     /// End everything that has been submitted so far.
     pub(crate) abort: bool,
+    /// Who waits for the prefix cache to be emptied.
+    pub(crate) resets: Vec<oneshot::Sender<()>>,
     /// The driver has ended, with its fault if there was one.
     pub(crate) ended: Option<Result<(), String>>,
     /// The next submission's key.
@@ -85,6 +91,7 @@ pub(crate) struct Inbox {
 pub(crate) struct Published {
     pub(crate) running: usize,
     pub(crate) used_pages: Vec<usize>,
+    pub(crate) kept_pages: Vec<usize>,
     pub(crate) counters: Counters,
     /// When the last step ended or work arrived; `None` when idle.
     pub(crate) beat: Option<Instant>,
@@ -101,6 +108,7 @@ pub(crate) struct Counters {
     pub(crate) aborted: u64,
     pub(crate) preemptions: u64,
     pub(crate) steps: u64,
+    pub(crate) prefixes: PrefixCounts,
 }
 
 /// State of one engine outside its thread.
@@ -116,13 +124,13 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn new(info: EngineInfo) -> Self {
-        let used_pages = vec![0; info.kv.groups.len()];
+        let (used_pages, kept_pages) = (vec![0; info.kv.groups.len()], vec![0; info.kv.groups.len()]);
         Self {
             info,
             occupancy: Arc::default(),
             inbox: Mutex::default(),
             wake: Condvar::new(),
-            published: Mutex::new(Published { used_pages, ..Published::default() }),
+            published: Mutex::new(Published { used_pages, kept_pages, ..Published::default() }),
             ended: watch::Sender::new(false),
         }
     }
@@ -143,19 +151,27 @@ impl Shared {
         result
     }
 
-    /// Takes what has arrived, whether to abort, and whether to drain. With `block` it sleeps until there is something.
-    pub(crate) fn take(&self, block: bool) -> (Vec<Submission>, bool, bool) {
+    /// Takes what has arrived. With `block` it sleeps until there is something.
+    pub(crate) fn take(&self, block: bool) -> Inbox {
         let mut inbox = self.inbox();
-        while block && inbox.arrivals.is_empty() && !inbox.abort && !inbox.draining {
+        while block && inbox.arrivals.is_empty() && !inbox.abort && !inbox.draining && inbox.resets.is_empty()
+        {
             inbox = self.wake.wait(inbox).unwrap_or_else(PoisonError::into_inner);
         }
-        (std::mem::take(&mut inbox.arrivals), std::mem::take(&mut inbox.abort), inbox.draining)
+        Inbox {
+            arrivals: std::mem::take(&mut inbox.arrivals),
+            draining: inbox.draining,
+            abort: std::mem::take(&mut inbox.abort),
+            resets: std::mem::take(&mut inbox.resets),
+            ..Inbox::default()
+        }
     }
 
     /// The driver is gone. Returns what arrived after its last look; later submissions are refused.
     pub(crate) fn end(&self, outcome: Result<(), String>) -> Vec<Submission> {
         let mut inbox = self.inbox();
         inbox.ended = Some(outcome);
+        inbox.resets.clear();
         std::mem::take(&mut inbox.arrivals)
     }
 
@@ -181,7 +197,7 @@ impl Shared {
 
     pub(crate) fn snapshot(&self) -> Snapshot {
         let state = self.state();
-        let Published { running, used_pages, counters, beat, .. } = self.published().clone();
+        let Published { running, used_pages, kept_pages, counters, beat, .. } = self.published().clone();
         Snapshot {
             state,
             running,
@@ -195,6 +211,8 @@ impl Shared {
             aborted: counters.aborted,
             preemptions: counters.preemptions,
             steps: counters.steps,
+            kept_pages,
+            prefixes: counters.prefixes,
             step_age: beat.map_or(Duration::ZERO, |beat| beat.elapsed()),
         }
     }

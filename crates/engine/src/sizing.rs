@@ -9,6 +9,15 @@ use crate::{EngineConfig, EngineError};
 /// Sequences and tokens of each that the default budget makes room for.
 const DEFAULT_ROOM: (usize, usize) = (16, 4096);
 
+/// What of the budget beyond one sequence's needs may go to windows that are kept for later prompts: one part in so many.
+const KEPT_SHARE: usize = 8;
+
+/// Tokens of full attention for which one window at most is kept.
+const KEPT_EVERY: usize = 1024;
+
+/// Kept windows that the default budget makes room for.
+const DEFAULT_KEPT: usize = 32;
+
 /// The shortest useful sequence: one prompt token and one answer token.
 const SHORTEST: usize = 2;
 
@@ -41,7 +50,8 @@ fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
 }
 
 /// Divides the budget: windowed groups get what `max_num_seqs` sequences can hold at once, full groups the rest,
-/// up to `max_num_seqs` sequences of full length. Where the budget is tight windowed groups get less, and the
+/// up to `max_num_seqs` sequences of full length. With prefix caching an eighth of what is left beside one sequence goes to
+/// windows that are kept for later prompts. Where the budget is tight windowed groups get less, and the
 /// scheduler runs fewer sequences at a time; one sequence of `max_model_len` always fits.
 ///
 /// # Errors
@@ -53,7 +63,9 @@ pub(crate) fn size(spec: &KvSpec, max_context: usize, config: &EngineConfig) -> 
     let budget = config.kv_bytes.unwrap_or_else(|| {
         let room = DEFAULT_ROOM.0.min(config.max_num_seqs);
         let short = bytes_alone(spec, DEFAULT_ROOM.1.min(asked), chunk).saturating_mul(room);
-        short.max(bytes_alone(spec, asked, chunk))
+        let kept = if config.prefix_caching { DEFAULT_KEPT } else { 0 };
+        let kept = kept_bytes(spec).saturating_mul(KEPT_SHARE).saturating_mul(kept);
+        short.max(bytes_alone(spec, asked, chunk)).saturating_add(kept)
     });
     let fits = largest(asked, |len| bytes_alone(spec, len, chunk) <= budget);
     if fits < config.max_model_len.unwrap_or(SHORTEST) {
@@ -81,9 +93,29 @@ pub(crate) fn size(spec: &KvSpec, max_context: usize, config: &EngineConfig) -> 
     let seqs = largest(config.max_num_seqs, |seqs| windowed_bytes(seqs) <= for_windows).max(1);
     let left = budget.saturating_sub(windowed_bytes(seqs));
     let most = full_alone.saturating_mul(config.max_num_seqs).min(PageId::MAX as usize);
+    let kept = if config.prefix_caching && full_page > 0 {
+        let spare = left.saturating_sub(full_alone.saturating_mul(full_page));
+        let tokens = (left / full_page).min(most).saturating_mul(spec.page_size);
+        (spare / KEPT_SHARE).checked_div(kept_bytes(spec)).unwrap_or(0).min(tokens / KEPT_EVERY)
+    } else {
+        0
+    };
+    let left = left.saturating_sub(kept.saturating_mul(kept_bytes(spec)));
     let full_pages = left.checked_div(full_page).unwrap_or(0).clamp(full_alone, most.max(full_alone));
-    let pages = groups.map(|g| if is_full(&g) { full_pages } else { windowed_pages(g, seqs) }).collect();
+    let windows = |g| windowed_pages(g, seqs).saturating_add(kept.saturating_mul(kept_pages(spec, g)));
+    let pages = groups.map(|g| if is_full(&g) { full_pages } else { windows(g) }).collect();
     Ok(Sizing { plan: KvPlan { spec: spec.clone(), pages }, max_model_len })
+}
+
+/// Pages of a windowed group that are kept at one point: those seen from there, and from the page before.
+fn kept_pages(spec: &KvSpec, group: usize) -> usize {
+    spec.groups[group].window.map_or(0, |window| window.div_ceil(spec.page_size).saturating_add(1))
+}
+
+/// Bytes that are kept at one point.
+fn kept_bytes(spec: &KvSpec) -> usize {
+    let group = |g| kept_pages(spec, g).saturating_mul(spec.page_bytes(g));
+    (0..spec.groups.len()).map(group).fold(0, usize::saturating_add)
 }
 
 fn alone_full(spec: &KvSpec, len: usize) -> usize {
@@ -246,17 +278,36 @@ mod tests {
         }
     }
 
-    /// OPS-07.
+    /// OPS-07: windowed layers hold the window of each sequence, and what is kept for later prompts.
     #[test]
     fn windowed_layers_cost_the_window() {
         // 8k times 32 sequences: 12 GiB where windowed layers are paged at full length, about half of it here.
-        let config = config(Some(usize::MAX), Some(8192));
-        let sizing = size(&spec(), 131_072, &config).unwrap();
-        promises(&sizing, &config);
-        let full = 32 * 8192 * 12 * 2 * 8 * 64 * 2;
-        let windowed = sizing.plan.pages[0] * spec().page_bytes(0);
-        assert_eq!(sizing.plan.pages[1] * spec().page_bytes(1), full);
-        assert!(windowed < full / 40, "{windowed} of {full}");
+        for (prefix_caching, share) in [(false, 40), (true, 5)] {
+            let config = EngineConfig { prefix_caching, ..config(Some(usize::MAX), Some(8192)) };
+            let sizing = size(&spec(), 131_072, &config).unwrap();
+            promises(&sizing, &config);
+            let full = 32 * 8192 * 12 * 2 * 8 * 64 * 2;
+            let windowed = sizing.plan.pages[0] * spec().page_bytes(0);
+            assert_eq!(sizing.plan.pages[1] * spec().page_bytes(1), full);
+            assert!(windowed < full / share, "{windowed} of {full}");
+        }
+    }
+
+    /// A budget with room to spare keeps a window for every few thousand tokens; one that just fits keeps none.
+    #[test]
+    fn kept_windows_take_a_bounded_share() {
+        let pages = |kv_bytes, prefix_caching| {
+            let config = EngineConfig { prefix_caching, ..config(Some(kv_bytes), Some(32_768)) };
+            let sizing = size(&spec(), 131_072, &config).unwrap();
+            promises(&sizing, &config);
+            sizing.plan.pages
+        };
+        let (with, without) = (pages(8 << 30, true), pages(8 << 30, false));
+        let bytes = (with[0] - without[0]) * spec().page_bytes(0);
+        assert!((400 << 20..1 << 30).contains(&bytes), "{bytes}");
+        assert!(with[1] < without[1] && with[1] > without[1] * 7 / 8);
+        let least = bytes_alone(&spec(), 32_768, 512);
+        assert_eq!(pages(least, true), pages(least, false));
     }
 
     #[test]

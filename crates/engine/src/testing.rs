@@ -34,6 +34,7 @@ pub(crate) fn request(id: u64, prompt: &[TokenId], max_tokens: usize) -> Generat
         stop: StopRules { eos: [EOS].into(), ..StopRules::default() },
         max_tokens,
         guide: None,
+        salt: None,
     }
 }
 
@@ -100,6 +101,13 @@ impl Hash {
     }
 }
 
+/// A hash of a token and of those before it, whose hash is `before`.
+fn chained(before: Option<u64>, token: TokenId) -> u64 {
+    let mut hash = Hash(before.unwrap_or(1));
+    hash.add(u64::from(token) + 1);
+    hash.0
+}
+
 /// What [`PagedEchoRunner`] answers to a request when nothing goes wrong, worked out from the history itself.
 pub(crate) fn expected(spec: &KvSpec, request: &GenerateRequest, max_model_len: usize) -> Answer {
     let mut history = request.prompt.to_vec();
@@ -148,7 +156,7 @@ pub(crate) fn expected(spec: &KvSpec, request: &GenerateRequest, max_model_len: 
 pub(crate) struct PagedEchoRunner {
     info: RunnerInfo,
     pages: Vec<usize>,
-    /// Per group and slot: the sequence, position and token written last.
+    /// Per group and slot: a hash of all tokens up to here, and position and token, as written last.
     slots: Vec<Vec<Option<(u64, usize, TokenId)>>>,
     depth: usize,
     /// Outcomes of the steps in flight, oldest first.
@@ -181,13 +189,26 @@ impl PagedEchoRunner {
         Ok(page as usize * page_size + slot)
     }
 
+    /// The hash of all tokens up to a position, as the last group has it, which sees everything.
+    fn history(&self, slice: &SequenceSlice, position: usize) -> Result<u64, DeviceError> {
+        let last = self.slots.len() - 1;
+        match self.slots[last][self.slot(slice, last, position)?] {
+            Some((chain, at, _)) if at == position => Ok(chain),
+            found => Err(DeviceError::new("echo", format!("{found:?} before {position} of {}", slice.key))),
+        }
+    }
+
     /// Reads every position that a query at `position` sees.
     fn read(&self, slice: &SequenceSlice, position: usize) -> Result<Hash, DeviceError> {
         let mut hash = Hash(0);
         for group in 0..self.slots.len() {
             for seen in self.info.kv.first_visible(group, position)..=position {
+                // Sequences with the same tokens may share pages, so it is their history that has to be right.
+                let before = if seen > 0 { Some(self.history(slice, seen - 1)?) } else { None };
                 match self.slots[group][self.slot(slice, group, seen)?] {
-                    Some((key, at, token)) if (key, at) == (slice.key, seen) => hash.add(u64::from(token)),
+                    Some((chain, at, token)) if at == seen && chain == chained(before, token) => {
+                        hash.add(u64::from(token));
+                    }
                     found => {
                         let key = slice.key;
                         let what = format!("group {group}: {found:?} in place of {seen} of {key}");
@@ -225,9 +246,12 @@ impl Runner for PagedEchoRunner {
         // As on a device: all writes, then all reads.
         for slice in &batch.sequences {
             for (offset, token) in self.inputs(slice, batch)?.into_iter().enumerate() {
+                let before = (slice.start + offset).checked_sub(1);
+                let before = before.map(|at| self.history(slice, at)).transpose()?;
+                let chain = chained(before, token);
                 for group in 0..self.slots.len() {
                     let slot = self.slot(slice, group, slice.start + offset)?;
-                    self.slots[group][slot] = Some((slice.key, slice.start + offset, token));
+                    self.slots[group][slot] = Some((chain, slice.start + offset, token));
                 }
             }
         }
@@ -361,6 +385,12 @@ impl Answer {
             answer.take(event);
         }
         answer
+    }
+
+    /// Without what it found in the prefix cache, which does not change what it says.
+    pub(crate) fn plain(mut self) -> Self {
+        self.end.iter_mut().for_each(|(_, usage)| usage.cached = 0);
+        self
     }
 
     pub(crate) fn reason(&self) -> &FinishReason {

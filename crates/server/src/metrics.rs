@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ctxserve_engine::{EngineHandle, Snapshot};
+use ctxserve_engine::{EngineHandle, MissCause, Snapshot};
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Label, Level, Metadata, Recorder};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
 
@@ -70,6 +70,11 @@ pub(crate) struct Metrics {
     pub(crate) cached_tokens: Counter,
     replayed_turns: Counter,
     canonical_turns: Counter,
+    prefix_queries: [Counter; 2],
+    prefix_hits: [Counter; 2],
+    prefix_hit_rate: Gauge,
+    prefix_misses: [Counter; MissCause::ALL.len()],
+    prefix_usage: Gauge,
     ended: [Counter; 4],
     rejected_requests: Counter,
     rejected_tokens: Counter,
@@ -128,6 +133,9 @@ impl Metrics {
         let history = |form| register.counter("ctxserve:history_turns_total", &[("form", form)]);
         let responses = ["1xx", "2xx", "3xx", "4xx", "5xx"]
             .map(|class| register.counter("ctxserve:http_responses_total", &[("class", class)]));
+        let both = |names: [&'static str; 2]| names.map(|name| register.counter(name, &[]));
+        let misses = MissCause::ALL
+            .map(|cause| register.counter("ctxserve:prefix_cache_misses_total", &[("cause", cause.name())]));
         let metrics = Self {
             running: register.gauge("vllm:num_requests_running", &[]),
             waiting: register.gauge("vllm:num_requests_waiting", &[]),
@@ -140,6 +148,11 @@ impl Metrics {
             cached_tokens: register.counter("vllm:prompt_tokens_cached_total", &[]),
             replayed_turns: history("replayed"),
             canonical_turns: history("canonical"),
+            prefix_queries: both(["vllm:prefix_cache_queries_total", "vllm:gpu_prefix_cache_queries_total"]),
+            prefix_hits: both(["vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total"]),
+            prefix_hit_rate: register.gauge("vllm:gpu_prefix_cache_hit_rate", &[]),
+            prefix_misses: misses,
+            prefix_usage: register.gauge("ctxserve:prefix_cache_usage_perc", &[]),
             ended,
             rejected_requests: rejected("max_num_queued_reqs"),
             rejected_tokens: rejected("max_num_queued_tokens"),
@@ -182,15 +195,23 @@ impl Metrics {
     pub(crate) fn render(&self, snapshot: &Snapshot) -> String {
         self.running.set(count(snapshot.running));
         self.waiting.set(count(snapshot.waiting));
-        let used: usize = snapshot.used_pages.iter().sum();
         let total: usize = snapshot.total_pages.iter().sum();
-        let usage = if total == 0 { 0.0 } else { count(used) / count(total) };
+        let share = |pages: usize| if total == 0 { 0.0 } else { count(pages) / count(total) };
+        let usage = share(snapshot.used_pages.iter().sum());
         self.kv_usage.set(usage);
         self.legacy_kv_usage.set(usage);
         self.prompt_tokens.absolute(snapshot.prompt_tokens);
         self.generation_tokens.absolute(snapshot.generation_tokens);
         self.preemptions.absolute(snapshot.preemptions);
         self.steps.absolute(snapshot.steps);
+        let prefixes = snapshot.prefixes;
+        self.prefix_queries.iter().for_each(|counter| counter.absolute(prefixes.queries));
+        self.prefix_hits.iter().for_each(|counter| counter.absolute(prefixes.hits));
+        self.prefix_hit_rate.set(prefixes.hits as f64 / prefixes.queries.max(1) as f64);
+        for (counter, tokens) in self.prefix_misses.iter().zip(prefixes.misses) {
+            counter.absolute(tokens);
+        }
+        self.prefix_usage.set(share(snapshot.kept_pages.iter().sum()));
         self.handle.render()
     }
 
@@ -307,6 +328,10 @@ fn describe(recorder: &PrometheusRecorder) {
         ("vllm:num_requests_running", "Sequences being computed."),
         ("vllm:num_requests_waiting", "Sequences accepted and not running."),
         ("vllm:kv_cache_usage_perc", "Share of KV pages in use; 1 is all."),
+        (
+            "ctxserve:prefix_cache_usage_perc",
+            "Share of KV pages kept for later prompts; they give way where needed.",
+        ),
     ];
     for (name, text) in texts {
         recorder.describe_gauge(KeyName::from(name), None, text.into());
@@ -319,6 +344,9 @@ fn describe(recorder: &PrometheusRecorder) {
             "ctxserve:history_turns_total",
             "Turns of the assistant in prompts: as the model wrote them, or rendered anew.",
         ),
+        ("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
+        ("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
+        ("ctxserve:prefix_cache_misses_total", "Prompt tokens that had to be computed, by cause."),
         ("ctxserve:http_responses_total", "Responses by status class."),
     ];
     for (name, text) in texts {

@@ -269,6 +269,11 @@ pub(crate) fn metrics(_: &mut Schemas) -> Value {
     json!({"get": operation("Metrics as Prometheus reads them.", text, ANY)})
 }
 
+pub(crate) fn reset_prefix_cache(_: &mut Schemas) -> Value {
+    let what = "Forgets what is kept for prompts that begin alike.";
+    json!({"post": operation(what, json!({}), &[400, 401, 405, 500, 503])})
+}
+
 pub(crate) fn this(_: &mut Schemas) -> Value {
     let any = json!({"application/json": {"schema": {"type": "object"}}});
     json!({"get": operation("This document.", any, ANY)})

@@ -39,6 +39,7 @@ pub(crate) fn routes() -> Vec<Route> {
         ("/version", get(health::version), openapi::version),
         ("/load", get(health::load), openapi::load),
         ("/metrics", get(health::metrics), openapi::metrics),
+        ("/reset_prefix_cache", post(health::reset_prefix_cache), openapi::reset_prefix_cache),
         ("/openapi.json", get(health::document), openapi::this),
     ]
 }

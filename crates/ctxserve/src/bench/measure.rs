@@ -84,6 +84,7 @@ impl<'a> Bench<'a> {
             stop: StopRules { ignore_eos: true, ..StopRules::default() },
             max_tokens,
             guide: None,
+            salt: None,
         }
     }
 

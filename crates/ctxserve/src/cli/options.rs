@@ -115,6 +115,8 @@ pub struct EngineOptions {
     pub max_queued_requests: usize,
     /// Most waiting prompt tokens.
     pub max_queued_tokens: usize,
+    /// Whether prompts reuse what was computed for earlier ones.
+    pub prefix_caching: bool,
 }
 
 /// How to log.
@@ -189,6 +191,7 @@ impl ServeOptions {
                 max_batched_tokens: values.read("max-num-batched-tokens", tokens)?,
                 max_queued_requests: values.read("max-num-queued-reqs", count)?.unwrap_or(256),
                 max_queued_tokens: values.read("max-num-queued-tokens", tokens)?.unwrap_or(1_000_000),
+                prefix_caching: values.switch("enable-prefix-caching")?.unwrap_or(true),
             },
             http: HttpOptions::new(values, env)?,
             notes,

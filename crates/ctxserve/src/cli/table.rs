@@ -181,12 +181,16 @@ pub const RUNNING: &[Flag] = &[
     no_op("kv-cache-dtype-skip-layers", List("LAYER"), "all layers are stored alike"),
     no_op("calculate-kv-scales", Switch, "each token and head of an fp8 cache has its own scale"),
     refused("num-gpu-blocks-override", Value("N"), "size the KV cache with --kv-cache-memory-bytes"),
-    no_op(
+    honoured(
         "enable-prefix-caching",
         Switch,
-        "prompts are not shared between requests yet; answers are the same",
+        "Keep what was computed for prompts and answers, for prompts that begin alike [default: on]",
     ),
-    no_op("prefix-caching-hash-algo", Value("NAME"), "prompts are not shared between requests yet"),
+    no_op(
+        "prefix-caching-hash-algo",
+        Value("NAME"),
+        "prefixes are found by a keyed hash and compared token by token",
+    ),
     refused("enable-sleep-mode", Switch, "weights stay loaded"),
     refused("kv-transfer-config", Value("JSON"), NO_EVENTS),
     refused("kv-events-config", Value("JSON"), NO_EVENTS),

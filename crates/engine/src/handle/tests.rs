@@ -54,7 +54,8 @@ fn answers_alone_and_among_sixteen_others_are_equal() {
     let engine = Engine::start(Box::new(echo()), config).unwrap();
     let requests: Vec<_> = (0..17).map(|i| request(i as u64, &prompt(i, 1 + 4 * i), 25)).collect();
     let alone: Vec<_> = requests.iter().map(|r| Answer::of(engine.submit(r.clone()).unwrap())).collect();
-    let together: Vec<_> = engine.submit_all(requests.clone()).unwrap().into_iter().map(Answer::of).collect();
+    let together = engine.submit_all(requests.clone()).unwrap().into_iter().map(Answer::of);
+    let together: Vec<_> = together.map(Answer::plain).collect();
     assert_eq!(alone, together);
     for (request, answer) in requests.iter().zip(&alone) {
         assert_eq!(answer, &expected(&spec(4, Some(10)), request, CONTEXT));
@@ -67,7 +68,8 @@ fn a_tight_cache_preempts_and_still_answers_all() {
     let one = spec(4, Some(10)).page_bytes(1) * CONTEXT.div_ceil(4);
     let config = EngineConfig { kv_bytes: Some(one * 2), max_model_len: Some(CONTEXT), ..config() };
     let engine = Engine::start(Box::new(echo()), config).unwrap();
-    let requests: Vec<_> = (0..12).map(|i| long(i, 80)).collect();
+    let mut requests: Vec<_> = (0..12).map(|i| long(i, 80)).collect();
+    requests.iter_mut().zip(0..).for_each(|(request, seed)| request.prompt = prompt(seed, 3).into());
     for stream in engine.submit_all(requests.clone()).unwrap() {
         assert_eq!(Answer::of(stream).tokens.len(), 80);
     }
@@ -205,7 +207,7 @@ fn impossible_requests_are_refused_or_clamped() {
                 odd.sampling.min_tokens = least;
                 // Stop ids outside the vocabulary can never be sampled and harm nothing.
                 odd.stop.token_ids = vec![TokenId::MAX, id];
-                let answer = Answer::of(engine.submit(odd.clone()).unwrap());
+                let answer = Answer::of(engine.submit(odd.clone()).unwrap()).plain();
                 let mut known = odd;
                 known.stop.token_ids.clear();
                 let want = expected(&spec(4, Some(10)), &known, max);

@@ -24,6 +24,9 @@ struct Job {
     penalised: bool,
     /// Has a constraint that is settled after so many tokens.
     guided: Option<usize>,
+    /// Begins with so many tokens of an earlier job's prompt and answer, which is that many jobs before.
+    follows: Option<(usize, usize)>,
+    salted: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -37,30 +40,50 @@ struct Scenario {
     spare: usize,
     /// Most steps in flight.
     depth: usize,
+    /// Whether prompts that begin alike share pages.
+    caching: bool,
+    /// When the prefix cache is reset.
+    reset: Option<usize>,
     jobs: Vec<Job>,
 }
 
 fn scenarios() -> impl Strategy<Value = Scenario> {
     let ends = (1_usize..30, 0_usize..6, 0_u32..8, prop::option::weighted(0.3, 0_usize..80));
     let modes = (prop::bool::weighted(0.1), prop::option::weighted(0.3, 0_usize..40));
-    let job = (0_usize..40, 1_usize..60, ends, modes);
-    let job = job.prop_map(|(arrives, prompt, (max_tokens, min_tokens, stops, cancelled), modes)| Job {
-        arrives,
-        prompt,
-        max_tokens,
-        min_tokens,
-        cancelled: cancelled.map(|after| arrives + after),
-        stops,
-        penalised: modes.0,
-        guided: modes.1,
-    });
+    let shared = (prop::option::weighted(0.7, (1_usize..4, 0_usize..90)), prop::bool::weighted(0.1));
+    let job = (0_usize..40, 1_usize..60, ends, modes, shared);
+    let job =
+        job.prop_map(|(arrives, prompt, (max_tokens, min_tokens, stops, cancelled), modes, shared)| Job {
+            follows: shared.0,
+            salted: shared.1,
+            arrives,
+            prompt,
+            max_tokens,
+            min_tokens,
+            cancelled: cancelled.map(|after| arrives + after),
+            stops,
+            penalised: modes.0,
+            guided: modes.1,
+        });
     let sizes =
         (1_usize..7, prop::option::of(1_usize..14), 1_usize..7, 1_usize..30, 2_usize..64, 0_usize..30);
-    (sizes, 1_usize..4, prop::collection::vec(job, 1..14)).prop_map(|(sizes, depth, mut jobs)| {
+    let how = (1_usize..4, prop::bool::weighted(0.8), prop::option::weighted(0.1, 5_usize..60));
+    (sizes, how, prop::collection::vec(job, 1..14)).prop_map(|(sizes, (depth, caching, reset), mut jobs)| {
         let (page_size, window, max_num_seqs, max_batched_tokens, max_model_len, spare) = sizes;
         jobs.sort_by_key(|job| job.arrives);
         jobs.iter_mut().for_each(|job| job.prompt = job.prompt.min(max_model_len - 1));
-        Scenario { page_size, window, max_num_seqs, max_batched_tokens, max_model_len, spare, depth, jobs }
+        Scenario {
+            page_size,
+            window,
+            max_num_seqs,
+            max_batched_tokens,
+            max_model_len,
+            spare,
+            depth,
+            caching,
+            reset,
+            jobs,
+        }
     })
 }
 
@@ -90,7 +113,7 @@ impl Bench {
         let limits = Limits { max_num_seqs: scenario.max_num_seqs, max_batched_tokens: chunk, vocab: VOCAB };
         Self {
             scenario: scenario.clone(),
-            scheduler: Scheduler::new(limits, KvPools::new(&plan)),
+            scheduler: Scheduler::new(limits, KvPools::new(&plan, scenario.caching)),
             runner,
             in_flight: VecDeque::new(),
             questions: Vec::new(),
@@ -103,12 +126,20 @@ impl Bench {
 
     fn request(&self, key: usize) -> ctxserve_core::GenerateRequest {
         let job = &self.scenario.jobs[key];
-        let prompt: Vec<_> = (0..job.prompt).map(|at| ((key * 31 + at * 7) % VOCAB) as u32).collect();
+        let mut prompt: Vec<_> = (0..job.prompt).map(|at| ((key * 31 + at * 7) % VOCAB) as u32).collect();
+        if let Some((before, tokens)) = job.follows.filter(|(before, _)| *before <= key) {
+            let other = self.request(key - before);
+            let answer = expected(self.scheduler.pools().spec(), &other, self.scenario.max_model_len);
+            let common = other.prompt.iter().chain(&answer.tokens).take(tokens);
+            prompt.splice(..0, common.copied());
+            prompt.truncate(self.scenario.max_model_len - 1);
+        }
         let mut request = request(key as u64, &prompt, job.max_tokens);
         request.sampling.min_tokens = job.min_tokens;
         request.sampling.presence_penalty = if job.penalised { 0.5 } else { 0.0 };
         request.stop.token_ids = (1..=job.stops).collect();
         request.guide = job.guided.map(Moody::guide);
+        request.salt = job.salted.then(|| "tenant".into());
         request
     }
 
@@ -132,7 +163,8 @@ impl Bench {
         assert!(ending.iter().all(Sequence::is_ending) && running.iter().all(|s| !s.is_ending()));
         for group in 0..pools.used().len() {
             let held: usize = running.iter().map(|sequence| sequence.kv().held(group)).sum();
-            assert_eq!(held, pools.used()[group], "a page outside the running sequences");
+            assert!(held >= pools.used()[group], "a page outside the running sequences");
+            assert!(self.scenario.caching || held == pools.used()[group], "a page in two tables");
             for sequence in running {
                 let most = pools.spec().pages_for(group, sequence.len(), 1);
                 assert!(sequence.kv().held(group) <= most, "more than the window is held");
@@ -223,6 +255,9 @@ impl Bench {
                 }
             }
             self.scheduler.drop_cancelled();
+            if self.scenario.reset == Some(now) {
+                self.scheduler.pools().reset();
+            }
             self.check();
             if !(self.scheduler.is_idle() && self.in_flight.is_empty()) {
                 self.step();
@@ -254,7 +289,7 @@ proptest! {
             let whole = expected(&spec, &bench.request(key), scenario.max_model_len);
             let answer = &bench.answers[key];
             if bench.streams[key].is_some() {
-                prop_assert_eq!(answer, &whole, "sequence {}", key);
+                prop_assert_eq!(answer.clone().plain(), whole, "sequence {}", key);
             } else {
                 prop_assert!(whole.tokens.starts_with(&answer.tokens), "sequence {} before its end", key);
             }
@@ -272,6 +307,8 @@ fn job(arrives: usize, prompt: usize, max_tokens: usize) -> Job {
         stops: 0,
         penalised: false,
         guided: None,
+        follows: None,
+        salted: false,
     }
 }
 
@@ -283,6 +320,8 @@ fn page_pressure_preempts_the_youngest_and_repeats_nothing() {
 fn page_pressure(depth: usize) {
     let scenario = Scenario {
         depth,
+        caching: false,
+        reset: None,
         page_size: 4,
         window: None,
         max_num_seqs: 4,
@@ -313,6 +352,8 @@ fn decode_rows_flow_beside_a_long_prompt() {
         max_model_len: 200,
         spare: 100,
         depth: 1,
+        caching: false,
+        reset: None,
         jobs: vec![job(0, 2, 60), job(0, 2, 60), job(2, 150, 1)],
     };
     let mut bench = Bench::new(&scenario);
@@ -346,6 +387,8 @@ fn a_newcomer_waits_until_its_whole_prompt_fits() {
         max_model_len: 40,
         spare: 0,
         depth: 1,
+        caching: false,
+        reset: None,
         jobs: vec![job(0, 30, 2), job(0, 20, 2), job(0, 1, 2)],
     };
     let mut bench = Bench::new(&scenario);
@@ -362,112 +405,6 @@ fn a_newcomer_waits_until_its_whole_prompt_fits() {
     assert!(bench.answers.iter().all(|answer| answer.tokens.len() == 2));
 }
 
-/// Three sequences, a device that takes two steps: what the second step is fed with, and what becomes of it.
-#[test]
-fn the_next_step_is_launched_before_the_last_is_known() {
-    let scenario = Scenario {
-        page_size: 4,
-        window: Some(8),
-        max_num_seqs: 4,
-        max_batched_tokens: 16,
-        max_model_len: 40,
-        spare: 20,
-        depth: 2,
-        jobs: vec![job(0, 3, 20), job(0, 5, 20), job(0, 4, 1)],
-    };
-    let mut bench = Bench::new(&scenario);
-    (0..3).for_each(|key| bench.submit(key));
-    let step = bench.scheduler.schedule();
-    let first = bench.launch(step);
-    assert!(first.sequences.iter().all(|slice| slice.feed.is_none() && slice.sample.is_some()));
-    // The third needs one token only, and that is in flight: no row, no pages.
-    let step = bench.scheduler.schedule();
-    let second = bench.launch(step);
-    let rows: Vec<_> = second.sequences.iter().map(|s| (s.key, s.rows.clone(), s.start, s.feed)).collect();
-    assert_eq!(rows, [(0, 0..1, 3, Some(0)), (1, 1..2, 5, Some(1))]);
-    assert_eq!(second.tokens, [0, 0], "placeholders");
-    let draws: Vec<_> = second.sample_rows().map(|row| (row.step, row.banned.to_vec())).collect();
-    assert_eq!(draws, [(1, vec![0]), (1, vec![0])], "bans and draws count the token in flight");
-    assert_eq!((bench.scheduler.running.len(), bench.scheduler.ending.len()), (2, 1));
-    assert_eq!(bench.scheduler.ending[0].kv().held(0), 0);
-    bench.check();
-
-    // The first leaves while both steps are under way: its outcomes are dropped, the others' are not.
-    bench.streams[0] = None;
-    bench.scheduler.drop_cancelled();
-    bench.check();
-    bench.collect();
-    bench.collect();
-    bench.read();
-    let tokens: Vec<_> = bench.answers.iter().map(|answer| answer.tokens.len()).collect();
-    assert_eq!(tokens, [0, 2, 1]);
-    let counters = bench.scheduler.counters();
-    assert_eq!((counters.generation_tokens, counters.finished, counters.aborted), (3, 1, 1));
-}
-
-/// A token that arrives for a preempted sequence is kept, and may end it where it waits.
-#[test]
-fn a_preempted_sequence_keeps_the_token_in_flight() {
-    for stops in [false, true] {
-        let scenario = Scenario {
-            page_size: 4,
-            window: None,
-            max_num_seqs: 4,
-            max_batched_tokens: 16,
-            max_model_len: 40,
-            spare: 20,
-            depth: 2,
-            jobs: vec![job(0, 3, 20), job(0, 5, 20)],
-        };
-        let mut bench = Bench::new(&scenario);
-        bench.scenario.jobs[1].min_tokens = 0;
-        // Every id but those below ends it.
-        bench.scenario.jobs[1].stops = if stops { VOCAB as u32 - 1 } else { 0 };
-        (0..2).for_each(|key| bench.submit(key));
-        let step = bench.scheduler.schedule();
-        bench.launch(step);
-        bench.scheduler.preempt_youngest();
-        assert_eq!((bench.scheduler.waiting.len(), bench.scheduler.waiting[0].in_flight()), (1, 1));
-        let step = bench.scheduler.schedule();
-        let second = bench.launch(step);
-        assert_eq!(second.sequences.iter().map(|s| s.key).collect::<Vec<_>>(), [0], "it waits for its token");
-        bench.check();
-        bench.collect();
-        bench.read();
-        assert_eq!(bench.answers[1].tokens.len(), 1);
-        assert_eq!(bench.answers[1].end.is_some(), stops);
-        let step = bench.scheduler.schedule();
-        let third = bench.launch(step);
-        let again = third.sequences.iter().find(|s| s.key == 1).map(|s| (s.start, s.rows.len()));
-        assert_eq!(again, if stops { None } else { Some((0, 6)) }, "prompt and token, computed again");
-        bench.check();
-    }
-}
-
-/// Penalties read every token generated so far: their sequence is never fed, and the others wait with it.
-#[test]
-fn penalties_wait_for_the_commit() {
-    let mut jobs = vec![job(0, 3, 20), job(0, 5, 20)];
-    jobs[1].penalised = true;
-    let scenario = Scenario {
-        page_size: 4,
-        window: None,
-        max_num_seqs: 4,
-        max_batched_tokens: 16,
-        max_model_len: 40,
-        spare: 20,
-        depth: 2,
-        jobs,
-    };
-    let mut bench = Bench::new(&scenario);
-    (0..2).for_each(|key| bench.submit(key));
-    let step = bench.scheduler.schedule();
-    bench.launch(step);
-    assert!(bench.scheduler.schedule().is_empty());
-    bench.collect();
-    let step = bench.scheduler.schedule();
-    let next = bench.launch(step);
-    assert!(next.sequences.len() == 2 && next.sequences.iter().all(|slice| slice.feed.is_none()));
-}
-
+mod ahead;
 mod guided;
+mod prefix;

@@ -16,7 +16,15 @@ fn engine(checkpoint: &Checkpoint, page_size: usize, config: EngineConfig) -> En
 
 fn request(prompt: &[TokenId], max_tokens: usize, sampling: SamplingParams) -> GenerateRequest {
     let stop = StopRules::default();
-    GenerateRequest { id: RequestId(0), prompt: prompt.into(), sampling, stop, max_tokens, guide: None }
+    GenerateRequest {
+        id: RequestId(0),
+        prompt: prompt.into(),
+        sampling,
+        stop,
+        max_tokens,
+        guide: None,
+        salt: None,
+    }
 }
 
 fn tokens(mut stream: EventStream) -> Vec<TokenId> {

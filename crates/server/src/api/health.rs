@@ -1,6 +1,7 @@
-//! `GET /health`, `/ping`, `/version`, `/load`, `/metrics`, `/openapi.json`.
+//! `GET /health`, `/ping`, `/version`, `/load`, `/metrics`, `/openapi.json`; `POST /reset_prefix_cache`.
 
 use axum::extract::State;
+use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use ctxserve_engine::EngineState;
@@ -38,6 +39,15 @@ pub(crate) async fn version() -> Result<Response, ApiError> {
 pub(crate) async fn load(State(state): State<ServerState>) -> Result<Response, ApiError> {
     let snapshot = state.engine().snapshot();
     json(&Load { server_load: snapshot.running + snapshot.waiting })
+}
+
+/// Forgets what is kept for later prompts. Answers under way are not touched.
+pub(crate) async fn reset_prefix_cache(State(state): State<ServerState>) -> Result<StatusCode, ApiError> {
+    if state.engine().reset_prefixes().await {
+        Ok(StatusCode::OK)
+    } else {
+        Err(ApiError::unavailable("The engine has stopped."))
+    }
 }
 
 /// Prometheus text.

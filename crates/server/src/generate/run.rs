@@ -47,6 +47,7 @@ impl Job {
                     stop: self.rules.clone(),
                     max_tokens,
                     guide: self.guide.clone(),
+                    salt: None,
                 }
             })
         })

@@ -13,6 +13,8 @@ fn a_constrained_row_is_left_out_until_its_token_is_known() {
         max_model_len: 40,
         spare: 20,
         depth: 2,
+        caching: false,
+        reset: None,
         jobs,
     };
     let mut bench = Bench::new(&scenario);
