@@ -1,5 +1,7 @@
 //! The prefix cache as clients and operators see it.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
+
 mod common;
 
 use common::{Setup, request};
@@ -20,7 +22,8 @@ fn value(metrics: &str, series: &str) -> f64 {
 
 fn miss(metrics: &str, cause: &str) -> f64 {
     let line = metrics.lines().find(|line| {
-        line.starts_with("ctxserve:prefix_cache_misses_total{") && line.contains(&format!("cause=\"{cause}\""))
+        line.starts_with("ctxserve:prefix_cache_misses_total{")
+            && line.contains(&format!("cause=\"{cause}\""))
     });
     line.unwrap_or_else(|| panic!("{metrics}")).rsplit(' ').next().unwrap().parse().unwrap()
 }
