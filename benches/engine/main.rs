@@ -1,5 +1,6 @@
 //! What a decode step costs the host: the engine in front of a model that takes no time. Per step: take the inbox,
 //! schedule, describe the batch, hand it over, commit the tokens and send them. Nobody reads the streams meanwhile.
+//! And what the prefix cache costs it per prompt: to look one up, to take what is known of it, to keep it.
 
 use std::io::Write;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,7 +12,7 @@ use ctxserve_backend::{
     Batch, DeviceError, KvDtype, KvGroup, KvPlan, KvSpec, SampleError, Sampled, SequenceSlice,
 };
 use ctxserve_core::{FinishReason, GenerateRequest, RequestId, SamplingParams, StopRules};
-use ctxserve_engine::{Engine, EngineConfig, Runner, RunnerInfo};
+use ctxserve_engine::{Engine, EngineConfig, EngineHandle, Runner, RunnerInfo};
 use serde_json::json;
 
 /// Measures the engine's own time per decode step.
@@ -26,6 +27,9 @@ struct Args {
     /// Steps to measure.
     #[arg(long, default_value_t = 500)]
     steps: usize,
+    /// Prompts of each length to look up.
+    #[arg(long, default_value_t = 50)]
+    prompts: usize,
     /// Positions per KV page.
     #[arg(long, default_value_t = 16)]
     page_size: usize,
@@ -105,16 +109,8 @@ fn measure(args: &Args, sequences: usize, context: usize) -> Result<Vec<Duration
     };
     let engine = Engine::start(Box::new(runner), config)?;
     let prompt: Arc<[u32]> = (0..context).map(|at| (at % VOCAB) as u32).collect();
-    let request = |id| GenerateRequest {
-        id: RequestId(id),
-        prompt: Arc::clone(&prompt),
-        sampling: SamplingParams::greedy(),
-        stop: StopRules::default(),
-        max_tokens: args.steps + 1,
-        guide: None,
-        salt: None,
-    };
-    let streams = engine.submit_all((0..sequences as u64).map(request).collect())?;
+    let streams =
+        engine.submit_all((0..sequences as u64).map(|id| request(id, &prompt, args.steps + 1)).collect())?;
     for mut stream in streams {
         let last = std::iter::from_fn(|| stream.blocking_next()).last().context("no answer")?;
         let ctxserve_core::Event::Finished { reason: FinishReason::Length, .. } = last else {
@@ -125,6 +121,51 @@ fn measure(args: &Args, sequences: usize, context: usize) -> Result<Vec<Duration
     anyhow::ensure!(times.len() + 2 >= args.steps, "only {} steps were measured", times.len());
     times.sort_unstable();
     Ok(times)
+}
+
+/// Median time of a prompt with one token of answer, from its submission to its end: without a prefix cache, when it is
+/// new to one, and when it is known there.
+fn measure_prompts(args: &Args, context: usize) -> Result<[Duration; 3]> {
+    let median = |engine: &EngineHandle| -> Result<Duration> {
+        let mut times = Vec::with_capacity(args.prompts);
+        for prompt in 0..args.prompts {
+            // The first page tells them apart.
+            let ids =
+                (0..context).map(|at| if at == 0 { prompt % VOCAB } else { at % VOCAB } as u32).collect();
+            let start = Instant::now();
+            let mut stream = engine.submit(request(0, &ids, 1))?;
+            while stream.blocking_next().is_some() {}
+            times.push(start.elapsed());
+        }
+        times.sort_unstable();
+        times.get(times.len() / 2).copied().context("no prompts")
+    };
+    let start = |prefix_caching| {
+        let runner = Idle::new(context + 2, args.page_size, Arc::default());
+        let config = EngineConfig {
+            max_num_seqs: args.prompts + 1,
+            max_batched_tokens: context,
+            kv_bytes: Some(usize::MAX),
+            max_queued_tokens: usize::MAX,
+            prefix_caching,
+            ..EngineConfig::default()
+        };
+        Engine::start(Box::new(runner), config)
+    };
+    let (without, with) = (start(false)?, start(true)?);
+    Ok([median(&without)?, median(&with)?, median(&with)?])
+}
+
+fn request(id: u64, prompt: &Arc<[u32]>, max_tokens: usize) -> GenerateRequest {
+    GenerateRequest {
+        id: RequestId(id),
+        prompt: Arc::clone(prompt),
+        sampling: SamplingParams::greedy(),
+        stop: StopRules::default(),
+        max_tokens,
+        guide: None,
+        salt: None,
+    }
 }
 
 fn main() -> Result<()> {
@@ -146,6 +187,16 @@ fn main() -> Result<()> {
             });
             writeln!(out, "{line}")?;
         }
+    }
+    writeln!(out, "{:>8} {:>14} {:>14} {:>14}", "prompt", "no cache, us", "new, us", "known, us")?;
+    for &context in &args.context {
+        let [without, new, known] = measure_prompts(&args, context)?.map(|time| time.as_secs_f64() * 1e6);
+        writeln!(out, "{context:>8} {without:>14.1} {new:>14.1} {known:>14.1}")?;
+        let line = json!({
+            "bench": "engine-prefix", "prompt": context, "page_size": args.page_size, "prompts": args.prompts,
+            "without_us": without, "new_us": new, "known_us": known,
+        });
+        writeln!(out, "{line}")?;
     }
     Ok(())
 }

@@ -181,5 +181,6 @@ pub fn run<B: Backend, R: Backend>(
     suite.independence(&make)?;
     suite.sampling(&make, &reference)?;
     suite.feeds(&make)?;
+    suite.shared(&make)?;
     Ok(suite.report(seed))
 }

@@ -2,6 +2,7 @@
 
 mod feeds;
 mod quick;
+mod shared;
 
 use std::sync::Arc;
 

@@ -32,6 +32,13 @@ impl Sequence {
         Self { tokens, done: 0, tables: vec![PageTable::default(); groups] }
     }
 
+    /// One that goes on from the first `pages` pages of this one, which has computed them and still holds them.
+    pub(super) fn followed_by(&self, tokens: Vec<TokenId>, pages: usize, page_size: usize) -> Self {
+        let mut tables = self.tables.clone();
+        tables.iter_mut().for_each(|table| table.pages.truncate(pages - table.first));
+        Self { tokens, done: pages * page_size, tables }
+    }
+
     /// Returns pages that have left the window and takes pages for `count` more positions.
     fn advance(&mut self, count: usize, plan: &KvPlan, pages: &mut Pages) {
         let size = plan.spec.page_size;

@@ -153,7 +153,9 @@ fn kv_bytes(
             .saturating_add(spec.pages_for(group, max_model_len, chunk)),
     };
     let bytes = |group| pages(group).saturating_mul(spec.page_bytes(group));
-    (0..spec.groups.len()).map(bytes).fold(0, usize::saturating_add)
+    let held = (0..spec.groups.len()).map(bytes).fold(0, usize::saturating_add);
+    // Of what is left beside one sequence the engine keeps an eighth for the prefix cache.
+    if config.prefix_caching { held.saturating_add(held / 7 + 1) } else { held }
 }
 
 #[cfg(test)]
