@@ -4,11 +4,17 @@
 
 mod common;
 
-use common::{Setup, request};
+use common::{Server, Setup, request};
 use ctxserve_engine::EngineConfig;
 use serde_json::{Value, json};
 
 const FINAL: &str = "<|channel|>final<|message|>hello<|return|>";
+
+fn start() -> Server {
+    let mut setup = Setup::new(&[FINAL]);
+    setup.engine = EngineConfig::default();
+    setup.start()
+}
 
 fn cached(usage: &Value) -> u64 {
     usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
@@ -31,7 +37,7 @@ fn miss(metrics: &str, cause: &str) -> f64 {
 /// OPS-10, OPS-12, OPS-22: what a prompt found is in its usage and in the metrics, and every miss has a cause there.
 #[tokio::test]
 async fn a_repeated_prompt_is_found() {
-    let server = Setup::new(&[FINAL]).start();
+    let server = start();
     let first = server.chat(&request(json!({}))).await.json()["usage"].clone();
     let second = server.chat(&request(json!({}))).await.json()["usage"].clone();
     let prompt = first["prompt_tokens"].as_u64().unwrap();
@@ -55,7 +61,7 @@ async fn a_repeated_prompt_is_found() {
 /// OPS-12: after a reset nothing is found, and the metrics say why.
 #[tokio::test]
 async fn a_reset_forgets_everything() {
-    let server = Setup::new(&[FINAL]).start();
+    let server = start();
     server.chat(&request(json!({}))).await;
     let answer = server.post("/reset_prefix_cache", &json!({})).await;
     assert_eq!(answer.status, 200);
@@ -68,9 +74,7 @@ async fn a_reset_forgets_everything() {
 
 #[tokio::test]
 async fn it_can_be_turned_off() {
-    let mut setup = Setup::new(&[FINAL]);
-    setup.engine = EngineConfig { prefix_caching: false, ..EngineConfig::default() };
-    let server = setup.start();
+    let server = Setup::new(&[FINAL]).start();
     for _ in 0..2 {
         assert_eq!(cached(&server.chat(&request(json!({}))).await.json()["usage"]), 0);
     }

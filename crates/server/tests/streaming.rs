@@ -65,10 +65,7 @@ async fn streamed_equals_whole_over_scripts_and_options() {
     ];
     let mut calls = 0;
     for script in scripts() {
-        let mut setup = Setup::new(&[&script]);
-        // Usage is compared too, and the second to ask would find the first one's prompt.
-        setup.engine.prefix_caching = false;
-        let server = setup.start();
+        let server = Setup::new(&[&script]).start();
         for extra in &options {
             let (whole, streamed, one, frames) = both(&server, request(extra.clone())).await;
             assert_eq!(whole, streamed, "{script} {extra}");

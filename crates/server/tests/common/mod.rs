@@ -55,7 +55,8 @@ impl Setup {
         Self {
             lines,
             pace: Duration::ZERO,
-            engine: EngineConfig::default(),
+            // Who asks twice would find the first one's prompt, and usages could not be compared; `prefix.rs` turns it on.
+            engine: EngineConfig { prefix_caching: false, ..EngineConfig::default() },
             server,
             context: CONTEXT,
             format: "harmony",

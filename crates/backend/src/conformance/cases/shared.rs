@@ -23,7 +23,7 @@ impl Suite<'_> {
             // Chunks differ, and so may bits where they depend on that.
             let limit = if self.claims.bitwise { 0.0 } else { self.claims.products.max(storage(kv)) };
             for window in [None, Some(12), Some(20)] {
-                let shape = Shape { kv, window, dense: Encoding::Bf16, spare_pages: 64, ..shape() };
+                let shape = Shape { kv, window, dense: Encoding::Bf16, spare_pages: 16, ..shape() };
                 let shape = self.claims.fit(shape);
                 let known = SHARED * shape.page_size;
                 let fixture = Fixture::new(shape, &mut self.random)?;
