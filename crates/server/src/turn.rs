@@ -170,6 +170,7 @@ impl Prepared {
             rules: options.rules.clone(),
             max_tokens: vec![self.max_tokens],
             guide: self.guide.clone(),
+            salt: options.salt.clone(),
             prompt_param: self.prompt_param,
         };
         // The parser needs the control tokens that end a turn; other stop ids are no part of the message.

@@ -72,6 +72,25 @@ async fn a_reset_forgets_everything() {
     assert_eq!(server.get("/reset_prefix_cache").await.status, 405);
 }
 
+/// Requests share a prefix with their own salt alone, on every route that takes one, and the metrics say why not.
+#[tokio::test]
+async fn salts_keep_prefixes_apart() {
+    let server = start();
+    let ask = async |body: Value| cached(&server.chat(&request(body)).await.json()["usage"]);
+    assert_eq!(ask(json!({})).await, 0);
+    assert_eq!(ask(json!({"cache_salt": "a"})).await, 0);
+    assert_eq!(ask(json!({"cache_salt": "b"})).await, 0);
+    assert!(miss(&server.metrics().await, "salt") > 0.0);
+    let whole = ask(json!({"cache_salt": "a"})).await;
+    assert!(whole > 0 && ask(json!({})).await == whole);
+    let text = "x ".repeat(100);
+    for (salt, found) in [("a", false), ("b", false), ("a", true)] {
+        let body = json!({"model": "scripted", "prompt": text, "cache_salt": salt});
+        let usage = server.post("/v1/completions", &body).await.json()["usage"].clone();
+        assert_eq!(cached(&usage) > 0, found, "{salt}");
+    }
+}
+
 #[tokio::test]
 async fn it_can_be_turned_off() {
     let server = Setup::new(&[FINAL]).start();

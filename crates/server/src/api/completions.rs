@@ -125,6 +125,7 @@ fn start(
         rules: options.rules.clone(),
         max_tokens: prepared.max_tokens.clone(),
         guide: prepared.guide.clone(),
+        salt: options.salt.clone(),
         prompt_param: PARAM,
     };
     let silent_stops = if options.include_stop { Vec::new() } else { options.rules.all().collect() };

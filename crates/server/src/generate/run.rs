@@ -26,6 +26,8 @@ pub(crate) struct Job {
     pub(crate) max_tokens: Vec<usize>,
     /// What answers may be.
     pub(crate) guide: Option<Guide>,
+    /// What keeps the prefix apart from others'.
+    pub(crate) salt: Option<Arc<str>>,
     /// Field of the request that holds the prompt, for errors.
     pub(crate) prompt_param: &'static str,
 }
@@ -47,7 +49,7 @@ impl Job {
                     stop: self.rules.clone(),
                     max_tokens,
                     guide: self.guide.clone(),
-                    salt: None,
+                    salt: self.salt.clone(),
                 }
             })
         })

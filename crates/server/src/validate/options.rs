@@ -25,6 +25,8 @@ pub(crate) struct Options {
     pub(crate) return_token_ids: bool,
     /// As asked; the context may hold less.
     pub(crate) max_tokens: Option<usize>,
+    /// What keeps the prompt's prefix apart from others'.
+    pub(crate) salt: Option<Arc<str>>,
 }
 
 /// When frames of a stream carry usage.
@@ -74,7 +76,7 @@ pub(crate) fn options(
         ignore_eos: fields.ignore_eos.unwrap_or(false),
     };
     let stop = stop_strings(fields.stop.as_ref().map_or(&[], |stop| &stop.0), limits)?;
-    cache_salt(fields.cache_salt.as_deref())?;
+    let salt = cache_salt(fields.cache_salt.as_deref())?;
     let sampling = sampling(state, &fields, min_tokens, logprobs, vocab)?;
     Ok(Options {
         model,
@@ -88,6 +90,7 @@ pub(crate) fn options(
         skip_special: fields.skip_special_tokens.unwrap_or(true),
         return_token_ids: fields.return_token_ids.unwrap_or(false),
         max_tokens,
+        salt,
     })
 }
 
@@ -192,14 +195,14 @@ fn stop_strings(strings: &[String], limits: &Limits) -> Result<Arc<[String]>, Ap
 const MAX_SALT: usize = 128;
 
 /// One alphabet and length, checked here and nowhere below: it ends up in keys of caches.
-fn cache_salt(salt: Option<&str>) -> Result<(), ApiError> {
-    let Some(salt) = salt else { return Ok(()) };
+fn cache_salt(salt: Option<&str>) -> Result<Option<Arc<str>>, ApiError> {
+    let Some(salt) = salt else { return Ok(None) };
     let known = |byte: u8| byte.is_ascii_alphanumeric() || b"_-.:".contains(&byte);
     if !(1..=MAX_SALT).contains(&salt.len()) || !salt.bytes().all(known) {
         let message = format!("cache_salt is 1 to {MAX_SALT} letters, digits, '_', '-', '.' or ':'");
         return Err(ApiError::invalid("cache_salt", message));
     }
-    Ok(())
+    Ok(Some(salt.into()))
 }
 
 fn sampling(
