@@ -416,7 +416,7 @@ def test_there_are_no_administrative_routes(small):
     """security: administrative routes, CVE-2026-15969, CVE-2026-86793; forged cache keys, CVE-2026-105754. They do not exist."""
     for path in (
         "/v1/load_lora_adapter", "/load_lora_adapter", "/load_lora_adapter_from_tensors", "/update_weights_from_disk", "/update_weights_from_tensor",
-        "/v1/rerank", "/rerank", "/sleep", "/wake_up", "/reset_prefix_cache", "/collective_rpc", "/invocations", "/inference/v1/generate", "/start_profile",
+        "/v1/rerank", "/rerank", "/sleep", "/wake_up", "/collective_rpc", "/invocations", "/inference/v1/generate", "/start_profile",
         "/server_info", "/slots/0?action=restore", "/props", "/lora-adapters", "/admin", "/v1/models/../../etc/passwd", "/%2e%2e/etc/passwd",
     ):
         status, _, body = small.post(path, {"path": "/etc/passwd", "model_path": "../../etc", "command": "id"})
