@@ -9,6 +9,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde_json::{Map, Value, json};
 
 use crate::error::Envelope;
+use crate::limits::Limits;
 use crate::router::routes;
 use crate::state::ServerState;
 use crate::wire::chat_request::{ChatFields, WireTool};
@@ -101,17 +102,43 @@ impl Schemas {
     }
 
     /// All of them by name.
-    fn into_components(mut self) -> Map<String, Value> {
+    fn into_components(mut self, limits: &Limits) -> Map<String, Value> {
         let mut all = self.own;
         for generator in [&mut self.requests, &mut self.responses] {
             all.extend(generator.take_definitions(true));
         }
+        set_limits(&mut all, limits);
         for schema in all.values_mut() {
             if let Ok(schema) = <&mut Schema>::try_from(schema) {
                 RecursiveTransform(bounds).transform(schema);
             }
         }
         all
+    }
+}
+
+/// Puts the operator's limits in the place of the defaults.
+fn set_limits(schemas: &mut Map<String, Value>, limits: &Limits) {
+    let places = [
+        ("/properties/n/maximum", limits.max_n),
+        ("/properties/best_of/maximum", limits.max_n),
+        ("/properties/stop/anyOf/0/maxLength", limits.max_stop_bytes),
+        ("/properties/stop/anyOf/1/items/maxLength", limits.max_stop_bytes),
+        ("/properties/stop/anyOf/1/maxItems", limits.max_stop_strings),
+        ("/properties/stop_token_ids/maxItems", limits.max_stop_token_ids),
+        ("/properties/logit_bias/maxProperties", limits.max_logit_bias),
+        ("/properties/top_logprobs/maximum", limits.max_logprobs),
+        ("/properties/logprobs/maximum", limits.max_logprobs),
+        ("/properties/prompt/anyOf/1/maxItems", limits.max_prompts),
+        ("/properties/prompt/anyOf/3/maxItems", limits.max_prompts),
+    ];
+    for name in ["ChatRequest", "CompletionRequest", "ResponseRequest"] {
+        let Some(schema) = schemas.get_mut(name) else { continue };
+        for (place, limit) in places {
+            if let Some(bound) = schema.pointer_mut(place) {
+                *bound = json!(limit);
+            }
+        }
     }
 }
 
@@ -158,7 +185,7 @@ pub(crate) fn document(state: &ServerState) -> Value {
         components["securitySchemes"] = json!({"key": {"type": "http", "scheme": "bearer"}});
         document["security"] = json!([{"key": []}]);
     }
-    components["schemas"] = Value::Object(schemas.into_components());
+    components["schemas"] = Value::Object(schemas.into_components(&state.config().limits));
     document["components"] = components;
     document
 }

@@ -64,6 +64,36 @@ async fn every_reference_leads_somewhere_and_nothing_is_left_over() {
     }
 }
 
+/// What an operator sets stands in the document.
+#[tokio::test]
+async fn limits_are_those_of_the_operator() {
+    let mut setup = Setup::new(&["<|return|>"]);
+    let limits = &mut setup.server.limits;
+    (limits.max_n, limits.max_stop_strings, limits.max_stop_bytes) = (3, 5, 77);
+    (limits.max_stop_token_ids, limits.max_logit_bias) = (11, 13);
+    (limits.max_logprobs, limits.max_prompts) = (2, 17);
+    let document = document(&setup.start()).await;
+    let schemas = &document["components"]["schemas"];
+    for (place, limit) in [
+        ("/ChatRequest/properties/n/maximum", 3),
+        ("/ChatRequest/properties/stop/anyOf/0/maxLength", 77),
+        ("/ChatRequest/properties/stop/anyOf/1/items/maxLength", 77),
+        ("/ChatRequest/properties/stop/anyOf/1/maxItems", 5),
+        ("/ChatRequest/properties/stop_token_ids/maxItems", 11),
+        ("/ChatRequest/properties/logit_bias/maxProperties", 13),
+        ("/ChatRequest/properties/top_logprobs/maximum", 2),
+        ("/CompletionRequest/properties/n/maximum", 3),
+        ("/CompletionRequest/properties/best_of/maximum", 3),
+        ("/CompletionRequest/properties/stop/anyOf/1/maxItems", 5),
+        ("/CompletionRequest/properties/logprobs/maximum", 2),
+        ("/ResponseRequest/properties/top_logprobs/maximum", 2),
+        ("/CompletionRequest/properties/prompt/anyOf/1/maxItems", 17),
+        ("/CompletionRequest/properties/prompt/anyOf/3/maxItems", 17),
+    ] {
+        assert_eq!(schemas.pointer(place), Some(&json!(limit)), "{place}");
+    }
+}
+
 #[tokio::test]
 async fn bounds_are_those_of_the_server() {
     let mut setup = Setup::new(&["<|return|>"]);
