@@ -9,6 +9,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -111,7 +112,7 @@ fn run<B: Backend>(
     println!("{}, {}", backend.describe(), model.info().description);
     let mut output = std::io::BufWriter::new(fs::File::create(&options.output)?);
     for group in sequences.chunks(options.batch.max(1)) {
-        for row in compute(&mut backend, &*model, &mut kv, &plan, group, options.chunk, pages)? {
+        for row in compute(&mut backend, &*model, &mut kv, &plan, group, options.chunk)? {
             output.write_all(&row.iter().flat_map(|z| z.to_le_bytes()).collect::<Vec<_>>())?;
         }
     }
@@ -127,16 +128,19 @@ fn compute<B: Backend>(
     plan: &KvPlan,
     group: &[Sequence],
     chunk: usize,
-    pages: usize,
 ) -> anyhow::Result<Vec<Vec<f32>>> {
     let groups = plan.spec.groups.len();
     let vocab = model.info().vocab_size;
-    let tables: Vec<Arc<Vec<PageTable>>> = (0..group.len())
-        .map(|at| {
-            let pages = (0..pages).map(|page| (page * group.len() + at) as u32).collect();
-            Arc::new(vec![PageTable { first: 0, pages }; groups])
-        })
-        .collect();
+    // What a step reads and writes, and no pages that have slid out of a window.
+    let size = plan.spec.page_size;
+    let tables = |at: usize, positions: Range<usize>| -> Vec<PageTable> {
+        let end = positions.end.div_ceil(size);
+        let table = |first: usize| PageTable {
+            first,
+            pages: (first..end).map(|page| (page * group.len() + at) as u32).collect(),
+        };
+        (0..groups).map(|of| table(plan.spec.first_visible(of, positions.start) / size)).collect()
+    };
     let mut done = vec![0; group.len()];
     let mut rows: Vec<Vec<Vec<f32>>> = vec![Vec::new(); group.len()];
     let params = Arc::new(SamplingParams::greedy());
@@ -167,7 +171,7 @@ fn compute<B: Backend>(
                     rows: first..batch.tokens.len(),
                     start,
                     feed: None,
-                    tables: Arc::clone(&tables[at]),
+                    tables: Arc::new(tables(at, start..start + count)),
                     sample,
                 });
                 done[at] = start + count;

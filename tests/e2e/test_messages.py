@@ -43,6 +43,8 @@ def settled(message):
             assert block.pop("id")
         block.pop("parsed_output", None)
     usage = message.usage.to_dict()
+    # The second of them finds the first one's prompt.
+    usage["input_tokens"] += usage.pop("cache_read_input_tokens")
     return blocks, message.stop_reason, message.stop_sequence, usage
 
 
