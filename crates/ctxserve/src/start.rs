@@ -335,6 +335,7 @@ fn server_config(
         eos: info.map(|info| info.eos.clone()).unwrap_or_default(),
         default_template_arguments: options.model.template_arguments.clone(),
         enable_auto_tool_choice: options.http.auto_tools,
+        reasoning_names: options.http.reasoning_names,
         drain_timeout: options.http.drain,
         limits: options.http.limits.clone(),
         metrics_without_key: options.http.metrics_without_key,

@@ -35,6 +35,29 @@ impl PromptDate {
     }
 }
 
+/// By which names chat answers show reasoning.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ReasoningNames {
+    /// `reasoning` and `reasoning_content`.
+    #[default]
+    Both,
+    /// `reasoning` alone.
+    Reasoning,
+    /// `reasoning_content` alone.
+    ReasoningContent,
+}
+
+impl ReasoningNames {
+    /// What goes into `reasoning` and into `reasoning_content`.
+    pub(crate) fn of(self, text: Option<String>) -> (Option<String>, Option<String>) {
+        match self {
+            Self::Both => (text.clone(), text),
+            Self::Reasoning => (text, None),
+            Self::ReasoningContent => (None, text),
+        }
+    }
+}
+
 /// Settings of the HTTP server. Everything has a default.
 #[derive(Clone, Debug)]
 pub struct ServerConfig {
@@ -56,10 +79,10 @@ pub struct ServerConfig {
     pub eos: Vec<TokenId>,
     /// Accept `tools` with the implied `tool_choice: "auto"`.
     pub enable_auto_tool_choice: bool,
+    /// By which names chat answers show reasoning.
+    pub reasoning_names: ReasoningNames,
     /// Keep reasoning of turns before the last final answer in prompts.
     pub keep_reasoning: bool,
-    /// Memory for turns that were answered, which histories repeat id for id; 0 keeps none.
-    pub turn_cache_bytes: usize,
     /// Date in prompts.
     pub prompt_date: PromptDate,
     /// Ceilings on what clients may send.
@@ -74,10 +97,6 @@ pub struct ServerConfig {
     pub drain_timeout: Duration,
     /// How long aborted requests may take to leave the engine, longer than any step: a device that hangs never lets them go.
     pub abort_timeout: Duration,
-    /// Most responses of `/v1/responses` kept for clients that come back to them; 0 keeps none.
-    pub max_stored_responses: usize,
-    /// Most bytes that they may take.
-    pub max_stored_response_bytes: usize,
     /// `system_fingerprint` of responses.
     pub system_fingerprint: String,
 }
@@ -106,8 +125,8 @@ impl Default for ServerConfig {
             default_template_arguments: Map::new(),
             eos: Vec::new(),
             enable_auto_tool_choice: true,
+            reasoning_names: ReasoningNames::Both,
             keep_reasoning: false,
-            turn_cache_bytes: 64 << 20,
             prompt_date: PromptDate::Today,
             limits: Limits::default(),
             browsers: Browsers::default(),
@@ -115,8 +134,6 @@ impl Default for ServerConfig {
             stall_timeout: Duration::from_secs(120),
             drain_timeout: Duration::from_secs(30),
             abort_timeout: Duration::from_secs(10),
-            max_stored_responses: 4096,
-            max_stored_response_bytes: 256 << 20,
             system_fingerprint: concat!("ctxserve-", env!("CARGO_PKG_VERSION")).to_owned(),
         }
     }

@@ -68,7 +68,7 @@ mod turns;
 mod validate;
 mod wire;
 
-pub use config::{PromptDate, ServerConfig};
+pub use config::{PromptDate, ReasoningNames, ServerConfig};
 pub use error::ApiError;
 pub use http::keys::ApiKeys;
 pub use http::origin::{Browsers, BrowsersError};

@@ -137,6 +137,10 @@ limits! {
     max_grammar_bytes, "max-grammar-bytes": Bytes = GUIDES.text_bytes, 1 => MIB,
         "Longest regular expression, grammar or list of choices";
     grammar_timeout, "grammar-timeout": Seconds = 5, 1 => 60, "Longest time that compiling one of these may take";
+    max_stored_responses, "max-stored-responses": Count = 4096, 0 => 1_000_000, "Most responses of /v1/responses that are kept; 0 keeps none";
+    max_stored_response_bytes, "max-stored-response-bytes": Bytes = 256 * MIB, 0 => 64 * 1024 * MIB, "Most bytes that they take";
+    max_turn_bytes, "max-turn-bytes": Bytes = 64 * MIB, 0 => 64 * 1024 * MIB,
+        "Most bytes of the model's own turns kept, so that prompts repeat them token for token; 0 keeps none";
 }
 
 impl Limits {

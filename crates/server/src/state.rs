@@ -90,8 +90,11 @@ impl ServerState {
         let inner = Inner {
             eos: eos.into(),
             metrics,
-            responses: Store::new(config.max_stored_responses, config.max_stored_response_bytes),
-            turns: Turns::new(config.turn_cache_bytes),
+            responses: Store::new(
+                config.limits.max_stored_responses,
+                config.limits.max_stored_response_bytes,
+            ),
+            turns: Turns::new(config.limits.max_turn_bytes),
             started: unix_seconds(),
             next_request: AtomicU64::new(0),
             preparing: Arc::new(Semaphore::new(cores * PREPARED_PER_CORE)),

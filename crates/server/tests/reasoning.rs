@@ -5,6 +5,7 @@ mod common;
 
 use common::{Server, Setup, join, merged, request, whole};
 use ctxserve_chat::PromptFiles;
+use ctxserve_server::ReasoningNames;
 use serde_json::{Value, json};
 
 const LEVELS: [(&str, &str); 7] = [
@@ -137,6 +138,30 @@ async fn oai_13_reasoning_is_shown_or_hidden_and_counted() {
             }
         }
         assert!(counts[0] > 0 && counts.iter().all(|count| *count == counts[0]), "{counts:?}");
+    }
+}
+
+/// OAI-13: an operator may choose one of the names.
+#[tokio::test]
+async fn oai_13_names_of_reasoning_can_be_set() {
+    let answer =
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>";
+    for (names, shown, not) in [
+        (ReasoningNames::Reasoning, "reasoning", "reasoning_content"),
+        (ReasoningNames::ReasoningContent, "reasoning_content", "reasoning"),
+    ] {
+        let mut setup = Setup::new(&[answer]);
+        setup.server.reasoning_names = names;
+        let server = setup.start();
+        let whole = server.chat(&request(json!({}))).await.json();
+        let message = &whole["choices"][0]["message"];
+        assert_eq!((&message[shown], &message[not]), (&json!("Hm."), &json!(null)));
+        let frames = server.chat(&request(json!({"stream": true}))).await.frames();
+        let text = |name: &str| -> String {
+            let deltas = frames.iter().filter_map(|frame| frame["choices"][0]["delta"][name].as_str());
+            deltas.collect()
+        };
+        assert_eq!((text(shown).as_str(), text(not).as_str()), ("Hm.", ""));
     }
 }
 

@@ -214,7 +214,7 @@ async fn har_07_only_well_formed_turns_are_kept() {
             |_| {},
             json!({"stop": "Stop"}),
         ),
-        (format!("{calls}<|call|>"), |setup| setup.server.turn_cache_bytes = 0, json!({})),
+        (format!("{calls}<|call|>"), |setup| setup.server.limits.max_turn_bytes = 0, json!({})),
     ];
     for (line, change, extra) in cases {
         let mut setup = setup("harmony");

@@ -179,7 +179,7 @@ async fn input_items_are_listed_by_the_page() {
 #[tokio::test]
 async fn the_store_is_bounded() {
     let mut setup = Setup::new(&[&says("one")]);
-    setup.server.max_stored_responses = 2;
+    setup.server.limits.max_stored_responses = 2;
     let server = setup.start();
     let mut made = Vec::new();
     for _ in 0..3 {
@@ -190,7 +190,7 @@ async fn the_store_is_bounded() {
         assert_eq!(server.get(&path(response, "")).await.status, 200);
     }
     let mut setup = Setup::new(&[&says("one")]);
-    setup.server.max_stored_responses = 0;
+    setup.server.limits.max_stored_responses = 0;
     let server = setup.start();
     let one = created(&server, json!({"input": "hi"})).await;
     assert_eq!(one["store"], false);

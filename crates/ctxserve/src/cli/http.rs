@@ -4,10 +4,10 @@ use std::path::Path;
 use std::time::Duration;
 
 use ctxserve_server::limits::Limits;
-use ctxserve_server::{ApiKeys, Browsers};
+use ctxserve_server::{ApiKeys, Browsers, ReasoningNames};
 
 use super::limits::limits;
-use super::options::seconds;
+use super::options::{one_of, seconds};
 use super::values::{OptionError, Values};
 
 /// Largest file of keys, bytes.
@@ -30,6 +30,8 @@ pub struct HttpOptions {
     pub drain: Duration,
     /// Whether tools may be offered with `tool_choice: "auto"`.
     pub auto_tools: bool,
+    /// By which names chat answers show reasoning.
+    pub reasoning_names: ReasoningNames,
     /// Ceilings on what clients may send.
     pub limits: Limits,
 }
@@ -37,6 +39,11 @@ pub struct HttpOptions {
 impl HttpOptions {
     pub(super) fn new(values: &Values, env: impl Fn(&str) -> Option<String>) -> Result<Self, OptionError> {
         let host = values.text("host").unwrap_or("0.0.0.0").to_owned();
+        let names = [
+            ("both", ReasoningNames::Both),
+            ("reasoning", ReasoningNames::Reasoning),
+            ("reasoning_content", ReasoningNames::ReasoningContent),
+        ];
         Ok(Self {
             port: values.read("port", port)?.unwrap_or(8000),
             api_keys: keys(values, env)?,
@@ -44,6 +51,7 @@ impl HttpOptions {
             browsers: browsers(values, &host)?,
             drain: values.read("shutdown-timeout", seconds)?.unwrap_or(Duration::from_secs(30)),
             auto_tools: values.switch("enable-auto-tool-choice")?.unwrap_or(true),
+            reasoning_names: values.read("reasoning-field", |text| one_of(text, &names))?.unwrap_or_default(),
             limits: limits(values)?,
             host,
         })

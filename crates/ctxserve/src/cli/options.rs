@@ -272,7 +272,7 @@ fn device(values: &Values) -> Result<DeviceOptions, OptionError> {
     })
 }
 
-fn one_of<T: Copy>(text: &str, table: &[(&str, T)]) -> Result<T, String> {
+pub(super) fn one_of<T: Copy>(text: &str, table: &[(&str, T)]) -> Result<T, String> {
     table.iter().find(|(name, _)| *name == text).map(|&(_, value)| value).ok_or_else(|| {
         let names: Vec<_> = table.iter().map(|&(name, _)| name).collect();
         format!("expected one of {}, got {text:?}", names.join(", "))

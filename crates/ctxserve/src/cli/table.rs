@@ -251,6 +251,11 @@ pub const SERVING: &[Flag] = &[
     ),
     // Chat.
     honoured("tool-call-parser", Value("NAME"), "openai (Harmony) or hermes; must fit --chat-format"),
+    honoured(
+        "reasoning-field",
+        Value("NAME"),
+        "Name of reasoning in chat answers: reasoning, reasoning_content or both [default: both]",
+    ),
     honoured("enable-auto-tool-choice", Switch, "Let the model choose to call tools [default: on]"),
     honoured(
         "reasoning-parser",

@@ -64,11 +64,10 @@ impl ChatFramer {
         };
         Some(match delta {
             Delta::Content(text) => ChunkDelta { content: Some(text), ..ChunkDelta::default() },
-            Delta::Reasoning(text) => ChunkDelta {
-                reasoning: Some(text.clone()),
-                reasoning_content: Some(text),
-                ..ChunkDelta::default()
-            },
+            Delta::Reasoning(text) => {
+                let (reasoning, reasoning_content) = self.state.config().reasoning_names.of(Some(text));
+                ChunkDelta { reasoning, reasoning_content, ..ChunkDelta::default() }
+            }
             Delta::CallStart { index, name } => {
                 let id = generation.call_id(choice, index).to_owned();
                 call(index, Some(id), Some(name), String::new())

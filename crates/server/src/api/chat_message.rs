@@ -25,14 +25,15 @@ pub(crate) fn choice(
         Some(end) => (end.finish_reason, end.stop_reason),
         None => ("stop", None),
     };
+    let (reasoning, reasoning_content) = state.config().reasoning_names.of(message.reasoning);
     ChatChoice {
         index,
         message: ChatMessage {
             role: "assistant",
             content: message.content,
             refusal: None,
-            reasoning: message.reasoning.clone(),
-            reasoning_content: message.reasoning,
+            reasoning,
+            reasoning_content,
             tool_calls: message.calls.into_iter().enumerate().map(call).collect(),
         },
         logprobs: head.logprobs.then(|| logprobs::chat(state.tokenizer(), &gathered.logprobs)),

@@ -43,7 +43,7 @@ pub(crate) struct ChatChoice {
     pub(crate) token_ids: Option<Vec<TokenId>>,
 }
 
-/// The message. Reasoning goes by both names that clients read.
+/// The message. Reasoning goes by the names that clients read, or by the one that the operator chose.
 #[derive(Debug, Serialize, JsonSchema)]
 pub(crate) struct ChatMessage {
     #[schemars(extend("const" = "assistant"))]
